@@ -1,0 +1,53 @@
+"""A trace: the ordered steps that turn SGMV's plain program into one kernel. The only form of a
+candidate that is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from dop.errors import TraceError
+from dop.space.step import Json, Step, parse_step
+
+MAX_STEPS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Steps in the order in which they are applied."""
+
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> list[list[Json]]:
+        """The steps as they are written to a log.
+
+        Raises:
+            TraceError: a step still has an open number.
+        """
+        return [step.to_json() for step in self.steps]
+
+    @staticmethod
+    def from_json(data: object) -> Trace:
+        """Trace of its JSON form.
+
+        Raises:
+            TraceError: an element is not a step; the message gives its position.
+        """
+        if not isinstance(data, list):
+            raise TraceError("a trace is a list of steps.")
+        if len(data) > MAX_STEPS:
+            raise TraceError(f"{len(data)} steps; a trace has at most {MAX_STEPS}.")
+        steps = []
+        for position, item in enumerate(data):
+            try:
+                steps.append(parse_step(item))
+            except TraceError as error:
+                raise TraceError(f"step {position}: {error.cause}", error.action) from error
+        return Trace(tuple(steps))
+
+    @property
+    def key(self) -> str:
+        """Short identity of the trace: equal traces have equal keys."""
+        text = json.dumps(self.to_json(), separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
