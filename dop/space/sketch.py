@@ -142,7 +142,10 @@ def _unify(mine: object, given: object, found: dict[str, int]) -> bool:
         values = given if isinstance(given, tuple) else (given,)
         if len(values) != len(mine):
             return False
-        return all(_unify(m, g, found) for m, g in zip(mine, cast(tuple[object, ...], values)))
+        return all(
+            _unify(m, g, found)
+            for m, g in zip(mine, cast(tuple[object, ...], values), strict=False)
+        )
     return mine == given
 
 

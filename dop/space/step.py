@@ -9,6 +9,7 @@ its value comes from an annotation (sketch.py). Only steps without parameters go
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -350,7 +351,7 @@ def _read_an(data: list[object]) -> Step:
 def _read_fu(data: list[object]) -> Step:
     stage, loops = _arity(data, 2)
     iters = _ints(loops)
-    if len(iters) < 2 or any(b - a != 1 for a, b in zip(iters, iters[1:], strict=False)):
+    if len(iters) < 2 or any(b - a != 1 for a, b in itertools.pairwise(iters)):
         raise ValueError("the fused loops are not consecutive")
     return FuseStep(_int(stage), iters)
 
