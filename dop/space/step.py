@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,12 +28,18 @@ class Param:
 
     Attributes:
         name: "<half>.<what>", for example "shrink.split_k"; the half is what crossover swaps.
+        offset: added to the parameter's value, for loop positions behind a chosen one.
     """
 
     name: str
+    offset: int = 0
+
+    def value(self, values: Mapping[str, int]) -> int:
+        """The number for an annotation; a KeyError names a missing parameter."""
+        return values[self.name] + self.offset
 
     def __str__(self) -> str:
-        return f"${self.name}"
+        return f"${self.name}{self.offset:+d}" if self.offset else f"${self.name}"
 
 
 Num = int | Param
@@ -95,9 +103,9 @@ def _open(value: object) -> tuple[Param, ...]:
 
 def _bound(value: object, values: Mapping[str, int]) -> object:
     if isinstance(value, Param):
-        return values[value.name]
+        return value.value(values)
     if isinstance(value, tuple):
-        return tuple(values[v.name] if isinstance(v, Param) else v for v in value)
+        return tuple(v.value(values) if isinstance(v, Param) else v for v in value)
     return value
 
 
@@ -117,12 +125,12 @@ class AnnotationStep(Step):
     """AN: mark a loop. `annotation` indexes ANNOTATIONS; tensorize names its intrinsic."""
 
     code: ClassVar[str] = "AN"
-    iter: int
+    iter: Num
     annotation: int
     intrinsic: str = ""
 
     def to_json(self) -> list[Json]:
-        head: list[Json] = [self.code, self.stage, self.iter, self.annotation]
+        head: list[Json] = [self.code, self.stage, _to_json(self, "iter"), self.annotation]
         return [*head, self.intrinsic] if self.intrinsic else head
 
 
@@ -139,18 +147,24 @@ class PragmaStep(Step):
     """PR: attach a pragma, written `name$value`, to a loop. lowering/apply.py lists the names."""
 
     code: ClassVar[str] = "PR"
-    iter: int
+    iter: Num
     name: str
     value: Num | tuple[Num, ...] | str = 0
+
+    def __post_init__(self) -> None:
+        """One spelling per pragma, the one that the log gives back: "8", (8,) and 8 are 8."""
+        if not self.name or "$" in self.name:
+            raise TraceError(f"{self.name!r} is not a pragma's name.")
+        if not self.params():
+            object.__setattr__(self, "value", _pragma_value(self._text()))
+
+    def _text(self) -> str:
+        return ",".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
 
     def to_json(self) -> list[Json]:
         if self.params():
             raise TraceError(f"PR step still has open numbers {self.params()}.")
-        if isinstance(self.value, tuple):
-            text = ",".join(map(str, self.value))
-        else:
-            text = str(self.value)
-        return [self.code, self.stage, self.iter, f"{self.name}${text}"]
+        return [self.code, self.stage, _to_json(self, "iter"), f"{self.name}${self._text()}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +180,7 @@ class SplitStep(Step):
     """SP: split a loop. `lengths` are the inner parts (inner_to_outer) or the outer ones."""
 
     code: ClassVar[str] = "SP"
-    iter: int
+    iter: Num
     extent: int | None
     lengths: tuple[Num, ...]
     inner_to_outer: bool = True
@@ -212,7 +226,7 @@ class ComputeAtStep(Step):
 
     code: ClassVar[str] = "CA"
     target_stage: int
-    target_iter: int
+    target_iter: Num
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +303,7 @@ def parse_step(data: object) -> Step:
         raise TraceError(f"{_short(data)} is not a step.", "A step is a list led by its code.")
     kind = STEPS.get(data[0])
     if kind is None:
-        raise TraceError(f"step code {data[0]!r} is unknown.", f"Known: {', '.join(STEPS)}.")
+        raise TraceError(f"step code {_short(data[0])} is unknown.", f"Known: {', '.join(STEPS)}.")
     try:
         return _READERS[data[0]](data[1:])
     except (TypeError, ValueError, IndexError) as error:
@@ -297,7 +311,8 @@ def parse_step(data: object) -> Step:
 
 
 def _short(data: object) -> str:
-    text = repr(data)
+    # reprlib: a list nested a thousand deep must not exhaust the stack, nor a long one the memory.
+    text = reprlib.repr(data)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -321,7 +336,7 @@ def _positive(value: object) -> int:
 
 
 def _flag(value: object) -> bool:
-    if value not in (0, 1):
+    if isinstance(value, float) or value not in (0, 1):
         raise ValueError(f"{_short(value)} is not 0 or 1")
     return bool(value)
 
@@ -358,15 +373,18 @@ def _read_fu(data: list[object]) -> Step:
 
 def _read_pr(data: list[object]) -> Step:
     stage, loop, text = _arity(data, 3)
-    if not isinstance(text, str) or "$" not in text:
+    if not isinstance(text, str) or text.find("$") < 1:
         raise ValueError("the pragma is not name$value")
     name, _, value = text.partition("$")
     return PragmaStep(_int(stage), _int(loop), name, _pragma_value(value))
 
 
+_PRAGMA_NUMBER = re.compile("0|-?[1-9][0-9]{0,18}")
+
+
 def _pragma_value(text: str) -> int | tuple[int, ...] | str:
     parts = text.split(",")
-    if all(p.isascii() and p.isdigit() and len(p) < 10 and str(int(p)) == p for p in parts):
+    if all(_PRAGMA_NUMBER.fullmatch(part) for part in parts):
         numbers = tuple(int(p) for p in parts)
         return numbers[0] if len(numbers) == 1 else numbers
     return text
