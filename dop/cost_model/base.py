@@ -1,0 +1,73 @@
+"""What a cost model is: it ranks candidates before they are built."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dop.scenario import Scenario
+from dop.space.sketch import Sketch
+
+FloatArray = NDArray[np.float64]
+
+
+class Point(Protocol):
+    """Anything with a sketch and its numbers: a candidate, or one that was not bound yet."""
+
+    @property
+    def sketch(self) -> Sketch:
+        """The structure."""
+        ...
+
+    @property
+    def annotation(self) -> tuple[tuple[str, int], ...]:
+        """The numbers, sorted by name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was measured at a point: `seconds` is infinite for a failure."""
+
+    point: Point
+    scenario: Scenario
+    seconds: float
+
+
+class CostModel(ABC):
+    """Learns from samples of one workload and predicts times under its scenarios."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> bool:
+        """Whether predictions mean anything yet."""
+
+    @abstractmethod
+    def update(self, samples: Sequence[Sample]) -> None:
+        """Train anew on all samples so far."""
+
+    @abstractmethod
+    def predict(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
+        """log(time / best time known for the scenario): [points, scenarios]; lower is faster.
+
+        Only meaningful once `trained`.
+        """
+
+
+class NoModel(CostModel):
+    """Knows nothing: every point is alike, so the order stays random."""
+
+    @property
+    def trained(self) -> bool:
+        return False
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        del samples
+
+    def predict(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
+        return np.zeros((len(points), len(scenarios)))

@@ -1,0 +1,190 @@
+"""Gradient-boosted trees (LightGBM) as a cost model: small, quick to train, good at ranking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dop.cost_model.base import CostModel, FloatArray, Point, Sample
+from dop.cost_model.feature import FeatureExtractor
+from dop.effort import ModelEffort
+from dop.errors import ConfigError, MissingDependencyError
+from dop.scenario import Scenario
+from dop.space.sketch import Space
+from dop.target import Target
+from dop.workload import Workload
+
+OBJECTIVES = ("lambdarank", "regression")
+
+_FAILURE_MARGIN = math.log(2.0)
+"""A failure ranks behind the slowest success by this much (a factor of two)."""
+
+_GRADES = 31
+"""Grades of lambdarank; LightGBM's gain table ends there."""
+
+
+class GbdtModel(CostModel):
+    """An ensemble of boosted trees over FeatureExtractor's rows.
+
+    The same samples in the same order give the same model: one thread, fixed seeds, and a bound
+    on work instead of time.
+
+    Raises:
+        MissingDependencyError: LightGBM is not installed.
+        ConfigError: the objective is unknown.
+    """
+
+    def __init__(
+        self, space: Space, workload: Workload, target: Target, effort: ModelEffort, seed: int = 0
+    ) -> None:
+        if effort.objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective {effort.objective!r} is unknown.", f"Use one of {OBJECTIVES}."
+            )
+        self._lightgbm = _lightgbm()
+        self._effort = effort
+        self._seed = seed
+        self._features = FeatureExtractor(space, workload, target)
+        self._boosters: list[Any] = []
+        self._slope = 1.0
+        self._offset = 0.0
+
+    @property
+    def trained(self) -> bool:
+        return bool(self._boosters)
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        """Train anew; does nothing while fewer than `min_samples` candidates succeeded."""
+        good = {s.point.annotation for s in samples if math.isfinite(s.seconds)}
+        if len(good) < self._effort.min_samples:
+            return
+        targets = relative_times(samples, self._effort.worst_ratio)
+        kept = self._thinned(targets)
+        chosen = [samples[i] for i in kept]
+        rows = self._features.pair_rows([(s.point, s.scenario) for s in chosen])
+        wanted = targets[kept]
+        if self._effort.objective == "lambdarank":
+            self._train_ranking(rows, wanted, [s.scenario.key for s in chosen])
+        else:
+            self._train_regression(rows, wanted)
+
+    def predict(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
+        shape = (len(points), len(scenarios))
+        if not self._boosters or 0 in shape:
+            return np.zeros(shape)
+        raw = self._raw(self._features.rows(points, scenarios))
+        return np.asarray(raw * self._slope + self._offset, dtype=np.float64).reshape(shape)
+
+    def _raw(self, rows: FloatArray) -> FloatArray:
+        total = sum(np.asarray(b.predict(rows, num_threads=1)) for b in self._boosters)
+        return np.asarray(total, dtype=np.float64) / len(self._boosters)
+
+    def _thinned(self, targets: FloatArray) -> list[int]:
+        """Indices to train on: all, or the fastest of them and an even share of the rest."""
+        bound = max(64, self._effort.max_work // (self._effort.rounds * self._effort.ensemble))
+        if len(targets) <= bound:
+            return list(range(len(targets)))
+        order = np.argsort(targets, kind="stable")
+        fast, rest = order[: bound // 2], order[bound // 2 :]
+        spread = np.linspace(0, len(rest) - 1, bound - bound // 2).astype(int)
+        return sorted({*map(int, fast), *map(int, rest[spread])})
+
+    def _params(self, member: int) -> dict[str, Any]:
+        effort = self._effort
+        return {
+            "num_leaves": effort.leaves,
+            "learning_rate": effort.learning_rate,
+            "min_data_in_leaf": effort.leaf_samples,
+            "min_sum_hessian_in_leaf": 1e-6,
+            "feature_fraction": effort.feature_share,
+            "bagging_fraction": 0.9,
+            "bagging_freq": 1,
+            "max_bin": 255,
+            "min_data_in_bin": 1,
+            "feature_pre_filter": False,
+            "seed": self._seed + 7919 * member,
+            "deterministic": True,
+            "force_col_wise": True,
+            "num_threads": 1,
+            "verbosity": -1,
+        }
+
+    def _train_regression(self, rows: FloatArray, targets: FloatArray) -> None:
+        data = self._lightgbm.Dataset(rows, label=targets, free_raw_data=False)
+        self._fit(data, {"objective": "regression"})
+        self._slope, self._offset = 1.0, 0.0
+
+    def _train_ranking(self, rows: FloatArray, targets: FloatArray, keys: list[str]) -> None:
+        """LambdaRank with one group per scenario; a line then maps scores to log times."""
+        names = list(dict.fromkeys(keys))
+        order = sorted(range(len(keys)), key=lambda i: names.index(keys[i]))
+        groups = [sum(key == name for key in keys) for name in names]
+        rows, targets = rows[order], targets[order]
+        grades = _grades(targets, groups)
+        data = self._lightgbm.Dataset(rows, label=grades, group=groups, free_raw_data=False)
+        extra = {
+            "objective": "lambdarank",
+            "label_gain": [float(g) for g in range(_GRADES)],
+            "lambdarank_truncation_level": max(groups),
+        }
+        self._fit(data, extra)
+        self._slope, self._offset = 1.0, 0.0
+        scores = self._raw(rows)
+        if scores.std() > 0:
+            slope, offset = np.polyfit(scores, targets, 1)
+            self._slope, self._offset = min(float(slope), -1e-9), float(offset)
+
+    def _fit(self, data: Any, extra: dict[str, Any]) -> None:
+        self._boosters = [
+            self._lightgbm.train(
+                {**self._params(member), **extra}, data, num_boost_round=self._effort.rounds
+            )
+            for member in range(self._effort.ensemble)
+        ]
+
+
+def relative_times(samples: Sequence[Sample], worst_ratio: float) -> FloatArray:
+    """log(time / best of the scenario) per sample; failures lie behind the slowest success."""
+    best: dict[str, float] = {}
+    for sample in samples:
+        if math.isfinite(sample.seconds):
+            key = sample.scenario.key
+            best[key] = min(best.get(key, math.inf), sample.seconds)
+    cap = math.log(worst_ratio)
+    times = np.array(
+        [
+            min(cap, math.log(s.seconds / best[s.scenario.key]))
+            if math.isfinite(s.seconds)
+            else math.inf
+            for s in samples
+        ]
+    )
+    finite = times[np.isfinite(times)]
+    slowest = float(finite.max()) if finite.size else 0.0
+    times[~np.isfinite(times)] = slowest + _FAILURE_MARGIN
+    return times
+
+
+def _grades(targets: FloatArray, groups: Sequence[int]) -> FloatArray:
+    """LambdaRank's grades, larger is better: each group's ranks spread over the grades."""
+    out = np.empty(len(targets))
+    start = 0
+    for size in groups:
+        part = targets[start : start + size]
+        order = np.argsort(np.argsort(part, kind="stable"), kind="stable")
+        out[start : start + size] = (_GRADES - 1) - order * (_GRADES - 1) // max(1, size - 1)
+        start += size
+    return out
+
+
+def _lightgbm() -> Any:
+    try:
+        import lightgbm
+    except ImportError as error:
+        raise MissingDependencyError(
+            "LightGBM is not installed; the cost model needs it.", "pip install 'dop[tune]'"
+        ) from error
+    return lightgbm

@@ -1,0 +1,122 @@
+"""How hard to search: every default of the engine, in one place.
+
+A profile is a frozen value; `dop tune --effort` picks one by name. Nothing here was fitted to one
+recorded space: docs/search.md says how each figure was chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dop.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEffort:
+    """How the cost model is trained.
+
+    Attributes:
+        objective: "lambdarank" or "regression" (of the log of the relative time).
+        min_samples: successful candidates before the model is trained at all.
+        ensemble: models that differ in their seed; the mean ranks.
+        rounds: boosting rounds of one model.
+        leaves: leaves of a tree.
+        learning_rate: shrinkage per round.
+        leaf_samples: fewest rows in a leaf.
+        feature_share: share of the features that a tree sees.
+        max_work: most rows x rounds x models of one training; more rows are thinned. A fixed
+            amount of work bounds the time and, unlike a clock, gives the same model every time.
+        worst_ratio: slower than this times the best counts as this slow.
+    """
+
+    objective: str = "regression"
+    min_samples: int = 8
+    ensemble: int = 3
+    rounds: int = 80
+    leaves: int = 12
+    learning_rate: float = 0.12
+    leaf_samples: int = 3
+    feature_share: float = 0.7
+    max_work: int = 1_500_000
+    worst_ratio: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class SearchEffort:
+    """How the evolutionary strategy proposes.
+
+    Attributes:
+        warm_up: candidates before the model decides: the defaults, then random ones.
+        max_defaults: most defaults that are measured before anything else.
+        population: candidates in a generation.
+        elites: best measured candidates per scenario that enter the first generation.
+        newcomers: share of random candidates in the first generation.
+        generations: rounds of mutation and crossover per `ask`.
+        tournament: contestants from which a parent is chosen.
+        crossover: share of children with two parents.
+        structural: share of mutations that change the sketch.
+        epsilon: share of every batch that is random.
+        spread: penalty, as a share of the score, for every earlier pick of the batch whose
+            annotation differs in at most one value.
+        prior_sigma: standard deviation of the model's log error until it was observed.
+    """
+
+    warm_up: int = 12
+    max_defaults: int = 32
+    population: int = 192
+    elites: int = 16
+    newcomers: float = 0.3
+    generations: int = 4
+    tournament: int = 4
+    crossover: float = 0.3
+    structural: float = 0.1
+    epsilon: float = 0.1
+    spread: float = 0.1
+    prior_sigma: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """A named profile.
+
+    Attributes:
+        name: what `--effort` is given.
+        batch: candidates per visit of a family.
+        budget_s: wall time if the user names none, in seconds.
+        trials: most candidates over all families if the user names none; 0 is no bound.
+        patience: visits without an improvement after which a family counts as settled.
+        search: the strategy's part.
+        model: the cost model's part.
+    """
+
+    name: str
+    batch: int
+    budget_s: float
+    trials: int = 0
+    patience: int = 12
+    search: SearchEffort = field(default_factory=SearchEffort)
+    model: ModelEffort = field(default_factory=ModelEffort)
+
+
+QUICK = Effort("quick", batch=8, budget_s=120.0, patience=6)
+FULL = Effort(
+    "full",
+    batch=16,
+    budget_s=900.0,
+    patience=20,
+    search=SearchEffort(population=384, elites=24, generations=5),
+    model=ModelEffort(ensemble=4, rounds=120, max_work=4_000_000),
+)
+
+EFFORTS = {effort.name: effort for effort in (QUICK, FULL)}
+
+
+def effort_of(name: str) -> Effort:
+    """The profile of a name.
+
+    Raises:
+        ConfigError: there is no such profile.
+    """
+    if name not in EFFORTS:
+        raise ConfigError(f"effort {name!r} is unknown.", f"Use one of {', '.join(EFFORTS)}.")
+    return EFFORTS[name]

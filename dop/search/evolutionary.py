@@ -1,0 +1,265 @@
+"""Evolutionary search: mutation and crossover, judged by the cost model before any build."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop.cost_model.base import CostModel, FloatArray
+from dop.cost_model.metric import spearman
+from dop.effort import SearchEffort
+from dop.scenario import Scenario
+from dop.search.crossover import cross
+from dop.search.history import PointKey, Result
+from dop.search.mutator import MUTATORS
+from dop.search.mutator.structure import change_sketch
+from dop.search.selection import acquisition, diverse, tournament
+from dop.search.strategy import Strategy
+from dop.space.sketch import Annotation, Candidate, Sketch, Space
+from dop.target import Target
+from dop.workload import Workload
+
+_RECENT = 64
+"""Predictions over which the model's error is estimated."""
+
+_MIN_SIGMA = 0.02
+"""Noise of a measurement: no prediction is trusted beyond it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A valid point whose trace was not bound yet: most are never built."""
+
+    sketch: Sketch
+    annotation: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(sketch: Sketch, values: Annotation) -> Draft | None:
+        """The draft of an annotation, or None if it breaks a limit."""
+        if sketch.broken_limit(values) is not None:
+            return None
+        return Draft(sketch, tuple(sorted(values.items())))
+
+    @property
+    def key(self) -> PointKey:
+        """Identity of the point."""
+        return (self.sketch.name, self.annotation)
+
+
+class EvolutionaryStrategy(Strategy):
+    """Evolves the best measured candidates and random newcomers towards a high predicted gain.
+
+    The order is: the defaults, `warm_up` random ones (half of them hints, if there are any), then
+    batches that the model picked, a share of them random. See docs/search.md.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        workload: Workload,
+        target: Target,
+        scenarios: Sequence[Scenario],
+        rng: random.Random,
+        model: CostModel,
+        effort: SearchEffort,
+    ) -> None:
+        super().__init__(space, workload, target, scenarios, rng, effort.max_defaults)
+        self.model = model
+        self._effort = effort
+        self._hints: list[Candidate] = []
+        self._drawn = 0
+        self._predicted: dict[tuple[str, str], float] = {}
+        self._outcomes: list[tuple[str, float, float]] = []
+
+    def tell(self, results: Sequence[Result]) -> None:
+        fresh = len(self.history.samples)
+        super().tell(results)
+        for sample in self.history.samples[fresh:]:
+            assert isinstance(sample.point, Candidate)
+            guess = self._predicted.get((sample.point.trace.key, sample.scenario.key))
+            if guess is not None and math.isfinite(sample.seconds):
+                self._outcomes.append((sample.scenario.key, guess, sample.seconds))
+        if len(self.history.samples) > fresh:
+            self.model.update(self.history.samples)
+
+    def hint(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates that did well for a neighbouring workload: they are tried early."""
+        waiting = {c.trace.key for c in self._hints}
+        for candidate in candidates:
+            seen = self.history.saw((candidate.sketch.name, candidate.annotation))
+            if not seen and candidate.trace.key not in waiting:
+                self._hints.append(candidate)
+
+    def predicted_s(self, candidate: Candidate, scenario: Scenario) -> float | None:
+        return self._predicted.get((candidate.trace.key, scenario.key))
+
+    def rank_correlation(self) -> float | None:
+        """Spearman of predicted against measured, per scenario, then averaged; None below 8."""
+        by_scenario: dict[str, list[tuple[float, float]]] = {}
+        for key, guess, seconds in self._outcomes:
+            by_scenario.setdefault(key, []).append((guess, seconds))
+        values = [
+            spearman([g for g, _ in pairs], [s for _, s in pairs])
+            for pairs in by_scenario.values()
+            if len(pairs) >= 8
+        ]
+        finite = [v for v in values if math.isfinite(v)]
+        return sum(finite) / len(finite) if finite else None
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the model's recent errors in log time."""
+        errors = [math.log(seconds / guess) for _, guess, seconds in self._outcomes[-_RECENT:]]
+        if len(errors) < 8:
+            return self._effort.prior_sigma
+        return max(_MIN_SIGMA, float(np.sqrt(np.mean(np.square(errors)))))
+
+    def _propose(self, n: int) -> list[Candidate]:
+        chosen = self._take_hints(n - n // 2)
+        if self._drawn < self._effort.warm_up or not self.model.trained:
+            drawn = self._newcomers(n - len(chosen))
+            self._drawn += len(drawn) + len(chosen)
+            chosen += drawn
+        else:
+            random_share = self._random_share(n)
+            chosen += self._evolved(n - random_share - len(chosen))
+            chosen += self._newcomers(n - len(chosen))
+        self._remember(chosen)
+        return chosen
+
+    def _random_share(self, n: int) -> int:
+        """How many of `n` are random: the share, rounded up or down at random."""
+        exact = self._effort.epsilon * n
+        whole = int(exact)
+        return whole + (self.rng.random() < exact - whole)
+
+    def _take_hints(self, n: int) -> list[Candidate]:
+        taken: list[Candidate] = []
+        while self._hints and len(taken) < n:
+            candidate = self._hints.pop(0)
+            if self.history.mark(candidate):
+                taken.append(candidate)
+        return taken
+
+    def _remember(self, candidates: Sequence[Candidate]) -> None:
+        """Keep what the model expects, for the log and for judging the model later."""
+        if not self.model.trained or not candidates:
+            return
+        predicted = self.model.predict(candidates, self.scenarios)
+        for candidate, row in zip(candidates, predicted, strict=True):
+            for scenario, value in zip(self.scenarios, row, strict=True):
+                best = self.history.best_s(scenario.key)
+                if math.isfinite(best):
+                    key = (candidate.trace.key, scenario.key)
+                    self._predicted[key] = best * math.exp(float(value))
+
+    def _evolved(self, n: int) -> list[Candidate]:
+        """Up to `n` unseen candidates with the highest acquisition after some generations."""
+        if n <= 0:
+            return []
+        population = self._first_generation()
+        scores = self._scores(population)
+        pool = dict(zip((d.key for d in population), scores, strict=True))
+        drafts = {d.key: d for d in population}
+        for _ in range(self._effort.generations):
+            children = self._children(population, scores)
+            fresh = [c for c in children if c.key not in drafts]
+            drafts.update((c.key, c) for c in fresh)
+            pool.update(zip((c.key for c in fresh), self._scores(fresh), strict=True))
+            population, scores = self._survivors(drafts, pool)
+        return self._picked(drafts, pool, n)
+
+    def _first_generation(self) -> list[Draft]:
+        """Elites, their mutants, and newcomers; each point once."""
+        effort = self._effort
+        elites = [Draft(c.sketch, c.annotation) for c in self.history.elites(effort.elites)]
+        elites = elites[: effort.population // 2]
+        wanted = int(effort.population * effort.newcomers)
+        newcomers = list(self._random_drafts(wanted))
+        found = {d.key: d for d in (*elites, *newcomers)}
+        for _ in range(2 * effort.population):
+            if len(found) >= effort.population or not elites:
+                break
+            child = self._mutant(self.rng.choice(elites))
+            if child is not None:
+                found.setdefault(child.key, child)
+        return list(found.values())
+
+    def _random_drafts(self, n: int) -> Iterable[Draft]:
+        for _ in range(n):
+            sketch = self.rng.choice(self.space.sketches)
+            draft = Draft.of(sketch, sketch.sample(self.rng))
+            if draft is not None:
+                yield draft
+
+    def _children(self, population: Sequence[Draft], scores: FloatArray) -> list[Draft]:
+        found: dict[PointKey, Draft] = {}
+        for _ in range(2 * self._effort.population):
+            if len(found) >= self._effort.population:
+                break
+            child = self._child(population, scores)
+            if child is not None:
+                found.setdefault(child.key, child)
+        return list(found.values())
+
+    def _child(self, population: Sequence[Draft], scores: FloatArray) -> Draft | None:
+        size = self._effort.tournament
+        parent = tournament(population, scores, self.rng, size)
+        if self.rng.random() >= self._effort.crossover:
+            return self._mutant(parent)
+        other = tournament(population, scores, self.rng, size)
+        joined = cross(
+            (parent.sketch, dict(parent.annotation)),
+            (other.sketch, dict(other.annotation)),
+            self.space.sketches,
+            self.rng,
+        )
+        return Draft.of(*joined) if joined else None
+
+    def _mutant(self, parent: Draft) -> Draft | None:
+        """One change, sometimes more: after each another follows with probability 0.4."""
+        sketch, values = parent.sketch, dict(parent.annotation)
+        if len(self.space.sketches) > 1 and self.rng.random() < self._effort.structural:
+            sketch, values = change_sketch(sketch, values, self.space.sketches, self.rng)
+        open_domains = [d for d in sketch.domains if len(d.choices) > 1]
+        while open_domains:
+            domain = self.rng.choice(open_domains)
+            values = MUTATORS[domain.kind].mutate(sketch, values, domain, self.rng)
+            if self.rng.random() >= 0.4:
+                break
+        return Draft.of(sketch, values)
+
+    def _survivors(
+        self, drafts: dict[PointKey, Draft], pool: dict[PointKey, float]
+    ) -> tuple[list[Draft], FloatArray]:
+        """The best-scored points so far, as the next generation."""
+        keys = sorted(pool, key=lambda k: -pool[k])[: self._effort.population]
+        return [drafts[k] for k in keys], np.array([pool[k] for k in keys])
+
+    def _scores(self, drafts: Sequence[Draft]) -> FloatArray:
+        if not drafts:
+            return np.zeros(0)
+        predicted = self.model.predict(drafts, self.scenarios)
+        return acquisition(predicted, [s.weight for s in self.scenarios], self.sigma)
+
+    def _picked(
+        self, drafts: dict[PointKey, Draft], pool: dict[PointKey, float], n: int
+    ) -> list[Candidate]:
+        """The best unseen points, spread out; `n` of them if there are as many."""
+        keys = [k for k in sorted(pool, key=lambda k: -pool[k]) if not self.history.saw(k)]
+        keys = keys[: max(64, 8 * n)]
+        marks = [frozenset([("sketch", k[0]), *k[1]]) for k in keys]
+        scores = np.array([pool[k] for k in keys])
+        chosen: list[Candidate] = []
+        for i in diverse(marks, scores, len(keys), self._effort.spread) if keys else ():
+            if len(chosen) == n:
+                break
+            draft = drafts[keys[i]]
+            candidate = Candidate.of(draft.sketch, dict(draft.annotation))
+            if self.history.mark(candidate):
+                chosen.append(candidate)
+        return chosen

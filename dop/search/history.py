@@ -1,0 +1,101 @@
+"""What a strategy knows: everything it proposed and was told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dop.cost_model.base import Sample
+from dop.measurement import Measurement
+from dop.scenario import Scenario
+from dop.space.sketch import Candidate
+
+Result = tuple[Candidate, Scenario, Measurement]
+"""One answer of a measurer."""
+
+PointKey = tuple[str, tuple[tuple[str, int], ...]]
+"""Sketch name and annotation: identity of a point without binding its trace."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A measured candidate: seconds by scenario key, infinite for a failure."""
+
+    candidate: Candidate
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class History:
+    """Candidates by trace key, with the best per scenario. Order is that of arrival."""
+
+    def __init__(self, scenarios: Sequence[Scenario]) -> None:
+        self.scenarios = tuple(scenarios)
+        self._known = {s.key for s in self.scenarios}
+        self._entries: dict[str, Entry] = {}
+        self._seen_traces: set[str] = set()
+        self._seen_points: set[PointKey] = set()
+        self._samples: list[Sample] = []
+        self._best: dict[str, tuple[float, Candidate]] = {}
+
+    def __len__(self) -> int:
+        """Number of measured candidates, failures included."""
+        return len(self._entries)
+
+    def mark(self, candidate: Candidate) -> bool:
+        """Note a proposal; False if this trace was proposed or told before."""
+        self._seen_points.add((candidate.sketch.name, candidate.annotation))
+        key = candidate.trace.key
+        if key in self._seen_traces:
+            return False
+        self._seen_traces.add(key)
+        return True
+
+    def saw(self, key: PointKey) -> bool:
+        """Whether a point was proposed or told before (cheap: no trace is bound)."""
+        return key in self._seen_points
+
+    def add(self, results: Iterable[Result]) -> None:
+        """Take in measurements; a pair that was told before is ignored."""
+        for candidate, scenario, measurement in results:
+            self.mark(candidate)
+            entry = self._entries.setdefault(candidate.trace.key, Entry(candidate))
+            if scenario.key in entry.seconds or scenario.key not in self._known:
+                continue
+            seconds = measurement.median_s if measurement.ok else math.inf
+            entry.seconds[scenario.key] = seconds
+            self._samples.append(Sample(candidate, scenario, seconds))
+            if seconds < self.best_s(scenario.key):
+                self._best[scenario.key] = (seconds, candidate)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Everything told, in order: what a cost model trains on."""
+        return self._samples
+
+    def best_s(self, scenario_key: str) -> float:
+        """Best time of a scenario in seconds; infinite before the first success."""
+        return self._best[scenario_key][0] if scenario_key in self._best else math.inf
+
+    def best(self, scenario_key: str) -> Candidate | None:
+        """The candidate of `best_s`, or None before the first success."""
+        return self._best[scenario_key][1] if scenario_key in self._best else None
+
+    def elites(self, count: int) -> list[Candidate]:
+        """The best candidates, up to `count` per scenario, each once, best ones first."""
+        found: dict[str, Candidate] = {}
+        ranked = [list(self._fastest(s.key, count)) for s in self.scenarios]
+        for place in range(count):
+            for column in ranked:
+                if place < len(column):
+                    found.setdefault(*column[place])
+        return list(found.values())
+
+    def _fastest(self, scenario_key: str, count: int) -> Iterator[tuple[str, Candidate]]:
+        timed = [
+            (entry.seconds[scenario_key], key)
+            for key, entry in self._entries.items()
+            if math.isfinite(entry.seconds.get(scenario_key, math.inf))
+        ]
+        for _, key in sorted(timed)[:count]:
+            yield key, self._entries[key].candidate
