@@ -146,7 +146,9 @@ def _estimate(sketch: Sketch, name: str, values: Annotation) -> float:
 
 
 def _value(number: Num, values: Annotation) -> int:
-    return values.get(number.name, 1) if isinstance(number, Param) else number
+    if isinstance(number, Param):
+        return values.get(number.name, 1) + number.offset
+    return number
 
 
 def _length(loops: tuple[Factors, ...], values: Annotation) -> float:

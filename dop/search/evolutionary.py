@@ -53,8 +53,9 @@ class Draft:
 class EvolutionaryStrategy(Strategy):
     """Evolves the best measured candidates and random newcomers towards a high predicted gain.
 
-    The order is: the defaults, `warm_up` random ones (half of them hints, if there are any), then
-    batches that the model picked, a share of them random. See docs/search.md.
+    The order is: the defaults, random ones (half of them hints, if there are any) until `warm_up`
+    more than the defaults were measured, then batches that the model picked, a share of them
+    random. See docs/search.md.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class EvolutionaryStrategy(Strategy):
         self.model = model
         self._effort = effort
         self._hints: list[Candidate] = []
-        self._drawn = 0
+        self._warm_until = len(self._defaults) + effort.warm_up
         self._predicted: dict[tuple[str, str], float] = {}
         self._outcomes: list[tuple[str, float, float]] = []
 
@@ -87,7 +88,11 @@ class EvolutionaryStrategy(Strategy):
             self.model.update(self.history.samples)
 
     def hint(self, candidates: Sequence[Candidate]) -> None:
-        """Candidates that did well for a neighbouring workload: they are tried early."""
+        """Candidates that did well for a neighbouring workload.
+
+        They are measured during the warm-up; later they join the first generation, where the
+        model judges them like any other.
+        """
         waiting = {c.trace.key for c in self._hints}
         for candidate in candidates:
             seen = self.history.saw((candidate.sketch.name, candidate.annotation))
@@ -119,14 +124,11 @@ class EvolutionaryStrategy(Strategy):
         return max(_MIN_SIGMA, float(np.sqrt(np.mean(np.square(errors)))))
 
     def _propose(self, n: int) -> list[Candidate]:
-        chosen = self._take_hints(n - n // 2)
-        if self._drawn < self._effort.warm_up or not self.model.trained:
-            drawn = self._newcomers(n - len(chosen))
-            self._drawn += len(drawn) + len(chosen)
-            chosen += drawn
+        if len(self.history) < self._warm_until or not self.model.trained:
+            chosen = self._take_hints(n - n // 2)
+            chosen += self._newcomers(n - len(chosen))
         else:
-            random_share = self._random_share(n)
-            chosen += self._evolved(n - random_share - len(chosen))
+            chosen = self._evolved(n - self._random_share(n))
             chosen += self._newcomers(n - len(chosen))
         self._remember(chosen)
         return chosen
@@ -174,10 +176,11 @@ class EvolutionaryStrategy(Strategy):
         return self._picked(drafts, pool, n)
 
     def _first_generation(self) -> list[Draft]:
-        """Elites, their mutants, and newcomers; each point once."""
+        """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
-        elites = [Draft(c.sketch, c.annotation) for c in self.history.elites(effort.elites)]
-        elites = elites[: effort.population // 2]
+        hints, self._hints = self._hints, []
+        known = [*hints, *self.history.elites(effort.elites)][: effort.population // 2]
+        elites = [Draft(c.sketch, c.annotation) for c in known]
         wanted = int(effort.population * effort.newcomers)
         newcomers = list(self._random_drafts(wanted))
         found = {d.key: d for d in (*elites, *newcomers)}

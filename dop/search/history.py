@@ -81,6 +81,19 @@ class History:
         """The candidate of `best_s`, or None before the first success."""
         return self._best[scenario_key][1] if scenario_key in self._best else None
 
+    def incomplete(self) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
+        """Candidates that lack some scenarios, with these; the best elsewhere come first.
+
+        One that only failed so far is left out: it would fail again.
+        """
+        open_ones = []
+        for place, entry in enumerate(self._entries.values()):
+            missing = tuple(s for s in self.scenarios if s.key not in entry.seconds)
+            ratios = [s / self.best_s(k) for k, s in entry.seconds.items() if math.isfinite(s)]
+            if missing and ratios:
+                open_ones.append((min(ratios), place, entry.candidate, missing))
+        return [(c, missing) for _, _, c, missing in sorted(open_ones, key=lambda o: o[:2])]
+
     def elites(self, count: int) -> list[Candidate]:
         """The best candidates, up to `count` per scenario, each once, best ones first."""
         found: dict[str, Candidate] = {}

@@ -4,7 +4,7 @@ The file is gzip-compressed JSON and holds everything needed to search it again,
 rules that made its sketch have changed:
 
     {"version": 1, "workload": key, "target": {...}, "scenario": key, "sketch": name,
-     "steps": [{"code": "SP", "stage": 2, "lengths": [{"param": "shrink.tile"}], ...}, ...],
+     "steps": [{"code": "SP", "stage": 2, "lengths": [{"param": "shrink.tile", "offset": 0}]}, ...],
      "domains": [[name, kind, [choices], default], ...],
      "estimates": [names],
      "records": [[{parameter: value, ...}, seconds or null, failure, [estimates]], ...]}
@@ -197,7 +197,7 @@ def _step_out(step: Step) -> dict[str, Any]:
 
 def _out(value: object) -> object:
     if isinstance(value, Param):
-        return {"param": value.name}
+        return {"param": value.name, "offset": value.offset}
     return [_out(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -208,7 +208,7 @@ def _step_in(data: Mapping[str, Any]) -> Step:
 
 def _in(value: object) -> object:
     if isinstance(value, Mapping):
-        return Param(str(value["param"]))
+        return Param(str(value["param"]), int(value.get("offset", 0)))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_in(v) for v in value)
     return value

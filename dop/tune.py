@@ -1,0 +1,516 @@
+"""Tuning: the one place where space, search, measurement and log meet.
+
+The loop asks a family's strategy for a batch, has it measured, writes every record the moment it
+arrives, and tells the strategy. It can be stopped at any time; the log is all there is to resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dop.database.jsonl import Log
+from dop.database.record import Record
+from dop.database.wire import Entry
+from dop.effort import QUICK, Effort
+from dop.errors import ConfigError, DopError, Failure, LogError
+from dop.family import Best, Family, FamilyState, adapted, neighbours
+from dop.measure.base import Job, Measurer
+from dop.measurement import Measurement
+from dop.scenario import Scenario
+from dop.search.history import Result
+from dop.space.sketch import Candidate, Space
+from dop.target import Target
+from dop.workload import Workload
+
+__all__ = ["Family", "Note", "Progress", "Provenance", "TaskResult", "TuneResult", "tune"]
+
+DEFAULT_MARK = " (default)"
+"""Follows the sketch's name in the records of untuned defaults."""
+
+_HINTS = 12
+"""Most candidates that a family takes over from its neighbours at once."""
+
+_FOREIGN_WORKLOADS = 6
+"""Neighbouring workloads of the log that are not being tuned, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What every record says about where it came from."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What tuning found for one task; times in seconds, None if nothing worked.
+
+    Attributes:
+        default_s: the untuned heuristic default, measured in the same way.
+        floor_s: bytes that must move over the measured copy bandwidth.
+        accuracy: of the best, max |got - want| / max |want|.
+    """
+
+    workload: Workload
+    scenario: Scenario
+    best: Best | None
+    default_s: float | None
+
+    @property
+    def best_s(self) -> float | None:
+        """Median time of the best."""
+        return self.best.measurement.median_s if self.best else None
+
+    @property
+    def floor_s(self) -> float | None:
+        """The floor beside the best."""
+        return self.best.measurement.floor_s if self.best else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Error of the best against the reference."""
+        return self.best.measurement.accuracy if self.best else None
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyView:
+    """A family in a progress report."""
+
+    workload: Workload
+    trials: int
+    tasks: tuple[TaskResult, ...]
+    spearman: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """State of a run after a record.
+
+    Attributes:
+        trials: candidates built in this run.
+        records: records written in this run.
+        resumed: records of the log that this run started from.
+        left_s: wall time left.
+        failures: records of this run by failure class.
+        current: workload that is being measured.
+    """
+
+    elapsed_s: float
+    left_s: float
+    trials: int
+    records: int
+    resumed: int
+    failures: Mapping[Failure, int]
+    families: tuple[FamilyView, ...]
+    current: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One line a person should read."""
+
+    text: str
+
+
+Event = Progress | Note
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """What a run gave.
+
+    Attributes:
+        progress: the state at the end.
+        interrupted: Ctrl-C ended it; everything measured is in the log.
+        stopped_by: "budget", "trials", "exhausted" or "interrupt".
+    """
+
+    progress: Progress
+    interrupted: bool
+    stopped_by: str
+
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]:
+        """Every task's result, family by family."""
+        return tuple(task for family in self.progress.families for task in family.tasks)
+
+
+def tune(
+    families: Sequence[Family],
+    *,
+    measurer: Measurer,
+    log: Log,
+    budget_s: float | None = None,
+    trials: int | None = None,
+    effort: Effort = QUICK,
+    seed: int = 0,
+    on_event: Callable[[Event], None] | None = None,
+    build: Callable[[Workload, Target], Space] | None = None,
+    provenance: Provenance | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TuneResult:
+    """Tune families until the budget, the trials or the spaces run out.
+
+    Args:
+        families: what to tune; each workload once.
+        measurer: builds, checks and times; it stays open.
+        log: open for appending. Its records of these families count as measured already, those of
+            neighbouring workloads on this device are a warm start.
+        budget_s: wall time in seconds; None takes the effort's.
+        trials: most candidates to build in this run; None takes the effort's, 0 is no bound.
+        effort: all other settings.
+        seed: of the search.
+        on_event: is told about every record and note.
+        build: makes the space of a workload; None takes the rules of dop.space.
+        provenance: goes into every record.
+        clock: seconds that only grow.
+
+    Returns:
+        The best per task, also after Ctrl-C (`interrupted`).
+
+    Raises:
+        LogError: the log belongs to another device, or cannot be written (a full disk): what was
+            written stays whole.
+        ConstraintError: a workload has no valid candidate.
+        MissingDependencyError: the cost model's library is not installed.
+    """
+    run = _Run(
+        measurer,
+        log,
+        effort,
+        seed,
+        budget_s=effort.budget_s if budget_s is None else budget_s,
+        trials=(effort.trials if trials is None else trials) or math.inf,
+        on_event=on_event,
+        build=build or _build_space,
+        provenance=provenance or Provenance(),
+        clock=clock,
+    )
+    try:
+        run.start(families)
+        reason = run.loop()
+    except KeyboardInterrupt:
+        reason = "interrupt"
+    return TuneResult(run.progress(), reason == "interrupt", reason)
+
+
+def _build_space(workload: Workload, target: Target) -> Space:
+    from dop.space.generate import build_space
+
+    return build_space(workload, target)
+
+
+class _Run:
+    """One call of `tune`."""
+
+    def __init__(
+        self,
+        measurer: Measurer,
+        log: Log,
+        effort: Effort,
+        seed: int,
+        *,
+        budget_s: float,
+        trials: float,
+        on_event: Callable[[Event], None] | None,
+        build: Callable[[Workload, Target], Space],
+        provenance: Provenance,
+        clock: Callable[[], float],
+    ) -> None:
+        self.measurer = measurer
+        self.log = log
+        self.effort = effort
+        self.seed = seed
+        self.budget_s = budget_s
+        self.max_trials = trials
+        self.emit = on_event
+        self.build = build
+        self.provenance = provenance
+        self.clock = clock
+        self.began = clock()
+        self.states: list[FamilyState] = []
+        self.foreign: list[tuple[Workload, list[Candidate]]] = []
+        self.failures: Counter[Failure] = Counter()
+        self.trials = 0
+        self.records = 0
+        self.resumed = 0
+        self.current = ""
+        self.cost_s: dict[str, float] = {}
+
+    # Start: spaces, the log's records, neighbours.
+
+    def start(self, families: Sequence[Family]) -> None:
+        """Build the spaces and take in what the log knows."""
+        if not families:
+            raise ConfigError("nothing to tune.", "Give a model and ranks.")
+        if len({f.workload.key for f in families}) != len(families):
+            raise ConfigError("a workload is given twice.", "Join its scenarios in one family.")
+        for warning in self.log.contents.warnings():
+            self._note(warning)
+        _check_device(self.log, families)
+        for family in families:
+            space = self.build(family.workload, family.target)
+            self.states.append(FamilyState.start(family, space, self.effort, self.seed))
+        by_workload: dict[str, list[Entry]] = {}
+        for entry in self.log.entries:
+            by_workload.setdefault(entry.workload_key, []).append(entry)
+        for state in self.states:
+            self._resume(state, by_workload.get(state.family.workload.key, []))
+        if self.resumed:
+            self._note(f"{self.log.path}: continuing after {self.resumed} records.")
+        self.foreign = list(self._foreign(by_workload))
+
+    def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
+        """Tell a family's strategy what the log holds for it."""
+        scenarios = {s.key: s for s in state.family.scenarios}
+        candidates: dict[str, Candidate | None] = {}
+        results: list[Result] = []
+        for entry in entries:
+            scenario = scenarios.get(entry.scenario_key)
+            if scenario is None or not _same_device(entry, state.family.target):
+                continue
+            with contextlib.suppress(DopError):
+                record = entry.record()
+                sketch = record.sketch.removesuffix(DEFAULT_MARK)
+                if entry.trace_key not in candidates:
+                    candidates[entry.trace_key] = state.candidate(record.trace, sketch)
+                candidate = candidates[entry.trace_key]
+                state.observe(record.trace, sketch, scenario, record.measurement)
+                self.resumed += 1
+                if candidate is not None:
+                    results.append((candidate, scenario, record.measurement))
+        if results:
+            state.strategy.tell(results)
+
+    def _foreign(
+        self, by_workload: Mapping[str, list[Entry]]
+    ) -> Iterator[tuple[Workload, list[Candidate]]]:
+        """Best candidates of workloads in the log that are not tuned now, nearest ones only."""
+        tuned = {s.family.workload.key for s in self.states}
+        known: dict[str, Workload] = {}
+        for key in by_workload:
+            if key not in tuned:
+                with contextlib.suppress(DopError):
+                    known[key] = Workload.parse(key)
+        target = self.states[0].family.target
+        near = neighbours(self.states[0].family, list(known.values()))
+        for workload in near[:_FOREIGN_WORKLOADS]:
+            best: dict[str, Entry] = {}
+            for entry in by_workload[workload.key]:
+                held = best.get(entry.scenario_key)
+                usable = entry.ok and _same_device(entry, target)
+                if usable and (held is None or entry.median_s < held.median_s):
+                    best[entry.scenario_key] = entry
+            found = self._matched(workload, target, {e.trace_key: e for e in best.values()})
+            if found:
+                yield workload, found
+
+    def _matched(
+        self, workload: Workload, target: Target, entries: Mapping[str, Entry]
+    ) -> list[Candidate]:
+        found = []
+        with contextlib.suppress(DopError):
+            space = self.build(workload, target) if entries else None
+            for entry in entries.values():
+                if space is not None:
+                    found.append(space.match(entry.record().trace))
+        return found
+
+    # The loop.
+
+    def loop(self) -> str:
+        """Visit families until something runs out; returns what did."""
+        for state in self.states:
+            self._finish_recorded(state)
+        while True:
+            if self.trials >= self.max_trials:
+                return "trials"
+            state = max(self.states, key=lambda s: s.promise(self.effort.patience))
+            if state.promise(self.effort.patience) <= 0:
+                return "exhausted"
+            wanted = self._affordable(state)
+            if wanted < 1:
+                return "budget"
+            self._hint(state)
+            candidates = state.strategy.ask(wanted)
+            if not candidates:
+                state.exhausted = True
+                continue
+            jobs = [(c, state.family.scenarios) for c in candidates]
+            if not self._measure(state, jobs):
+                return "budget"
+
+    def _affordable(self, state: FamilyState) -> int:
+        """Candidates of the next batch that the time and the trials left allow."""
+        wanted = int(min(self.effort.batch, self.max_trials - self.trials))
+        left = self._left_s()
+        if left <= 0:
+            return 0
+        costs = self.cost_s
+        each = costs.get(state.family.workload.key, max(costs.values(), default=0.0))
+        return wanted if each <= 0 else min(wanted, int(left / each))
+
+    def _hint(self, state: FamilyState) -> None:
+        """Offer the best candidates of neighbouring workloads."""
+        pools = {
+            other.family.workload: _bests(other) for other in self.states if other is not state
+        }
+        pools.update(self.foreign)
+        hints: list[Candidate] = []
+        for workload in neighbours(state.family, list(pools)):
+            hints += adapted(state.space, pools[workload])
+        state.strategy.hint(hints[:_HINTS])
+
+    def _finish_recorded(self, state: FamilyState) -> None:
+        """Measure what a stopped run left open: the best candidates under missing scenarios."""
+        jobs = []
+        missing = state.strategy.history.incomplete()
+        for candidate, scenarios in missing[: self.effort.batch]:
+            jobs.append((candidate, scenarios))
+        if jobs and self._affordable(state) > 0:
+            self._measure(state, jobs, counted=False)
+
+    def _measure(
+        self,
+        state: FamilyState,
+        batch: Sequence[tuple[Candidate, tuple[Scenario, ...]]],
+        counted: bool = True,
+    ) -> bool:
+        """Measure a batch and learn from it; False if it had to be dropped at the deadline."""
+        workload = state.family.workload
+        self.current = workload.name
+        if counted:
+            self.trials += len(batch)
+            state.trials += len(batch)
+        by_trace = {c.trace.key: c for c, _ in batch}
+        jobs = [Job(c.trace, workload, scenarios) for c, scenarios in batch]
+        before, began = state.score(), self.clock()
+        results: list[Result] = []
+        answers = iter(self.measurer.measure(jobs))
+        whole = True
+        try:
+            for job, scenario, measurement in answers:
+                candidate = by_trace[job.trace.key]
+                self._keep(state, candidate, scenario, measurement)
+                results.append((candidate, scenario, measurement))
+                if self._left_s() < -self._grace_s():
+                    whole = False
+                    break
+        finally:
+            close = getattr(answers, "close", None)
+            if close is not None:
+                close()
+        state.strategy.tell(results)
+        spent = self.clock() - began
+        old = self.cost_s.get(workload.key)
+        each = spent / len(batch)
+        self.cost_s[workload.key] = each if old is None else 0.5 * (old + each)
+        state.visited(before - state.score(), spent)
+        return whole
+
+    def _keep(
+        self, state: FamilyState, candidate: Candidate, scenario: Scenario, found: Measurement
+    ) -> None:
+        """Write one record before anything else is done with it."""
+        target, sketch = state.family.target, candidate.sketch.name
+        mark = DEFAULT_MARK if state.is_default(candidate.trace.key) else ""
+        record = Record(
+            workload_key=state.family.workload.key,
+            target_key=target.key,
+            hardware_params=target.hardware_params,
+            scenario_key=scenario.key,
+            device_name=target.device_name,
+            trace=candidate.trace,
+            measurement=found,
+            timestamp=int(time.time()),
+            sketch=sketch + mark,
+            versions=self.provenance.versions,
+            seed=self.seed,
+            revision=self.provenance.revision,
+            predicted_s=state.strategy.predicted_s(candidate, scenario),
+        )
+        self.log.append(record)
+        self.records += 1
+        if not found.ok:
+            self.failures[found.failure] += 1
+        state.observe(candidate.trace, sketch, scenario, found)
+        if self.emit is not None:
+            self.emit(self.progress())
+
+    def _left_s(self) -> float:
+        return self.budget_s - (self.clock() - self.began)
+
+    def _grace_s(self) -> float:
+        """How far a batch in flight may overrun before it is dropped."""
+        return min(10.0, 1.0 + 0.05 * self.budget_s)
+
+    # Reporting.
+
+    def _note(self, text: str) -> None:
+        if self.emit is not None:
+            self.emit(Note(text))
+
+    def progress(self) -> Progress:
+        """The state now."""
+        return Progress(
+            elapsed_s=self.clock() - self.began,
+            left_s=max(0.0, self._left_s()),
+            trials=self.trials,
+            records=self.records,
+            resumed=self.resumed,
+            failures=dict(self.failures),
+            families=tuple(_view(state) for state in self.states),
+            current=self.current,
+        )
+
+
+def _view(state: FamilyState) -> FamilyView:
+    tasks = []
+    for scenario in state.family.scenarios:
+        default = state.default.get(scenario.key)
+        best = state.best.get(scenario.key)
+        default_s = default.median_s if default else None
+        tasks.append(TaskResult(state.family.workload, scenario, best, default_s))
+    correlation = state.strategy.rank_correlation()
+    return FamilyView(state.family.workload, state.trials, tuple(tasks), correlation)
+
+
+def _bests(state: FamilyState) -> list[Candidate]:
+    """The best candidate per scenario, each once."""
+    found: dict[str, Candidate] = {}
+    for scenario in state.family.scenarios:
+        best = state.strategy.history.best(scenario.key)
+        if best is not None:
+            found.setdefault(best.trace.key, best)
+    return list(found.values())
+
+
+def _same_device(entry: Entry, target: Target) -> bool:
+    return entry.device_name == target.device_name and entry.target_key == target.key
+
+
+def _check_device(log: Log, families: Sequence[Family]) -> None:
+    """Refuse a log that holds nothing of this device: it was most likely named by mistake.
+
+    Raises:
+        LogError: all its records are of other devices, or of a newer version.
+    """
+    target = families[0].target
+    if log.entries and not any(_same_device(e, target) for e in log.entries):
+        other = log.entries[-1]
+        raise LogError(
+            f"{log.path} was measured on {other.device_name} ({other.target_key}); this is "
+            f"{target.device_name} ({target.key}).",
+            "Give another --log; times of different devices do not compare.",
+        )
+    if log.contents.newer and not log.entries:
+        raise LogError(
+            f"{log.path} was written by a newer version of Dop.",
+            "Upgrade Dop, or give another --log.",
+        )

@@ -1,0 +1,287 @@
+"""The tuning loop: records at once, resume, interrupts, failures, budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import synthetic
+from fake_measurer import FakeMeasurer
+
+from dop.database.jsonl import Log, read_log
+from dop.effort import FULL, QUICK, effort_of
+from dop.errors import ConfigError, Failure, LogError
+from dop.scenario import named
+from dop.target import SM_90
+from dop.tune import DEFAULT_MARK, Family, Note, Progress, tune
+
+HERE = Path(__file__).parent
+SCENARIOS = (named("identical", 1), named("uniform", 32), named("distinct", 128))
+SPACE = synthetic.space()
+FAMILY = Family(synthetic.WORKLOAD, SM_90, SCENARIOS)
+
+
+def run(path: Path, trials: int = 24, measurer: FakeMeasurer | None = None, **options):
+    options.setdefault("families", [FAMILY])
+    families = options.pop("families")
+    measurer = measurer or FakeMeasurer(SPACE)
+    with measurer, Log.open(path) as log:
+        return tune(
+            families,
+            measurer=measurer,
+            log=log,
+            trials=trials,
+            **{"budget_s": 60, "build": lambda w, t: SPACE, **options},
+        )
+
+
+def pairs(path: Path) -> Counter:
+    return Counter((e.workload_key, e.trace_key, e.scenario_key) for e in read_log(path).entries)
+
+
+def test_records_are_complete_and_defaults_come_first(tmp_path):
+    result = run(tmp_path / "log.jsonl", 24)
+    entries = read_log(tmp_path / "log.jsonl").entries
+    assert len(entries) == 24 * len(SCENARIOS) == result.progress.records
+    defaults = [c.trace.key for c in SPACE.defaults()]
+    first = list(dict.fromkeys(e.trace_key for e in entries))[: len(defaults)]
+    assert first == defaults
+    marked = {e.trace_key for e in entries if e.sketch.endswith(DEFAULT_MARK)}
+    assert marked == set(defaults)
+    assert any(e.predicted_s for e in entries)
+    for task in result.tasks:
+        assert task.best_s <= task.default_s
+        fastest = min(e.median_s for e in entries if e.scenario_key == task.scenario.key)
+        assert task.best_s == fastest
+
+
+def test_resume_measures_nothing_twice_and_keeps_everything(tmp_path):
+    path = tmp_path / "log.jsonl"
+    first = run(path, 16)
+    before = path.read_bytes()
+    measurer = FakeMeasurer(SPACE)
+    second = run(path, 16, measurer)
+    assert path.read_bytes().startswith(before)
+    assert second.progress.resumed == first.progress.records
+    assert second.progress.trials == 16
+    assert max(pairs(path).values()) == 1
+    for old, new in zip(first.tasks, second.tasks, strict=True):
+        assert new.best_s <= old.best_s
+        assert new.default_s == old.default_s
+
+
+def test_resume_fills_in_scenarios_that_a_stopped_run_left_open(tmp_path):
+    path = tmp_path / "log.jsonl"
+
+    def stop(count: int) -> None:
+        if count == 10:
+            raise KeyboardInterrupt
+
+    result = run(path, 16, FakeMeasurer(SPACE, before=stop))
+    assert result.interrupted
+    assert result.stopped_by == "interrupt"
+    assert result.progress.records == 10
+    run(path, 16)
+    found = pairs(path)
+    per_trace = Counter(trace for _, trace, _ in found)
+    assert max(found.values()) == 1
+    assert set(per_trace.values()) == {len(SCENARIOS)}
+
+
+def test_kill_9_loses_no_finished_record(tmp_path):
+    path = tmp_path / "log.jsonl"
+    command = [sys.executable, str(HERE / "tune_process.py"), str(path), "20", "10000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (
+            not path.exists() or path.read_bytes().count(b"\n") < 30
+        ):
+            time.sleep(0.02)
+        process.kill()
+    before = path.read_bytes()
+    finished = before.count(b"\n")
+    assert finished >= 30
+    result = run(path, 8)
+    assert result.progress.resumed == finished
+    assert path.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert max(pairs(path).values()) == 1
+    assert not read_log(path).corrupt_count
+
+
+def test_ctrl_c_keeps_the_best_and_ends_cleanly(tmp_path):
+    path = tmp_path / "log.jsonl"
+    command = [sys.executable, str(HERE / "tune_process.py"), str(path), "20", "10000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (
+            not path.exists() or path.read_bytes().count(b"\n") < 12
+        ):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=20)[0]
+        assert process.returncode == 0
+    reason, records = out.split()[1:]
+    assert reason == "interrupt"
+    assert int(records) == len(read_log(path).entries) >= 12
+
+
+@pytest.mark.parametrize("failure", [f for f in Failure if f is not Failure.NONE])
+def test_every_failure_class_is_a_record_and_never_the_best(tmp_path, failure):
+    path = tmp_path / "log.jsonl"
+    clean = run(path, 16)
+    broken = {task.best.trace.key: failure for task in clean.tasks}
+    other = tmp_path / "other.jsonl"
+    result = run(other, 16, FakeMeasurer(SPACE, failing=broken))
+    entries = [e for e in read_log(other).entries if e.trace_key in broken]
+    assert entries
+    assert {e.failure for e in entries} == {failure}
+    assert result.progress.failures[failure] >= len(entries)
+    for task in result.tasks:
+        assert task.best.trace.key not in broken
+        assert task.best.measurement.ok
+
+
+def test_a_space_where_all_fails_has_no_best(tmp_path):
+    everything = {c.trace.key: Failure.BUILD for c in SPACE.defaults()}
+    measurer = FakeMeasurer(SPACE, failing=everything)
+    measurer._answer = lambda job, scenario, key: _failed()  # type: ignore[method-assign]
+    result = run(tmp_path / "log.jsonl", 24, measurer)
+    assert all(task.best is None and task.default_s is None for task in result.tasks)
+    assert result.progress.failures == {Failure.COMPILE: 24 * len(SCENARIOS)}
+
+
+def _failed():
+    from dop.measurement import Measurement
+
+    return Measurement.failed(Failure.COMPILE, "nothing compiles")
+
+
+def test_a_full_disk_is_one_error_and_the_log_stays_whole(tmp_path, monkeypatch):
+    path, real, count = tmp_path / "log.jsonl", os.write, [0]
+
+    def full(descriptor: int, data: bytes) -> int:
+        count[0] += 1
+        if count[0] > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    monkeypatch.setattr("dop.database.jsonl.os.write", full)
+    with pytest.raises(LogError, match="No space left"):
+        run(path, 24)
+    monkeypatch.undo()
+    assert len(read_log(path).entries) == 20
+    assert run(path, 8).progress.resumed == 20
+
+
+def test_the_deadline_is_kept_and_a_late_batch_is_dropped(tmp_path):
+    began = time.monotonic()
+    result = run(tmp_path / "log.jsonl", 10_000, FakeMeasurer(SPACE, delay_s=0.03), budget_s=1.5)
+    assert result.stopped_by == "budget"
+    assert time.monotonic() - began < 4
+    slow = FakeMeasurer(SPACE, delay_s=0.6)
+    result = run(tmp_path / "slow.jsonl", 10_000, slow, budget_s=0.5)
+    assert result.stopped_by == "budget"
+    assert slow.closed_early == 1
+    assert len(read_log(tmp_path / "slow.jsonl").entries) == len(slow.measured)
+
+
+def test_runs_over_the_same_answers_are_the_same(tmp_path):
+    one, two = FakeMeasurer(SPACE), FakeMeasurer(SPACE)
+    run(tmp_path / "1.jsonl", 40, one, seed=5)
+    run(tmp_path / "2.jsonl", 40, two, seed=5)
+    assert one.measured == two.measured
+    three = FakeMeasurer(SPACE)
+    run(tmp_path / "3.jsonl", 40, three, seed=6)
+    assert one.measured != three.measured
+
+
+def test_families_share_the_budget_and_hints(tmp_path):
+    wider = Family(synthetic.WIDER, SM_90, SCENARIOS)
+    measurer = FakeMeasurer(SPACE)
+    result = run(tmp_path / "log.jsonl", 80, measurer, families=[FAMILY, wider])
+    trials = [family.trials for family in result.progress.families]
+    assert sum(trials) == 80
+    assert min(trials) >= 16
+    first = list(dict.fromkeys(workload for workload, _, _ in measurer.measured[:72]))
+    assert len(first) == 2, "both families' defaults come before a second visit"
+
+
+def test_a_neighbour_in_the_log_warms_the_start(tmp_path):
+    path = tmp_path / "log.jsonl"
+    known = run(path, 80)
+    wider = Family(synthetic.WIDER, SM_90, SCENARIOS)
+    measurer = FakeMeasurer(SPACE)
+    run(path, 16, measurer, families=[wider])
+    proposed = {trace for _, trace, _ in measurer.measured}
+    best = {task.best.trace.key for task in known.tasks}
+    assert best & proposed == best
+
+
+def test_the_end_of_a_small_space_ends_the_run(tmp_path):
+    small = dataclasses.replace(
+        SPACE,
+        sketches=(
+            synthetic.sketch(
+                "tiled/staged",
+                {
+                    **synthetic.SMALL,
+                    "tokens.tile": (1,),
+                    "shrink.split_k": (1, 2),
+                    "expand.tile": (64,),
+                },
+            ),
+        ),
+    )
+    result = run(tmp_path / "log.jsonl", 0, FakeMeasurer(small), build=lambda w, t: small)
+    assert result.stopped_by == "exhausted"
+    assert len(pairs(tmp_path / "log.jsonl")) == small.size() * len(SCENARIOS)
+
+
+def test_a_log_of_another_device_is_refused_untouched(tmp_path):
+    path = tmp_path / "log.jsonl"
+    run(path, 8)
+    before = path.read_bytes()
+    elsewhere = Family(
+        synthetic.WORKLOAD, dataclasses.replace(SM_90, device_name="NVIDIA A100"), SCENARIOS
+    )
+    with pytest.raises(LogError, match="was measured on NVIDIA H100") as caught:
+        run(path, 8, families=[elsewhere])
+    assert "another --log" in caught.value.action
+    assert path.read_bytes() == before
+
+
+def test_events_tell_the_state(tmp_path):
+    events: list[object] = []
+    run(tmp_path / "log.jsonl", 40, on_event=events.append)
+    states = [e for e in events if isinstance(e, Progress)]
+    assert [s.records for s in states] == list(range(1, 40 * len(SCENARIOS) + 1))
+    assert states[-1].trials == 40
+    assert states[-1].families[0].spearman is not None
+    assert not [e for e in events if isinstance(e, Note)]
+    bests = [sum(math.log(t.best_s) for t in s.families[0].tasks) for s in states[-60:]]
+    assert bests == sorted(bests, reverse=True)
+    events.clear()
+    run(tmp_path / "log.jsonl", 8, on_event=events.append)
+    assert "continuing after 120 records" in next(e.text for e in events if isinstance(e, Note))
+
+
+def test_what_makes_no_sense_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no scenario"):
+        Family(synthetic.WORKLOAD, SM_90, ())
+    with pytest.raises(ConfigError, match="nothing to tune"):
+        run(tmp_path / "log.jsonl", families=[])
+    with pytest.raises(ConfigError, match="given twice"):
+        run(tmp_path / "log2.jsonl", families=[FAMILY, FAMILY])
+    with pytest.raises(ConfigError, match="effort 'max'"):
+        effort_of("max")
+    assert effort_of("quick") is QUICK
+    assert effort_of("full") is FULL
