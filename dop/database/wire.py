@@ -306,7 +306,7 @@ def _trace_key(steps: list[Any], raw: bytes) -> str:
     """`Trace.key` of a line that `dump` wrote, without building the trace."""
     if raw.count(_STEPS_BEGIN) == 1 and raw.count(_STEPS_END) == 1:
         # The steps' own bytes: writing them anew would cost as much as reading the line did.
-        text = raw[raw.index(_STEPS_BEGIN) + len(_STEPS_BEGIN) - 1 : raw.index(_STEPS_END) + 2]
+        text = raw[raw.index(_STEPS_BEGIN) + len(_STEPS_BEGIN) - 1 : raw.index(_STEPS_END) + 1]
     else:
         text = orjson.dumps(steps)
     if not text.isascii() or b"\x7f" in text:  # what json.dumps escapes and orjson does not
