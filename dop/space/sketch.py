@@ -137,7 +137,8 @@ def _unify(mine: object, given: object, found: dict[str, int]) -> bool:
     if isinstance(mine, Param):
         if not isinstance(given, int):
             return False
-        return found.setdefault(mine.name, given) == given
+        value = given - mine.offset
+        return found.setdefault(mine.name, value) == value
     if isinstance(mine, tuple) and any(isinstance(m, Param) for m in mine):
         values = given if isinstance(given, tuple) else (given,)
         if len(values) != len(mine):

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from dop.errors import TraceError
 from dop.space.step import CacheReadStep, CacheWriteStep, RfactorStep, Step
 
-GATHERS = ("gather_x", "gather_a", "gather_b")
 INITIAL = ("gather_x", "gather_a", "shrink", "gather_b", "expand", "accumulate")
 """The stages before any step, in order of computation."""
+
+TOKEN_AXIS = {"gather_x": 0, "shrink": 1, "expand": 0, "accumulate": 0}
+"""Position of the ragged token axis in the stages that split it into tiles of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Names of the stages, in order of computation."""
+    """Names of the stages, in order of computation, and which of them have a scope already."""
 
     names: tuple[str, ...] = INITIAL
+    scoped: frozenset[str] = frozenset()
 
     def name(self, stage: int) -> str:
         """Name of a stage number.
@@ -45,22 +48,25 @@ class Stages:
     def after(self, step: Step) -> Stages:
         """The list once `step` was applied."""
         new = new_stage(self, step)
+        scoped = self.scoped
+        if isinstance(step, CacheReadStep):
+            scoped |= {self.name(step.stage)}
         if new is None:
-            return self
+            return Stages(self.names, scoped)
         position, name = new
-        return Stages((*self.names[:position], name, *self.names[position:]))
+        return Stages((*self.names[:position], name, *self.names[position:]), scoped)
 
 
 def new_stage(stages: Stages, step: Step) -> tuple[int, str] | None:
     """Position and name of the stage that a step adds, or None.
 
-    RF puts the partial results before the stage, CHW the copy behind it. CHR of a gather only
-    moves the gather's result to the scope; of another stage it adds the copy behind it.
+    RF puts the partial results before the stage, CHW the copy behind it. The first CHR of a stage
+    only moves its result to the scope, where its readers find it; a further one adds a copy behind.
     """
     if isinstance(step, RfactorStep):
         return step.stage, f"{stages.name(step.stage)}_rf"
     if isinstance(step, CacheWriteStep):
         return step.stage + 1, f"{stages.name(step.stage)}_out"
-    if isinstance(step, CacheReadStep) and stages.name(step.stage) not in GATHERS:
+    if isinstance(step, CacheReadStep) and stages.name(step.stage) in stages.scoped:
         return step.stage + 1, f"{stages.name(step.stage)}_in"
     return None

@@ -1,0 +1,392 @@
+"""A trace, step by step, as scheduling of the TensorIR program.
+
+Every step kind is one function on `Application`. What TensorIR needs beyond the fourteen kinds is
+implied by a step or rides on a pragma (PR):
+
+- The first CHR of a stage gives its result a scope (set_scope); a further one is a cache_read.
+- AN tensorize first makes the loop's subtree a block of its own where the intrinsic needs it.
+- PR decompose_reduction: the loop in front of which the accumulator is cleared.
+- PR pipeline_depth: software pipeline over the loop with that many stages; copies into shared
+  memory become asynchronous (cp.async).
+- PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
+- PR pack_k of shrink: the k axis of gather_x, gather_a and shrink is (group, lane, element) from the
+  start, so that one lane's part of it is a box (regions of CA are boxes).
+
+A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
+and accumulate, chooses the tile form of the program; without it the program has the row form.
+Stages must be placed: each intermediate stage needs exactly one of CI, CA or CR.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import s_tir
+from tvm.s_tir.stmt import SBlock
+from tvm.script import from_source
+from tvm.script import tirx as T
+
+from dop.errors import BuildError, TraceError
+from dop.lowering.program import Program
+from dop.space.stages import TOKEN_AXIS, Stages, new_stage
+from dop.space.step import (
+    ANNOTATIONS,
+    AnnotationStep,
+    CacheReadStep,
+    CacheWriteStep,
+    ComputeAtStep,
+    ComputeInlineStep,
+    ComputeRootStep,
+    FollowFusedSplitStep,
+    FollowSplitStep,
+    FuseStep,
+    Num,
+    PragmaStep,
+    ReorderStep,
+    RfactorStep,
+    SplitStep,
+    Step,
+    StorageAlignStep,
+)
+from dop.space.trace import Trace
+from dop.workload import Workload
+
+PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
+PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
+MAX_TILE_ROWS = 256
+
+
+def prologue(trace: Trace) -> tuple[int, int]:
+    """Rows per tile that the trace's first steps ask for (0: row form), and how many those are.
+
+    Raises:
+        TraceError: a split of the token axis that the other stages do not follow.
+    """
+    first = trace.steps[0] if trace.steps else None
+    if not (isinstance(first, SplitStep) and first.stage == 0 and first.iter == 0):
+        return 0, 0
+    if len(first.lengths) != 1 or not isinstance(first.lengths[0], int):
+        raise TraceError("the token axis is split once, by the rows of a tile.")
+    rows = first.lengths[0]
+    if not 1 <= rows <= MAX_TILE_ROWS:
+        raise TraceError(f"tiles of {rows} rows.", f"Use 1 to {MAX_TILE_ROWS}.")
+    names = Stages().names
+    wanted = {(names.index(s), axis) for s, axis in TOKEN_AXIS.items() if s != "gather_x"}
+    followers = trace.steps[1 : 1 + len(wanted)]
+    given = {(s.stage, s.iter) for s in followers if isinstance(s, FollowSplitStep)}
+    if given != wanted or any(getattr(s, "src_step", 0) != 0 for s in followers):
+        raise TraceError("shrink, expand and accumulate must follow the token split (FSP).")
+    return rows, 1 + len(wanted)
+
+
+@dataclass
+class Application:
+    """A schedule under construction: the program, TVM's schedule and the stage list."""
+
+    program: Program
+    trace: Trace
+    schedule: Any
+    stages: Stages = field(default_factory=Stages)
+    placed: dict[str, str] = field(default_factory=dict)
+    async_copy: bool = False
+
+    @staticmethod
+    def start(workload: Workload, trace: Trace) -> tuple[Application, int]:
+        """The unscheduled program in the form that the prologue asks for, and the number of
+        prologue steps (they are done)."""
+        rows, done = prologue(trace)
+        program = Program(workload, rows, _packing(trace))
+        func = from_source(program.source(), extra_vars={"T": T})
+        return Application(program, trace, s_tir.Schedule(func, debug_mask=0)), done
+
+    def run(self, begin: int, end: int | None = None) -> None:
+        """Applies steps [begin, end).
+
+        Raises:
+            TraceError: a step does not fit; the message names its position.
+        """
+        for position, step in enumerate(self.trace.steps[begin:end], start=begin):
+            try:
+                self.apply(step)
+            except TraceError as error:
+                raise TraceError(f"step {position} ({step.code}): {error}") from error
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                raise TraceError(f"step {position} ({step.code}): {_reason(error)}") from error
+            except Exception as error:
+                raise BuildError(f"step {position} ({step.code}): {_reason(error)}") from error
+
+    def apply(self, step: Step) -> None:
+        """Applies one step."""
+        _APPLY[type(step)](self, step)
+        self.stages = self.stages.after(step)
+
+    def check_placed(self) -> None:
+        """Checks that every intermediate stage was placed.
+
+        Raises:
+            TraceError: a stage has no CI, CA or CR.
+        """
+        for name in PLACED_STAGES:
+            if name not in self.placed:
+                raise TraceError(f"stage {name} is not placed.", "It needs CI, CA or CR.")
+
+    def block(self, stage: int) -> Any:
+        """TVM's block of a stage number."""
+        return self.schedule.get_sblock(self.stages.name(stage))
+
+    def loops(self, stage: int) -> list[Any]:
+        """Loops of a stage, outermost first."""
+        return list(self.schedule.get_loops(self.block(stage)))
+
+    def loop(self, stage: int, position: Num) -> Any:
+        """One loop of a stage.
+
+        Raises:
+            TraceError: the stage has fewer loops, or the position is still open.
+        """
+        if not isinstance(position, int):
+            raise TraceError(f"loop position {position} is still open.")
+        loops = self.loops(stage)
+        if position >= len(loops):
+            name = self.stages.name(stage)
+            raise TraceError(f"{name} has {len(loops)} loops, no loop {position}.")
+        return loops[position]
+
+
+def _split(app: Application, step: SplitStep) -> None:
+    lengths = [int(n) for n in step.lengths if isinstance(n, int)]
+    _do_split(app, step.stage, step.iter, lengths, step.inner_to_outer)
+
+
+def _do_split(app: Application, stage: int, loop: Num, lengths: list[int], inner: bool) -> None:
+    factors = [None, *lengths] if inner else [*lengths, None]
+    app.schedule.split(app.loop(stage, loop), factors, preserve_unit_iters=True)
+
+
+def _source_split(app: Application, position: int) -> SplitStep:
+    steps = app.trace.steps
+    source = steps[position] if position < len(steps) else None
+    if not isinstance(source, SplitStep):
+        raise TraceError(f"step {position} is no SP to follow.")
+    return source
+
+
+def _follow_split(app: Application, step: FollowSplitStep) -> None:
+    source = _source_split(app, step.src_step)
+    lengths = [int(n) for n in source.lengths if isinstance(n, int)]
+    if step.n_split < len(lengths):
+        keep = step.n_split - 1
+        lengths = [*lengths[:keep], math.prod(lengths[keep:])]
+    _do_split(app, step.stage, step.iter, lengths, source.inner_to_outer)
+
+
+def _follow_fused_split(app: Application, step: FollowFusedSplitStep) -> None:
+    factor = 1
+    for position in step.src_steps:
+        lengths = _source_split(app, position).lengths
+        if step.level >= len(lengths):
+            raise TraceError(f"step {position} has no length {step.level}.")
+        length = lengths[step.level]
+        factor *= length if isinstance(length, int) else 1
+    _do_split(app, step.stage, step.iter, [factor], step.factor_or_nparts)
+
+
+def _fuse(app: Application, step: FuseStep) -> None:
+    loops = [app.loop(step.stage, i) for i in step.iters]
+    app.schedule.fuse(*loops, preserve_unit_iters=True)
+
+
+def _reorder(app: Application, step: ReorderStep) -> None:
+    loops = app.loops(step.stage)
+    if len(step.order) != len(loops):
+        raise TraceError(f"{len(step.order)} loops reordered, the stage has {len(loops)}.")
+    moved = [p for p, old in enumerate(step.order) if p != old]
+    if moved:
+        app.schedule.reorder(*(loops[step.order[p]] for p in range(moved[0], moved[-1] + 1)))
+
+
+def _annotate(app: Application, step: AnnotationStep) -> None:
+    kind = ANNOTATIONS[step.annotation]
+    loop, schedule = app.loop(step.stage, step.iter), app.schedule
+    if kind == "unroll":
+        schedule.unroll(loop)
+    elif kind == "vectorize":
+        schedule.vectorize(loop)
+    elif kind == "parallel":
+        schedule.parallel(loop)
+    elif kind == "tensorize":
+        from dop.lowering.intrinsics import register
+
+        register()
+        schedule.tensorize(loop, step.intrinsic)
+    elif kind != "none":
+        schedule.bind(loop, kind)
+
+
+def _pragma(app: Application, step: PragmaStep) -> None:
+    schedule, name = app.schedule, step.name
+    if name == "decompose_reduction":
+        schedule.decompose_reduction(app.block(step.stage), app.loop(step.stage, step.iter))
+    elif name == "pipeline_depth":
+        _pipeline(app, step)
+    elif name == "pack_k":
+        # The program was rendered so; a second, different one would be ignored silently.
+        if step.value != app.program.pack:
+            raise TraceError("the k axis is packed once.")
+    elif name in PRAGMAS:
+        value = int(step.value) if isinstance(step.value, int) else str(step.value)
+        schedule.annotate(app.loop(step.stage, step.iter), f"pragma_{name}", value)
+    else:
+        raise TraceError(f"pragma {name!r} is unknown.")
+
+
+def _pipeline(app: Application, step: PragmaStep) -> None:
+    """Two copies in front of one consumer: the copies run depth - 1 iterations ahead."""
+    if not isinstance(step.value, int):
+        raise TraceError("pipeline_depth wants a number.")
+    if step.value < 2:
+        return
+    loop = app.loop(step.stage, step.iter)
+    app.schedule.annotate(loop, "software_pipeline_stage", [0, 0, step.value - 1])
+    app.schedule.annotate(loop, "software_pipeline_order", [0, 1, 2])
+    app.schedule.annotate(loop, "software_pipeline_async_stages", [0])
+    app.async_copy = True
+
+
+def _packing(trace: Trace) -> tuple[int, int] | None:
+    """Lanes and vector that the trace's pack_k asks for."""
+    for step in trace.steps:
+        if isinstance(step, PragmaStep) and step.name == "pack_k":
+            value = step.value
+            if not (isinstance(value, tuple) and len(value) == 2 and all(value)):
+                raise TraceError("pack_k wants lanes,vector.")
+            lanes, vector = (n for n in value if isinstance(n, int))
+            return lanes, vector
+    return None
+
+
+def _storage_align(app: Application, step: StorageAlignStep) -> None:
+    app.schedule.storage_align(
+        app.block(step.stage), 0, axis=step.iter, factor=step.factor, offset=step.offset
+    )
+
+
+def _place(app: Application, stage: int, how: str) -> None:
+    name = app.stages.name(stage)
+    if app.placed.get(name) == "CI":
+        raise TraceError(f"stage {name} is inlined already.")
+    app.placed[name] = how
+
+
+def _compute_at(app: Application, step: ComputeAtStep) -> None:
+    schedule = app.schedule
+    block, loop = app.block(step.stage), app.loop(step.target_stage, step.target_iter)
+    _place(app, step.stage, "CA")
+    if step.stage > step.target_stage:
+        schedule.reverse_compute_at(block, loop, preserve_unit_loops=True)
+    else:
+        schedule.compute_at(block, loop, preserve_unit_loops=True)
+
+
+def _compute_inline(app: Application, step: ComputeInlineStep) -> None:
+    app.schedule.compute_inline(app.block(step.stage))
+    _place(app, step.stage, "CI")
+
+
+def _compute_root(app: Application, step: ComputeRootStep) -> None:
+    app.schedule.set_scope(app.block(step.stage), 0, "global")
+    _place(app, step.stage, "CR")
+
+
+def _cache_read(app: Application, step: CacheReadStep) -> None:
+    schedule, name = app.schedule, app.stages.name(step.stage)
+    if name not in app.stages.scoped:
+        schedule.set_scope(app.block(step.stage), 0, step.scope)
+        return
+    if len(step.reader_stages) != 1:
+        raise TraceError("a second CHR of a stage wants one reader.")
+    reader = app.block(step.reader_stages[0])
+    written = schedule.get(app.block(step.stage)).writes[0].source.name
+    copy = schedule.cache_read(reader, written, step.scope)
+    _rename(app, copy, step)
+
+
+def _cache_write(app: Application, step: CacheWriteStep) -> None:
+    copy = app.schedule.cache_write(app.block(step.stage), 0, step.scope)
+    _rename(app, copy, step)
+
+
+def _rfactor(app: Application, step: RfactorStep) -> None:
+    part = app.schedule.rfactor(app.loop(step.stage, step.iter), step.factor_iter)
+    _rename(app, part, step)
+
+
+def _rename(app: Application, block: Any, step: Step) -> None:
+    """Checks that TVM named a new block as stages.py does, or renames it."""
+    new = new_stage(app.stages, step)
+    if new is None:
+        raise TraceError("the step adds no stage.")
+    current = app.schedule.get(block).name_hint
+    if current != new[1]:
+        _rename_block(app, block, new[1])
+
+
+def _rename_block(app: Application, block: Any, name: str) -> None:
+    schedule = app.schedule
+    old = schedule.get(block)
+    new = SBlock(
+        old.iter_vars,
+        old.reads,
+        old.writes,
+        name,
+        old.body,
+        old.init,
+        old.alloc_buffers,
+        old.match_buffers,
+        old.annotations,
+    )
+    schedule.state.replace(schedule.get_sref(block), new, {old: new})
+
+
+_APPLY: dict[type[Step], Any] = {
+    SplitStep: _split,
+    FollowSplitStep: _follow_split,
+    FollowFusedSplitStep: _follow_fused_split,
+    FuseStep: _fuse,
+    ReorderStep: _reorder,
+    AnnotationStep: _annotate,
+    PragmaStep: _pragma,
+    StorageAlignStep: _storage_align,
+    ComputeAtStep: _compute_at,
+    ComputeInlineStep: _compute_inline,
+    ComputeRootStep: _compute_root,
+    CacheReadStep: _cache_read,
+    CacheWriteStep: _cache_write,
+    RfactorStep: _rfactor,
+}
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a TVM message that says what is wrong (they print whole modules)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for mark in ("Error message", "Check failed", "Error:", "error:"):
+        for line in lines:
+            if mark in line:
+                return line[:300]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def apply_trace(workload: Workload, trace: Trace, upto: int | None = None) -> Application:
+    """The schedule after the first `upto` steps of a trace (all of them by default).
+
+    Raises:
+        TraceError: a step is malformed or does not fit the program.
+        BuildError: TVM refused a step.
+    """
+    app, done = Application.start(workload, trace)
+    app.run(done, upto)
+    if upto is None:
+        app.check_placed()
+    return app

@@ -1,0 +1,56 @@
+"""TVM's CUDA text made ready to ship: guarded, with 64-bit weight offsets, honest about aliasing."""
+
+from __future__ import annotations
+
+import re
+
+from dop.errors import BuildError
+from dop.lowering.program import Program
+
+_HEAD = re.compile(
+    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\)\s*(\{|;)'
+)
+
+
+def signatures(source: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Kernels defined in the source with the names of their parameters, in order."""
+    found = []
+    for match in _HEAD.finditer(source):
+        if match[3] == "{":
+            parameters = [p.split()[-1].lstrip("*") for p in match[2].split(",") if p.strip()]
+            found.append((match[1], tuple(re.sub(r"_ptr$", "", p) for p in parameters)))
+    return found
+
+
+def finish(source: str, program: Program, kernels: tuple[str, ...]) -> str:
+    """The source with what TVM cannot express.
+
+    - Kernels return at once for tiles without rows (tokens without adapter): the grid depends on
+      the token count only, so there are such tiles.
+    - Offsets into weight stacks are computed in 64 bits.
+    - y and y_in are one array, so neither is __restrict__; every element is read and written by
+      one thread only.
+
+    Raises:
+        BuildError: the text is not of the form that these edits expect.
+    """
+    slot = f"{program.slot_table}_ptr"
+    if re.search(r"\bint v_\d* = .*_shift", source):
+        raise BuildError("a weight load is neither a vector nor a scalar.", "Use another width.")
+    source = re.sub(r"\bint ([ab]\d_shift)\b", r"long long \1", source)
+    source = re.sub(rf"(?<!\w){slot}\[", f"(long long){slot}[", source)
+    source = re.sub(r"\* __restrict__ (y_ptr|y_in_ptr)", r"* \1", source)
+    table, empty = (slot, "< 0") if not program.tile_rows else ("tile_rows_ptr", "<= 0")
+    for name in kernels:
+        source = _guard(source, name, f"  if ({table}[blockIdx.x] {empty}) return;\n")
+    return source
+
+
+def _guard(source: str, kernel: str, guard: str) -> str:
+    for match in _HEAD.finditer(source):
+        if match[1] == kernel and match[3] == "{":
+            table = guard[guard.index("(") + 1 : guard.index("[")]
+            if f" {table}" not in match[2]:
+                raise BuildError(f"kernel {kernel} does not take {table}.")
+            return source[: match.end()] + "\n" + guard + source[match.end() :].lstrip("\n")
+    raise BuildError(f"kernel {kernel} is not in the source.")

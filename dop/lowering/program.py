@@ -1,0 +1,262 @@
+"""SGMV before any scheduling, as TensorIR.
+
+The program is rendered as TVMScript text, so that a person can read what is scheduled. Six stages:
+
+    gather_x    xg[t, i, k]    = x[row(t, i), k]
+    gather_a    ag[s, t, r, k] = A_s[slot(t), r, k]
+    shrink      v[s, t, i, r]  = sum_k xg * ag                      (fp32)
+    gather_b    bg[t, n, r]    = B_s(n)[slot(t), n - offset, r]
+    expand      d[t, i, n]     = sum_r v[s(n), t, i, r] * bg        (fp32)
+    accumulate  y[row(t, i), n] = y_in[row(t, i), n] + d
+
+Tokens, tiles and slots are symbolic: one binary serves every batch. Two forms:
+
+- row form (tile_rows = 0): tile t is token t, i has extent 1 and `token_slot` names its adapter;
+  rows of tokens without adapter (-1) must be skipped by the kernel (codegen guards its entry).
+- tile form: tile t is up to `tile_rows` rows of one segment: `row_index[tile_row0[t] + i]` for
+  i < `tile_rows[t]`; rows behind that read as zero and are not written.
+
+The weight stacks of all slices are addressed from the first slice's: `a` is A_0 as a flat array and
+A_s begins `a{s}_shift` groups of 16 bytes behind it (the stacks are separate allocations). So a
+slice is a number and not a branch, and loads stay vectors. Offsets are 32 bits wide here; codegen
+widens them to 64 bits in CUDA source (on a CPU the caller keeps the stacks within 32 GB).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dop.workload import Workload
+
+TABLES_ROW = ("token_slot",)
+TABLES_TILE = ("tile_slot", "tile_row0", "tile_rows", "row_index")
+
+
+def shift_names(slices: int) -> tuple[str, ...]:
+    """Names of the scalar arguments that locate the stacks of slices 1 and up."""
+    return tuple(f"{stack}{s}_shift" for stack in "ab" for s in range(1, slices))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A workload in one of the two forms.
+
+    Attributes:
+        workload: shapes and types.
+        tile_rows: rows of a tile; 0 for the row form.
+        pack: (lanes, vector) if the k axis is written as (group, lane, element), else None.
+    """
+
+    workload: Workload
+    tile_rows: int
+    pack: tuple[int, int] | None = None
+
+    @property
+    def _k(self) -> tuple[dict[str, int | str], str, str]:
+        """The k axis: its loops, the index in gathered buffers and the column of x and A."""
+        k = self.workload.in_features
+        if self.pack is None:
+            return {"k": k}, "vk", "vk"
+        lanes, vector = self.pack
+        groups = -(-k // (lanes * vector))
+        column = f"vg * {lanes * vector} + vl * {vector} + ve"
+        return {"g": groups, "l": lanes, "e": vector}, "vg, vl, ve", column
+
+    @property
+    def _k_guard(self) -> str:
+        """Condition under which a packed element exists, or nothing if all do. It is the same for
+        all elements of a vector, so that loads stay vectors."""
+        if self.pack is None or self.workload.in_features % math.prod(self.pack) == 0:
+            return ""
+        lanes, vector = self.pack
+        inner = f"vg * {lanes * vector} + vl * {vector}"
+        if self.workload.in_features % vector:
+            inner += " + ve"
+        return f"{inner} < {self.workload.in_features}"
+
+    @property
+    def rows(self) -> int:
+        """Extent of the row axis i."""
+        return max(self.tile_rows, 1)
+
+    @property
+    def tiles(self) -> str:
+        """Name of the symbolic number of tiles."""
+        return "tiles" if self.tile_rows else "tokens"
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Index arguments, int32."""
+        return TABLES_TILE if self.tile_rows else TABLES_ROW
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensor arguments in order; a and b are the first slice's stacks."""
+        return ("x", "a", "b", *self.tables, "y_in", "y")
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """Scalar arguments (int32 here, int64 in CUDA source) behind the tensors: distance of the other slices' stacks from
+        the first one's, in groups of 16 bytes."""
+        return shift_names(self.workload.slices)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """All arguments in order."""
+        return (*self.tensors, *self.shifts)
+
+    @property
+    def slot_table(self) -> str:
+        """Name of the table that holds each tile's slot."""
+        return self.tables[0]
+
+    def source(self) -> str:
+        """The program as TVMScript (without imports; T is tvm.script.tirx)."""
+        lines = [
+            "@T.prim_func(s_tir=True)",
+            f"def main({', '.join(self._parameters())}):",
+            '    T.func_attr({"global_symbol": "main", "tirx.noalias": True})',
+            "    tokens = T.int32()",
+            "    a_size = T.int32()",
+            "    b_size = T.int32()",
+        ]
+        if self.tile_rows:
+            lines.append("    tiles = T.int32()")
+        lines += [f"    {line}" for line in self._buffers()]
+        for stage in (
+            self._gather_x(),
+            self._gather_a(),
+            self._shrink(),
+            self._gather_b(),
+            self._expand(),
+            self._accumulate(),
+        ):
+            lines += [f"    {line}" for line in stage]
+        return "\n".join(lines) + "\n"
+
+    def _parameters(self) -> list[str]:
+        tensors = [f"{name}_h: T.handle" for name in self.tensors]
+        return tensors + [f"{name}: T.int32" for name in self.shifts]
+
+    def _buffers(self) -> list[str]:
+        w, dtype, t = self.workload, self.workload.dtype, self.tiles
+        shapes = {"x": (f"tokens, {w.in_features}", dtype)}
+        shapes |= {"a": ("a_size,", dtype), "b": ("b_size,", dtype)}
+        for table in self.tables:
+            shapes[table] = ("tokens," if table == "row_index" else f"{t},", "int32")
+        shapes["y_in"] = shapes["y"] = (f"tokens, {w.total_out}", dtype)
+        matched = [
+            f'{name} = T.match_buffer({name}_h, ({shapes[name][0]}), "{shapes[name][1]}")'
+            for name in self.tensors
+        ]
+        k = ", ".join(map(str, self._k[0].values()))
+        inner = {
+            "xg": (f"{t}, {self.rows}, {k}", dtype),
+            "ag": (f"{w.slices}, {t}, {w.rank}, {k}", dtype),
+            "v": (f"{w.slices}, {t}, {self.rows}, {w.rank}", "float32"),
+            "bg": (f"{t}, {w.total_out}, {w.rank}", dtype),
+            "d": (f"{t}, {self.rows}, {w.total_out}", "float32"),
+        }
+        allocated = [
+            f'{name} = T.sblock_alloc_buffer(({shape}), "{kind}")'
+            for name, (shape, kind) in inner.items()
+        ]
+        return matched + allocated
+
+    @property
+    def _row(self) -> str:
+        return "row_index[tile_row0[vt] + vi]" if self.tile_rows else "vt"
+
+    def _gather_x(self) -> list[str]:
+        w = self.workload
+        loops, index, column = self._k
+        guards = [self._k_guard] if self._k_guard else []
+        if self.tile_rows:
+            guards.append("vi < tile_rows[vt]")
+        value = f"x[{self._row}, {column}]"
+        for guard in guards:
+            value = f'T.if_then_else({guard}, {value}, T.cast(0, "{w.dtype}"))'
+        axes = {"t": self.tiles, "i": self.rows, **loops}
+        return _stage("gather_x", axes, "S" * len(axes), [f"xg[vt, vi, {index}] = {value}"])
+
+    def _stack(self, name: str, begin: dict[int, str], offset: str, sizes: list[int]) -> str:
+        """Element of a weight stack: the slice's begin, the slot's matrix, the offset in it.
+
+        Factors of 8 stay visible behind every choice, so that TVM sees aligned vector loads.
+        """
+        unit = math.gcd(8, *sizes)
+        shift, size = "0", str(sizes[0] // unit)
+        for s, condition in begin.items():
+            shift = f"T.Select({condition}, {name}{s}_shift, {shift})"
+            if sizes[s] != sizes[0]:
+                size = f"T.Select({condition}, {sizes[s] // unit}, {size})"
+        first = f"{shift} * {16 // self.workload.element_bytes} + " if begin else ""
+        return f"{name}[{first}{self.slot_table}[vt] * {size} * {unit} + {offset}]"
+
+    def _gather_a(self) -> list[str]:
+        w = self.workload
+        begin = {s: f"vs >= {s}" for s in range(1, w.slices)}
+        loops, index, column = self._k
+        sizes = [w.rank * w.in_features] * w.slices
+        value = self._stack("a", begin, f"(vr * {w.in_features} + {column})", sizes)
+        if self._k_guard:
+            value = f'T.if_then_else({self._k_guard}, {value}, T.cast(0, "{w.dtype}"))'
+        axes = {"s": w.slices, "t": self.tiles, "r": w.rank, **loops}
+        return _stage("gather_a", axes, "S" * len(axes), [f"ag[vs, vt, vr, {index}] = {value}"])
+
+    def _shrink(self) -> list[str]:
+        w = self.workload
+        loops, index, _ = self._k
+        axes: dict[str, int | str] = {
+            "s": w.slices,
+            "t": self.tiles,
+            "i": self.rows,
+            "r": w.rank,
+            **loops,
+        }
+        x, a = f"xg[vt, vi, {index}]", f"ag[vs, vt, vr, {index}]"
+        product = f'T.cast({x}, "float32") * T.cast({a}, "float32")'
+        kinds = "SSSS" + "R" * len(loops)
+        return _stage("shrink", axes, kinds, _sum("v[vs, vt, vi, vr]", product))
+
+    def _gather_b(self) -> list[str]:
+        w = self.workload
+        begin = {s: f"vn >= {o}" for s, o in enumerate(w.offsets) if s}
+        first = "0"
+        for s in range(1, w.slices):
+            first = f"T.Select({begin[s]}, {w.offsets[s]}, {first})"
+        sizes = [width * w.rank for width in w.out_features]
+        value = self._stack("b", begin, f"((vn - {first}) * {w.rank} + vr)", sizes)
+        axes = {"t": self.tiles, "n": w.total_out, "r": w.rank}
+        return _stage("gather_b", axes, "SSS", [f"bg[vt, vn, vr] = {value}"])
+
+    def _expand(self) -> list[str]:
+        w = self.workload
+        slice_of = " + ".join(f'T.cast(vn >= {o}, "int32")' for o in w.offsets[1:]) or "0"
+        axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": w.rank}
+        product = f'v[{slice_of}, vt, vi, vr] * T.cast(bg[vt, vn, vr], "float32")'
+        return _stage("expand", axes, "SSSR", _sum("d[vt, vi, vn]", product))
+
+    def _accumulate(self) -> list[str]:
+        w, row = self.workload, self._row
+        total = f'T.cast(y_in[{row}, vn], "float32") + d[vt, vi, vn]'
+        body = [f'y[{row}, vn] = T.cast({total}, "{w.dtype}")']
+        if self.tile_rows:
+            body = ["if vi < tile_rows[vt]:", f"    {body[0]}"]
+        axes = {"t": self.tiles, "i": self.rows, "n": w.total_out}
+        return _stage("accumulate", axes, "SSS", body)
+
+
+def _stage(name: str, axes: dict[str, int | str], kinds: str, body: list[str]) -> list[str]:
+    loops = ", ".join(axes)
+    return [
+        f"for {loops} in T.grid({', '.join(map(str, axes.values()))}):",
+        f'    with T.sblock("{name}"):',
+        f'        {", ".join(f"v{a}" for a in axes)} = T.axis.remap("{kinds}", [{loops}])',
+        *(f"        {line}" for line in body),
+    ]
+
+
+def _sum(target: str, product: str) -> list[str]:
+    return ["with T.init():", f"    {target} = T.float32(0)", f"{target} = {target} + {product}"]
