@@ -1,0 +1,189 @@
+"""A built candidate: a binary and what is needed to run it. Neither TVM nor torch is imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import CodeType
+from typing import Protocol
+
+from dop.errors import BuildError
+
+SCALARS = ("tokens", "tiles", "slots")
+"""Numbers of a batch that every entry takes, in this order."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; `grid` holds expressions over tokens and tiles, see `evaluate`."""
+
+    name: str
+    grid: tuple[str, str, str]
+    block: tuple[int, int, int]
+    dynamic_smem_bytes: int
+    arguments: tuple[str, ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return self.block[0] * self.block[1] * self.block[2]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A workspace: `elements` is an expression over tokens and tiles."""
+
+    name: str
+    dtype: str
+    elements: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A binary and how to call it.
+
+    Attributes:
+        kind: "cuda" (binary is a cubin) or "cpu" (a shared library, entry `dop_run`).
+        workload_key: `Workload.key` of what it computes.
+        tile_rows: rows per tile of the plan it takes, 0 for the row form.
+        arguments: tensors in order.
+        launches: kernels in order (CUDA).
+        workspaces: what the launches share (CUDA).
+        binary: the cubin or the library.
+        source: generated code, for people and exports.
+        resources: figures of the build, e.g. code_bytes.
+    """
+
+    kind: str
+    workload_key: str
+    tile_rows: int
+    arguments: tuple[str, ...]
+    launches: tuple[Launch, ...]
+    workspaces: tuple[Buffer, ...]
+    binary: bytes
+    source: str
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+class _LaunchLike(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def grid(self) -> tuple[str, str, str]: ...
+    @property
+    def block(self) -> tuple[int, int, int]: ...
+    @property
+    def dynamic_smem_bytes(self) -> int: ...
+    @property
+    def arguments(self) -> tuple[str, ...]: ...
+
+
+class _BufferLike(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def elements(self) -> str: ...
+
+
+class GeneratedLike(Protocol):
+    """What a builder needs of `dop.lowering.codegen.Generated`, without importing TVM."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def workload_key(self) -> str: ...
+    @property
+    def tile_rows(self) -> int: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def kernels(self) -> Sequence[_LaunchLike]: ...
+    @property
+    def workspaces(self) -> Sequence[_BufferLike]: ...
+    @property
+    def object_code(self) -> bytes: ...
+    @property
+    def arguments(self) -> tuple[str, ...]: ...
+
+
+def pack(code: GeneratedLike, binary: bytes, resources: Mapping[str, float]) -> Artifact:
+    """Artifact of generated code and its binary."""
+    return Artifact(
+        code.kind,
+        code.workload_key,
+        code.tile_rows,
+        tuple(code.arguments),
+        tuple(
+            Launch(k.name, k.grid, k.block, k.dynamic_smem_bytes, tuple(k.arguments))
+            for k in code.kernels
+        ),
+        tuple(Buffer(w.name, w.dtype, w.elements) for w in code.workspaces),
+        binary,
+        code.source,
+        dict(resources),
+    )
+
+
+_NODES = (
+    ast.Expression,
+    ast.BinOp,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.FloorDiv,
+)
+
+
+@cache
+def _compiled(expression: str) -> CodeType:
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise BuildError(f"{expression!r} is not a launch expression.") from error
+    if not all(isinstance(node, _NODES) for node in ast.walk(tree)):
+        raise BuildError(f"{expression!r} is not a launch expression.")
+    return compile(tree, "<launch>", "eval")
+
+
+def evaluate(expression: str, *, tokens: int, tiles: int) -> int:
+    """Value of a launch expression: integers, tokens, tiles, + - * // and parentheses only.
+
+    Raises:
+        BuildError: anything else stands in the expression.
+    """
+    scope = {"__builtins__": {}, "tokens": tokens, "tiles": tiles}
+    try:
+        return int(eval(_compiled(expression), scope))
+    except NameError as error:
+        raise BuildError(f"{expression!r} uses more than tokens and tiles.") from error
+
+
+def tensor_shapes(key_arguments: Sequence[str], workload_key: str) -> dict[str, tuple[str, ...]]:
+    """Shape of each tensor argument; an entry is a number or one of SCALARS."""
+    from dop.workload import Workload
+
+    w = Workload.parse(workload_key)
+    shapes: dict[str, tuple[str, ...]] = {
+        "x": ("tokens", str(w.in_features)),
+        "y_in": ("tokens", str(w.total_out)),
+        "y": ("tokens", str(w.total_out)),
+        "token_slot": ("tokens",),
+        "row_index": ("tokens",),
+        "tile_slot": ("tiles",),
+        "tile_row0": ("tiles",),
+        "tile_rows": ("tiles",),
+    }
+    for s, width in enumerate(w.out_features):
+        shapes[f"a{s}"] = ("slots", str(w.rank), str(w.in_features))
+        shapes[f"b{s}"] = ("slots", str(width), str(w.rank))
+    unknown = [name for name in key_arguments if name not in shapes]
+    if unknown:
+        raise BuildError(f"the code wants arguments {unknown}, which no caller provides.")
+    return {name: shapes[name] for name in key_arguments}

@@ -1,0 +1,60 @@
+"""Which batches a candidate is checked and timed with; numbers only, no tensors.
+
+Weights of one workload lie in one stack per slice with more slots than any batch uses. Each
+timed call takes the next *window* of slots, disjoint from the last, until the windows together
+are larger than the last-level cache: as in a model with many layers, weights come from memory,
+while x, y and the small tables stay in the cache, as they do behind the layer before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from dop.scenario import NO_ADAPTER, Scenario
+from dop.workload import Workload
+
+CACHE_FACTOR = 2
+"""Bytes of weights that rotate, in units of the last-level cache."""
+MIN_SLOTS = 16
+AWKWARD_SHORT = (7, 5, 3, 1, 1)
+AWKWARD_BARE = 7
+
+
+def adapter_bytes(workload: Workload) -> int:
+    """Bytes of one adapter's weights, all slices."""
+    return workload.min_bytes(0, 1)
+
+
+def windows(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int) -> int:
+    """Disjoint sets of slots over which calls rotate."""
+    one_call = max(1, scenario.adapters) * adapter_bytes(workload)
+    return min(max(1, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
+
+
+def stack_slots(
+    workload: Workload, scenarios: Sequence[Scenario], cache_bytes: int, limit: int
+) -> int:
+    """Slots of the weight stacks: enough for every scenario's windows."""
+    needs = (windows(workload, s, cache_bytes, limit) * s.adapters for s in scenarios)
+    return max(MIN_SLOTS, *needs)
+
+
+def window_slots(scenario: Scenario, slots: int, window: int, seed: int = 0) -> list[int]:
+    """Slot of each row in one window: adapters lie scattered over the stack, rows shuffled.
+
+    With `window * adapters` beyond the stack it wraps around.
+    """
+    order = random.Random(seed).sample(range(slots), slots)
+    base = window * scenario.adapters
+    return [
+        NO_ADAPTER if adapter == NO_ADAPTER else order[(base + adapter) % slots]
+        for adapter in scenario.token_to_adapter(seed)
+    ]
+
+
+def awkward(tile_rows: int) -> Scenario:
+    """The composition every candidate must survive: odd lengths, a segment of two full tiles and
+    one row, single rows, and rows without adapter. 37 rows in the row form."""
+    longest = 13 if tile_rows <= 6 else 2 * tile_rows + 1
+    return Scenario("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE)

@@ -1,0 +1,91 @@
+"""Segment plans: the integer tables by which a kernel finds the adapter of each row.
+
+A plan is made once per batch. The row form names a slot per token. The tile form sorts the
+tokens by slot and cuts each segment into tiles of at most `tile_rows` rows, so that the rows of
+a tile share one adapter. Rows without an adapter are in no tile; in the row form they carry -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dop.errors import ConfigError
+from dop.scenario import NO_ADAPTER
+
+Table = NDArray[np.int32]
+
+ROW_TABLES = ("token_slot",)
+TILE_TABLES = ("tile_slot", "tile_row0", "tile_rows", "row_index")
+PLAN_ADAPTERS = 64
+"""Adapters a batch may hold at most, as a serving engine would be configured; a batch with more
+raises it. It bounds the tiles launched on a GPU, see `tile_bound`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables of one batch.
+
+    Attributes:
+        tile_rows: rows per tile; 0 for the row form.
+        tokens: rows of x and y.
+        tiles: tiles launched; equal to tokens in the row form.
+        tables: by name, all int32. Row form: token_slot [tokens]. Tile form: tile_slot,
+            tile_row0, tile_rows [tiles] and row_index [tokens].
+    """
+
+    tile_rows: int
+    tokens: int
+    tiles: int
+    tables: dict[str, Table]
+
+
+def tile_bound(tokens: int, tile_rows: int, adapters: int) -> int:
+    """Most tiles that a batch of `tokens` rows and at most `adapters` adapters can need.
+
+    It does not depend on how the rows are spread, so that a CUDA graph captured for a number
+    of tokens is right for every batch of that size.
+    """
+    return min(tokens, -(-tokens // tile_rows) + min(tokens, adapters))
+
+
+def make_plan(
+    token_slot: Sequence[int] | Table, tile_rows: int, *, max_adapters: int | None = None
+) -> Plan:
+    """Plan of a batch.
+
+    Args:
+        token_slot: slot of each row's adapter, -1 for none.
+        tile_rows: rows per tile, 0 for the row form.
+        max_adapters: None for exactly the tiles that are needed (CPU); else the number of tiles
+            is `tile_bound` and the tiles behind the needed ones are empty (CUDA).
+
+    Raises:
+        ConfigError: the batch holds more adapters than `max_adapters`.
+    """
+    slots = np.ascontiguousarray(token_slot, dtype=np.int32)
+    tokens = len(slots)
+    if tile_rows == 0:
+        return Plan(0, tokens, tokens, {"token_slot": slots})
+    order = np.argsort(np.where(slots == NO_ADAPTER, np.iinfo(np.int32).max, slots), kind="stable")
+    used, counts = np.unique(slots[slots != NO_ADAPTER], return_counts=True)
+    per_segment = -(-counts // tile_rows)
+    needed = int(per_segment.sum())
+    tiles = needed if max_adapters is None else tile_bound(tokens, tile_rows, max_adapters)
+    if tiles < needed:
+        raise ConfigError(
+            f"a batch with {len(used)} adapters in a plan for {max_adapters}.",
+            "Raise the number of adapters a batch may hold.",
+        )
+    tables = {name: np.zeros(tiles, np.int32) for name in TILE_TABLES[:3]}
+    nth = np.arange(needed) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
+    starts = np.repeat(np.cumsum(counts) - counts, per_segment)
+    tables["tile_slot"][:needed] = np.repeat(used, per_segment)
+    tables["tile_row0"][:needed] = starts + nth * tile_rows
+    left = np.repeat(counts, per_segment) - nth * tile_rows
+    tables["tile_rows"][:needed] = np.minimum(left, tile_rows)
+    tables["row_index"] = order.astype(np.int32)
+    return Plan(tile_rows, tokens, tiles, tables)

@@ -1,0 +1,186 @@
+"""Inputs of the CPU runner: weights, activations, references; cached per workload."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dop.measure.accuracy import Errors, Floats, compare, reference
+from dop.measure.inputs import stack_slots, window_slots, windows
+from dop.measure.plan import Plan, make_plan
+from dop.scenario import Scenario
+from dop.target import Target
+from dop.workload import Workload
+
+ALIGNMENT = 64
+GUARD = 1024
+"""Elements before and behind y that no kernel may touch; a multiple of the alignment."""
+WINDOW_LIMIT = 512
+CACHE_LIMIT_BYTES = 64 << 20
+"""Assumed cache at most: on servers with larger ones rotating weights would not fit in memory."""
+BUDGET_BYTES = 1 << 30
+_NUMPY = {"float32": np.float32, "float16": np.float16}
+
+
+def aligned(shape: tuple[int, ...], dtype: type) -> NDArray:  # type: ignore[type-arg]
+    """Uninitialised array whose data is 64-byte aligned, as the kernels assume."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _normal(shape: tuple[int, ...], dtype: type, scale: float, seed: int) -> Floats:
+    """Normal values; one block of 2^18 is laid down again and again, rotated by random amounts:
+    20x faster than fresh values, and every slot still has its own weights."""
+    rng = np.random.default_rng(seed)
+    out = aligned(shape, dtype)
+    flat = out.reshape(-1)
+    block: Floats = (rng.standard_normal(1 << 18, np.float32) * scale).astype(dtype)
+    for start in range(0, flat.size, block.size):
+        part = flat[start : start + block.size]
+        part[:] = np.roll(block, int(rng.integers(block.size)))[: part.size]
+    return out
+
+
+@dataclass
+class Batch:
+    """One scenario's tensors.
+
+    Attributes:
+        rows: slot of each row, per window.
+        x: [tokens, in].
+        guarded: y with its guards, [GUARD + tokens * out + GUARD].
+        before: y and guards before a call.
+        want: y after it [tokens, out], computed in float64, stored as float32.
+    """
+
+    scenario: Scenario
+    slots: int
+    rows: list[NDArray[np.int32]]
+    x: Floats
+    guarded: Floats
+    before: Floats
+    want: Floats
+    plans: dict[int, list[Plan]] = field(default_factory=dict)
+
+    @property
+    def y(self) -> Floats:
+        """[tokens, out], a view between the guards."""
+        return self.guarded[GUARD:-GUARD].reshape(self.want.shape)
+
+    def plans_for(self, tile_rows: int) -> list[Plan]:
+        """Plan of each window for a tile height."""
+        if tile_rows not in self.plans:
+            plans = [make_plan(rows, tile_rows) for rows in self.rows]
+            for plan in plans:
+                for name, table in plan.tables.items():
+                    plan.tables[name] = _copy_aligned(table)
+            self.plans[tile_rows] = plans
+        return self.plans[tile_rows]
+
+    def reset(self) -> None:
+        """Puts y and its guards back to what they were before any call."""
+        self.guarded[...] = self.before
+
+    def errors(self) -> Errors:
+        """What a call made of y, against the reference."""
+        guards = (slice(None, GUARD), slice(-GUARD, None))
+        touched = any(not np.array_equal(self.guarded[g], self.before[g]) for g in guards)
+        before = self.before[GUARD:-GUARD].reshape(self.want.shape)
+        return compare(self.y, self.want, before, self.rows[0], touched)
+
+
+def _copy_aligned(table: NDArray[np.int32]) -> NDArray[np.int32]:
+    out = aligned(table.shape, np.int32)
+    out[...] = table
+    return out
+
+
+@dataclass
+class Weights:
+    """Stacks of one workload, and the batches made for it."""
+
+    a: list[Floats]
+    b: list[Floats]
+    slots: int
+    batches: dict[tuple[Scenario, int], Batch] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        arrays = [*self.a, *self.b]
+        for batch in self.batches.values():
+            arrays += [batch.x, batch.guarded, batch.before, batch.want]
+        return sum(int(array.nbytes) for array in arrays)
+
+
+class TensorCache:
+    """Weights of the last workloads, within a memory budget."""
+
+    def __init__(self, target: Target, budget_bytes: int = BUDGET_BYTES) -> None:
+        self._cache_bytes = min(target.l2_bytes, CACHE_LIMIT_BYTES)
+        self._budget = budget_bytes
+        self._held: OrderedDict[str, Weights] = OrderedDict()
+
+    def weights(self, workload: Workload, scenarios: Sequence[Scenario], least: int) -> Weights:
+        """Stacks with slots for every scenario and at least `least` of them."""
+        slots = max(least, stack_slots(workload, scenarios, self._cache_bytes, WINDOW_LIMIT))
+        held = self._held.get(workload.key)
+        if held is None or held.slots < slots:
+            self._held.pop(workload.key, None)
+            held = self._held[workload.key] = _make_weights(workload, slots)
+        self._held.move_to_end(workload.key)
+        while len(self._held) > 1 and sum(w.nbytes for w in self._held.values()) > self._budget:
+            self._held.popitem(last=False)
+        return held
+
+    def batch(self, workload: Workload, scenario: Scenario, *, timed: bool) -> Batch:
+        """Tensors of a scenario; one window if it is only checked."""
+        weights = self._held[workload.key]
+        count = windows(workload, scenario, self._cache_bytes, WINDOW_LIMIT) if timed else 1
+        key = (scenario, count)
+        if key not in weights.batches:
+            weights.batches[key] = _make_batch(workload, weights, scenario, count)
+        return weights.batches[key]
+
+
+def element_type(workload: Workload) -> type:
+    """numpy type of the elements; bfloat16 has none and is refused by the CPU runner."""
+    return _NUMPY[workload.dtype]
+
+
+def _make_weights(workload: Workload, slots: int) -> Weights:
+    kind = element_type(workload)
+    a_shape = (slots, workload.rank, workload.in_features)
+    a = [_normal(a_shape, kind, workload.in_features**-0.5, 1 + s) for s in range(workload.slices)]
+    b = [
+        _normal((slots, width, workload.rank), kind, workload.rank**-0.5, 11 + s)
+        for s, width in enumerate(workload.out_features)
+    ]
+    return Weights(a, b, slots)
+
+
+def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count: int) -> Batch:
+    kind = element_type(workload)
+    tokens = scenario.tokens
+    rows = [
+        np.array(window_slots(scenario, weights.slots, w), np.int32).reshape(-1)
+        for w in range(count)
+    ]
+    x = _normal((tokens, workload.in_features), kind, 1.0, 21)
+    before = _normal((tokens * workload.total_out + 2 * GUARD,), kind, 1.0, 22)
+    guarded = aligned(before.shape, kind)
+    y = before[GUARD:-GUARD].reshape(tokens, workload.total_out)
+    want = reference(x, weights.a, weights.b, y, rows[0])
+    return Batch(scenario, weights.slots, rows, x, guarded, before, want.astype(np.float32))
+
+
+def pointers(arrays: Sequence[NDArray]) -> ctypes.Array[ctypes.c_void_p]:  # type: ignore[type-arg]
+    """C array of the arrays' data pointers."""
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
