@@ -9,8 +9,8 @@ implied by a step or rides on a pragma (PR):
 - PR pipeline_depth: software pipeline over the loop with that many stages; copies into shared
   memory become asynchronous (cp.async).
 - PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
-- PR pack_k of shrink: the k axis of gather_x, gather_a and shrink is (group, lane, element) from the
-  start, so that one lane's part of it is a box (regions of CA are boxes).
+- PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
+  element), so that one lane's part of it is a box (regions of CA are boxes).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
 and accumulate, chooses the tile form of the program; without it the program has the row form.
