@@ -1,4 +1,4 @@
-"""TVM's CUDA text made ready to ship: guarded, with 64-bit weight offsets, honest about aliasing."""
+"""TVM's CUDA text made ready to ship: guarded, 64-bit weight offsets, honest about aliasing."""
 
 from __future__ import annotations
 

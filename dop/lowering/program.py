@@ -29,6 +29,9 @@ from dataclasses import dataclass
 
 from dop.workload import Workload
 
+Axes = dict[str, int | str]
+"""Loops of a stage with their extents: a number or the name of a symbol."""
+
 TABLES_ROW = ("token_slot",)
 TABLES_TILE = ("tile_slot", "tile_row0", "tile_rows", "row_index")
 
@@ -53,7 +56,7 @@ class Program:
     pack: tuple[int, int] | None = None
 
     @property
-    def _k(self) -> tuple[dict[str, int | str], str, str]:
+    def _k(self) -> tuple[Axes, str, str]:
         """The k axis: its loops, the index in gathered buffers and the column of x and A."""
         k = self.workload.in_features
         if self.pack is None:
@@ -97,8 +100,8 @@ class Program:
 
     @property
     def shifts(self) -> tuple[str, ...]:
-        """Scalar arguments (int32 here, int64 in CUDA source) behind the tensors: distance of the other slices' stacks from
-        the first one's, in groups of 16 bytes."""
+        """Scalar arguments behind the tensors (int32 here, int64 in CUDA source): where the other
+        slices' stacks begin, in groups of 16 bytes from the first one."""
         return shift_names(self.workload.slices)
 
     @property
@@ -208,7 +211,7 @@ class Program:
     def _shrink(self) -> list[str]:
         w = self.workload
         loops, index, _ = self._k
-        axes: dict[str, int | str] = {
+        axes: Axes = {
             "s": w.slices,
             "t": self.tiles,
             "i": self.rows,
@@ -228,13 +231,13 @@ class Program:
             first = f"T.Select({begin[s]}, {w.offsets[s]}, {first})"
         sizes = [width * w.rank for width in w.out_features]
         value = self._stack("b", begin, f"((vn - {first}) * {w.rank} + vr)", sizes)
-        axes = {"t": self.tiles, "n": w.total_out, "r": w.rank}
+        axes: Axes = {"t": self.tiles, "n": w.total_out, "r": w.rank}
         return _stage("gather_b", axes, "SSS", [f"bg[vt, vn, vr] = {value}"])
 
     def _expand(self) -> list[str]:
         w = self.workload
         slice_of = " + ".join(f'T.cast(vn >= {o}, "int32")' for o in w.offsets[1:]) or "0"
-        axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": w.rank}
+        axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": w.rank}
         product = f'v[{slice_of}, vt, vi, vr] * T.cast(bg[vt, vn, vr], "float32")'
         return _stage("expand", axes, "SSSR", _sum("d[vt, vi, vn]", product))
 
@@ -244,11 +247,11 @@ class Program:
         body = [f'y[{row}, vn] = T.cast({total}, "{w.dtype}")']
         if self.tile_rows:
             body = ["if vi < tile_rows[vt]:", f"    {body[0]}"]
-        axes = {"t": self.tiles, "i": self.rows, "n": w.total_out}
+        axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out}
         return _stage("accumulate", axes, "SSS", body)
 
 
-def _stage(name: str, axes: dict[str, int | str], kinds: str, body: list[str]) -> list[str]:
+def _stage(name: str, axes: Axes, kinds: str, body: list[str]) -> list[str]:
     loops = ", ".join(axes)
     return [
         f"for {loops} in T.grid({', '.join(map(str, axes.values()))}):",

@@ -160,15 +160,17 @@ class SketchState:
 
 
 class Rule(Protocol):
-    """One way to treat one stage. A new rule is one file and one line in rules/__init__.py.
+    """One way to treat one stage. A new rule is one file and one line in rules/__init__.py."""
 
-    Attributes:
-        name: appears in sketch names.
-        stage: the stage it treats ("tokens" for the form of the program).
-    """
+    @property
+    def name(self) -> str:
+        """The choice it stands for, as it appears in sketch names."""
+        ...
 
-    name: str
-    stage: str
+    @property
+    def stage(self) -> str:
+        """The stage it treats; "tokens" for the form of the program."""
+        ...
 
     def apply(self, state: SketchState) -> list[SketchState]:
         """The states that follow; empty if the rule does not fit."""

@@ -36,9 +36,8 @@ class SplitKShrink:
         new = state.fork(self.name)
         w = new.workload
         load = vector_width(w.in_features, w.element_bytes)
-        split_k = new.param(
-            "shrink.split_k", "split_k", dividing(groups_of(new, load), range(1, 33)), 8
-        )
+        parts = dividing(groups_of(new, load), range(1, 33))
+        split_k = new.param("shrink.split_k", "split_k", parts, 8)
         warps = new.param("shrink.warps", "warps", (1, 2, 4, 8), 4)
         ranks = new.param("shrink.ranks", "tile", (1, 2, 4, 8), 4)
         new.pragma("shrink", 0, "pack_k", (LANES, load))
@@ -96,6 +95,9 @@ class SplitKShrink:
         def rank_blocks(a: Annotation) -> int:
             return ceil_div(w.rank, a["shrink.warps"] * a["shrink.ranks"])
 
+        def ranks(a: Annotation) -> int:
+            return rank_blocks(a) * a["shrink.warps"] * a["shrink.ranks"]
+
         def groups(a: Annotation) -> int:
             return groups_of(new, load) // a["shrink.split_k"]
 
@@ -106,11 +108,7 @@ class SplitKShrink:
 
         new.limit("threads per block", new.target.max_threads, threads)
         new.limit("registers per thread", 220, registers)
-        new.limit(
-            "idle ranks",
-            3 * w.rank + 8,
-            lambda a: rank_blocks(a) * a["shrink.warps"] * a["shrink.ranks"],
-        )
+        new.limit("ranks with idle ones", 2 * w.rank + 8, ranks)
         new.estimate("shrink.threads", threads)
         new.estimate("shrink.registers", registers)
         new.estimate("shrink.groups", groups)
