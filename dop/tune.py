@@ -354,7 +354,7 @@ class _Run:
             return 0
         costs = self.cost_s
         each = costs.get(state.family.workload.key, max(costs.values(), default=0.0))
-        return wanted if each <= 0 else min(wanted, int(left / each))
+        return wanted if each <= 0 else int(min(wanted, left / each))
 
     def _hint(self, state: FamilyState) -> None:
         """Offer the best candidates of neighbouring workloads."""

@@ -1,0 +1,144 @@
+"""`dop tune`: model shapes, ranks and traffic in, tuning log out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+if TYPE_CHECKING:
+    from dop.effort import Effort
+    from dop.family import Family
+    from dop.measure.base import Measurer
+    from dop.target import Target
+    from dop.tune import TuneResult
+
+INTERRUPTED = 130
+
+
+def tune(
+    model: Annotated[str, Option(help="A shipped model's name, or a path to config.json.")],
+    adapters: Annotated[
+        Path | None, Option(help="Folder of PEFT adapters: says ranks and modules.")
+    ] = None,
+    ranks: Annotated[str | None, Option(help="Ranks, such as 8,16,64. Default: 16.")] = None,
+    tp: Annotated[int, Option(help="Tensor-parallel shards; shapes are those of one.")] = 1,
+    traffic: Annotated[Path | None, Option(help="JSON histogram of batches.")] = None,
+    device: Annotated[
+        str | None, Option(help="cuda or cpu. Default: the GPU if there is one.")
+    ] = None,
+    budget: Annotated[
+        str | None, Option(help="Wall time: 90s, 10m, 1h. Default: the effort's.")
+    ] = None,
+    trials: Annotated[int | None, Option(min=1, help="Most candidates to build.")] = None,
+    effort: Annotated[str, Option(help="quick or full.")] = "quick",
+    log: Annotated[Path | None, Option(help="Tuning log; one that exists is continued.")] = None,
+    dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
+    tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,
+    mix: Annotated[str | None, Option(help="Some of distinct,uniform,skewed,identical.")] = None,
+    seed: Annotated[int, Option(help="Seed of the search.")] = 0,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document at the end.")] = False,
+) -> int:
+    """Tune SGMV for a model, its adapters and its traffic on this machine.
+
+    Everything measured is appended to the log at once. The same command continues from it.
+    """
+    from dop.cli.request import Request, log_path, seconds_of
+    from dop.effort import effort_of
+    from dop.measure.hostinfo import find_target
+
+    profile = effort_of(effort)
+    if budget is not None:
+        profile = replace(profile, budget_s=seconds_of(budget))
+    if trials is not None:
+        profile = replace(profile, trials=trials)
+        if budget is None:
+            profile = replace(profile, budget_s=float("inf"))
+    target = find_target(device)
+    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix)
+    families = request.families(target)
+    path = log or log_path(model, target)
+    result = _run(families, target, path, profile, seed, as_json)
+    _report(result, path, as_json)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _run(
+    families: list[Family], target: Target, path: Path, effort: Effort, seed: int, quiet: bool
+) -> TuneResult:
+    """Tune with everything opened and closed around it."""
+    from dop import collect_env
+    from dop.cli.progress import display
+    from dop.database.jsonl import Log
+    from dop.tune import Note, Provenance, tune
+
+    provenance = Provenance(collect_env.versions(), collect_env.revision())
+    with display(quiet) as show, Log.open(path) as log, _measurer(target) as measurer:
+        batches = len(families[0].scenarios)
+        show(
+            Note(
+                f"{len(families)} workloads x {batches} batches on {target.device_name}; log {path}"
+            )
+        )
+        return tune(
+            families,
+            measurer=measurer,
+            log=log,
+            effort=effort,
+            seed=seed,
+            on_event=show,
+            provenance=provenance,
+        )
+
+
+def _measurer(target: Target) -> Measurer:
+    from dop.measure.local import LocalMeasurer
+
+    return LocalMeasurer(target)
+
+
+def _report(result: TuneResult, path: Path, as_json: bool) -> None:
+    from dop.cli.output import emit, note
+    from dop.cli.progress import print_final
+
+    emit(summary(result, path), as_json, lambda console: print_final(console, result))
+    if result.interrupted:
+        note(f"interrupted; everything measured is in {path}. The same command continues.")
+    failed = [t for t in result.tasks if t.best is None]
+    if failed and not as_json:
+        note(f"{len(failed)} tasks have no working candidate yet; see `dop log stats {path}`.")
+
+
+def summary(result: TuneResult, path: Path) -> dict[str, object]:
+    """What --json prints: the run, and one object per task with times in microseconds."""
+    progress = result.progress
+    return {
+        "log": str(path),
+        "stopped_by": result.stopped_by,
+        "elapsed_s": progress.elapsed_s,
+        "trials": progress.trials,
+        "records": progress.records,
+        "resumed": progress.resumed,
+        "failures": {f.name.lower(): n for f, n in progress.failures.items()},
+        "spearman": {f.workload.key: f.spearman for f in progress.families},
+        "tasks": [
+            {
+                "workload": task.workload.key,
+                "name": task.workload.name,
+                "scenario": task.scenario.key,
+                "best_us": _us(task.best_s),
+                "default_us": _us(task.default_s),
+                "floor_us": _us(task.floor_s),
+                "accuracy": task.accuracy,
+                "sketch": task.best.sketch if task.best else None,
+                "trace": task.best.trace.key if task.best else None,
+            }
+            for task in result.tasks
+        ],
+    }
+
+
+def _us(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e6
