@@ -1,4 +1,4 @@
-"""A record in plain words: what it is for, how fast and how right it is, and what each step does."""
+"""A record in plain words: what it is for, how fast and how right, and what each step does."""
 
 from __future__ import annotations
 
@@ -74,11 +74,6 @@ def explain(record: Record) -> Explanation:
     return Explanation(tuple(_header(record)), tuple(LoopTracker(record.trace.steps).walk()))
 
 
-def explain_steps(record: Record) -> list[str]:
-    """One sentence per step."""
-    return [step.words for step in LoopTracker(record.trace.steps).walk()]
-
-
 def _header(record: Record) -> list[tuple[str, str]]:
     rows = [
         ("task", record.task_key),
@@ -94,7 +89,9 @@ def _header(record: Record) -> list[tuple[str, str]]:
         rows.append(("resources", ", ".join(uses)))
     rows.append(("sketch", record.sketch or "(not named)"))
     versions = ", ".join(f"{tool} {version}" for tool, version in record.versions.items())
-    rows.append(("measured", f"{_date(record.timestamp)}{'; ' + versions if versions else ''}"))
+    rows.append(
+        ("measured", f"{date_words(record.timestamp)}{'; ' + versions if versions else ''}")
+    )
     search = f"seed {record.seed}" + (f", revision {record.revision}" if record.revision else "")
     rows.append(("search", search))
     return rows
@@ -152,7 +149,8 @@ def microseconds(seconds: float) -> str:
     return f"{value:.2f} us" if value < 1000 else f"{value:,.0f} us"
 
 
-def _date(timestamp: int) -> str:
+def date_words(timestamp: int) -> str:
+    """A timestamp as text, in UTC."""
     try:
         moment = datetime.datetime.fromtimestamp(timestamp, datetime.timezone.utc)
     except (OverflowError, OSError, ValueError):

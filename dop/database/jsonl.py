@@ -54,6 +54,7 @@ class LogContents:
         corrupt_count: how many there are.
         newer: lines of a newer schema with their bytes, kept by merge and prune.
         torn: the last line, if a writer was stopped within it.
+        size: bytes that were read.
         lines: lines in the file, blank and torn ones included.
         complete_bytes: where the last whole line ends, in bytes from the start.
         open_end: whether the last record lacks its line end.
@@ -65,6 +66,7 @@ class LogContents:
     corrupt_count: int = 0
     newer: list[tuple[int, bytes]] = field(default_factory=list)
     torn: BadLine | None = None
+    size: int = 0
     lines: int = 0
     complete_bytes: int = 0
     open_end: bool = False
@@ -150,6 +152,7 @@ def _read(path: Path, file: BinaryIO) -> LogContents:
     shared: dict[object, Mapping[str, str]] = {}
     for number, (line, size, ended) in enumerate(_lines(file), start=1):
         contents.lines = number
+        contents.size += size
         if line is not None and number == 1:
             line = line.removeprefix(_BOM)
         used = _read_line(contents, line, number, ended, shared)
@@ -405,13 +408,20 @@ def _starts_record(contents: LogContents) -> bool:
     return b'{"i":['.startswith(start)
 
 
-def write_log(path: str | os.PathLike[str], lines: Iterable[bytes], *, force: bool = False) -> int:
+def write_log(
+    path: str | os.PathLike[str],
+    lines: Iterable[bytes],
+    *,
+    force: bool = False,
+    inputs: Iterable[LogContents] = (),
+) -> int:
     """Writes a whole log at once: complete under its name, or not there at all.
 
     Args:
         path: the file to make.
         lines: records without line ends.
         force: replace a file that is there.
+        inputs: logs that the lines come from; one that has grown since is not replaced.
 
     Returns:
         Number of lines.
@@ -420,15 +430,17 @@ def write_log(path: str | os.PathLike[str], lines: Iterable[bytes], *, force: bo
         LogError: the file is there and `force` is not given, it is in use, or it cannot be written.
     """
     where = Path(os.path.realpath(path))
-    if where.is_dir():
-        raise _os_error(where, "written", IsADirectoryError(errno.EISDIR, "it is a directory"))
-    if where.exists() and not force:
-        raise _exists(where)
     temporary = None
     try:
+        if where.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        if where.exists() and not force:
+            raise _exists(where)
         with contextlib.ExitStack() as stack:
             if where.exists():
-                stack.callback(_close_quietly, _open_locked(where))
+                descriptor = _open_locked(where)
+                stack.callback(_close_quietly, descriptor)
+                _require_unchanged(where, descriptor, inputs)
             descriptor, temporary = tempfile.mkstemp(dir=where.parent, prefix=f".{where.name}.")
             with os.fdopen(descriptor, "wb") as file:
                 count = _write_lines(file, lines)
@@ -442,6 +454,13 @@ def write_log(path: str | os.PathLike[str], lines: Iterable[bytes], *, force: bo
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _require_unchanged(path: Path, descriptor: int, inputs: Iterable[LogContents]) -> None:
+    for contents in inputs:
+        same = Path(os.path.realpath(contents.path)) == path
+        if same and os.fstat(descriptor).st_size != contents.size:
+            raise LogError(f"{path} was written to in the meantime.", "Run the command again.")
 
 
 def _write_lines(file: BinaryIO, lines: Iterable[bytes]) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from dop.database.jsonl import BadLine, LogContents
+from dop.database.record import Record
 from dop.database.wire import Entry
-from dop.errors import ConfigError, DopError, Failure, TraceError
+from dop.errors import ConfigError, DopError, Failure, LogError, TraceError
 from dop.scenario import Scenario
 from dop.space.stages import Stages
 from dop.space.step import (
@@ -350,6 +351,34 @@ class Compatibility:
             for tool, versions in self.other_versions.items()
         ]
         return found
+
+
+def target_of(record: Record) -> Target:
+    """The target that a record was made for, from its target string and hardware parameters.
+
+    Raises:
+        LogError: the target string is not of the form that `Target.key` writes.
+    """
+    kind, *options = record.target_key.split() or [""]
+    values = dict(option.lstrip("-").partition("=")[::2] for option in options)
+    hardware = (*record.hardware_params, *[0] * 8)
+    arch = values.get("arch" if kind == "cuda" else "mcpu")
+    if kind not in ("cuda", "llvm") or not arch:
+        raise LogError(
+            f"{record.target_key!r} is not a target.", "It should read like cuda -arch=sm_90a."
+        )
+    return Target(
+        kind="cuda" if kind == "cuda" else "cpu",
+        arch=arch,
+        device_name=record.device_name,
+        units=hardware[0],
+        max_threads=hardware[5],
+        max_smem_bytes=hardware[3],
+        max_registers=hardware[4],
+        l2_bytes=0,
+        vector_bytes=hardware[1],
+        features=values.get("mattr", ""),
+    )
 
 
 def check_compatible(
