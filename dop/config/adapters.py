@@ -113,7 +113,7 @@ def _read_one(folder: Path, model: ModelShape | None) -> Adapter:
         )
     tensors = read_header(folder / WEIGHTS)
     pairs = _pairs(tensors, where)
-    modules = {m: pair for m, pair in pairs.items() if _tunable(m, model)}
+    modules = {m: pair for m, pair in pairs.items() if _tunable(m)}
     if not modules:
         raise ConfigError(f"{where} changes no linear layer of a decoder.", "Leave it out.")
     for module, (a, b) in modules.items():
@@ -172,11 +172,9 @@ def _pairs(
     return {module: (shapes["A"], shapes["B"]) for module, shapes in sides.items()}
 
 
-def _tunable(module: str, model: ModelShape | None) -> bool:
-    """Whether a module is a linear of a decoder layer (of this model, if one is given)."""
-    if _NOT_TEXT.search(module) or _LAYER.fullmatch(module) is None:
-        return False
-    return model is None or _leaf(module) in model.linears
+def _tunable(module: str) -> bool:
+    """Whether a module belongs to a decoder layer, and to no tower for images or sound."""
+    return _NOT_TEXT.search(module) is None and _LAYER.fullmatch(module) is not None
 
 
 def _check_pair(module: str, a: tuple[int, ...], b: tuple[int, ...], where: str) -> None:
@@ -208,7 +206,12 @@ def _check_rank(
 
 
 def _check_model(module: str, width_in: int, width_out: int, model: ModelShape, where: str) -> None:
-    expected = model.linears[_leaf(module)]
+    expected = model.linears.get(_leaf(module))
+    if expected is None:
+        raise ConfigError(
+            f"{where} changes {brief(module, 120)}, which {model.name} does not have.",
+            "The adapter was trained for another model; check --model and --adapters.",
+        )
     if (width_in, width_out) != expected:
         raise ConfigError(
             f"{brief(module, 120)} of {where} maps {width_in} to {width_out}, but "

@@ -116,7 +116,7 @@ def brief(value: object, width: int = 60) -> str:
 
 def show(path: Path) -> str:
     """A path for an error line: printable, on one line."""
-    return str(path).encode("unicode_escape").decode("ascii")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def _refuse_constant(name: str) -> NoReturn:

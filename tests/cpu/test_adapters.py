@@ -202,6 +202,8 @@ def test_missing_and_mismatched_tensors(tmp_path: Path) -> None:
     assert "no tensors for q_proj of layer 1" in refused(
         adapter(tmp_path, lora({"q_proj": 8, "v_proj": 8}, layers=1))
     )
+    phi3 = ModelShape("phi3", "fused", 64, 128, 4, 2, 16, 2)
+    assert "which phi3 does not have" in refused(adapter(tmp_path, good), phi3)
     assert "changes layer 2" in refused(adapter(tmp_path, lora({"q_proj": 8, "v_proj": 8}, 3)))
     assert "holds no lora_A" in refused(adapter(tmp_path, {"x": (1,)}))
 

@@ -212,6 +212,16 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shapes(path)
 
 
+def test_odd_paths_are_shown_on_one_line(tmp_path: Path) -> None:
+    for name in ("jos\u00e9.json", "a\nb.json", "\udc80.json"):
+        with pytest.raises(ConfigError, match="does not exist") as caught:
+            shapes(tmp_path / name)
+        line = str(caught.value)
+        assert "\n" not in line
+        assert line.encode("utf-8")
+        assert ("jos\u00e9" in line) == (name[0] == "j")
+
+
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 configs = st.dictionaries(
     st.sampled_from([*LLAMA, "head_dim", "text_config", "num_experts"]),
