@@ -10,9 +10,13 @@ from types import CodeType
 from typing import Protocol
 
 from dop.errors import BuildError
+from dop.workload import Workload
 
 SCALARS = ("tokens", "tiles", "slots")
 """Numbers of a batch that every entry takes, in this order."""
+
+SHIFT_BYTES = 16
+"""Unit of the distances between weight stacks; stacks must be aligned to it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Launch:
     block: tuple[int, int, int]
     dynamic_smem_bytes: int
     arguments: tuple[str, ...]
+    """Parameters: workspaces, tensors (a and b: the first slice's stacks), tokens and tiles as
+    int32, shifts as int64 (see `shift_of`)."""
 
     @property
     def threads(self) -> int:
@@ -48,7 +54,7 @@ class Artifact:
         kind: "cuda" (binary is a cubin) or "cpu" (a shared library, entry `dop_run`).
         workload_key: `Workload.key` of what it computes.
         tile_rows: rows per tile of the plan it takes, 0 for the row form.
-        arguments: tensors in order.
+        arguments: tensors that the caller gives, in order: x, a0.., b0.., tables, y_in, y.
         launches: kernels in order (CUDA).
         workspaces: what the launches share (CUDA).
         binary: the cubin or the library.
@@ -116,7 +122,7 @@ def pack(code: GeneratedLike, binary: bytes, resources: Mapping[str, float]) -> 
         code.kind,
         code.workload_key,
         code.tile_rows,
-        tuple(code.arguments),
+        tuple(tensor_shapes(Workload.parse(code.workload_key), code.tile_rows)),
         tuple(
             Launch(k.name, k.grid, k.block, k.dynamic_smem_bytes, tuple(k.arguments))
             for k in code.kernels
@@ -165,25 +171,27 @@ def evaluate(expression: str, *, tokens: int, tiles: int) -> int:
         raise BuildError(f"{expression!r} uses more than tokens and tiles.") from error
 
 
-def tensor_shapes(key_arguments: Sequence[str], workload_key: str) -> dict[str, tuple[str, ...]]:
-    """Shape of each tensor argument; an entry is a number or one of SCALARS."""
-    from dop.workload import Workload
+def tensor_shapes(workload: Workload, tile_rows: int) -> dict[str, tuple[str, ...]]:
+    """Shape of each tensor that a caller gives, in the order of `Artifact.arguments`; an entry
+    is a number or one of SCALARS."""
+    slices = range(workload.slices)
+    rank, width = str(workload.rank), str(workload.in_features)
+    shapes: dict[str, tuple[str, ...]] = {"x": ("tokens", width)}
+    shapes |= {f"a{s}": ("slots", rank, width) for s in slices}
+    shapes |= {f"b{s}": ("slots", str(workload.out_features[s]), rank) for s in slices}
+    if tile_rows:
+        shapes |= dict.fromkeys(("tile_slot", "tile_row0", "tile_rows"), ("tiles",))
+        shapes["row_index"] = ("tokens",)
+    else:
+        shapes["token_slot"] = ("tokens",)
+    shapes["y_in"] = shapes["y"] = ("tokens", str(workload.total_out))
+    return shapes
 
-    w = Workload.parse(workload_key)
-    shapes: dict[str, tuple[str, ...]] = {
-        "x": ("tokens", str(w.in_features)),
-        "y_in": ("tokens", str(w.total_out)),
-        "y": ("tokens", str(w.total_out)),
-        "token_slot": ("tokens",),
-        "row_index": ("tokens",),
-        "tile_slot": ("tiles",),
-        "tile_row0": ("tiles",),
-        "tile_rows": ("tiles",),
-    }
-    for s, width in enumerate(w.out_features):
-        shapes[f"a{s}"] = ("slots", str(w.rank), str(w.in_features))
-        shapes[f"b{s}"] = ("slots", str(width), str(w.rank))
-    unknown = [name for name in key_arguments if name not in shapes]
-    if unknown:
-        raise BuildError(f"the code wants arguments {unknown}, which no caller provides.")
-    return {name: shapes[name] for name in key_arguments}
+
+def shift_of(name: str) -> str | None:
+    """Stack that a kernel's scalar locates: "a1" for "a1_shift", None for another name.
+
+    Code addresses the stacks of all slices from the first one's, see lowering/program.py: a
+    shift is the distance of the stack from a0 or b0 in groups of SHIFT_BYTES bytes.
+    """
+    return name.removesuffix("_shift") if name.endswith("_shift") else None

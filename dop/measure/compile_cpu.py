@@ -5,7 +5,8 @@ The library holds the generated object, a generated entry, and cpu_runtime.c. It
     int dop_run(void **arguments, const int64_t *scalars)
         arguments: the tensors' data, contiguous, in the artifact's order, 64-byte aligned
         scalars:   tokens, tiles, slots
-        returns 0, -1 (the code refused its arguments: dop_last_error) or -2 (misaligned pointer)
+        returns 0, -1 (the code refused its arguments: dop_last_error), -2 (misaligned pointer)
+        or -3 (the weight stacks of the slices lie more than 4 GB (float32) apart)
     int dop_threads(int count, const int *cores);  void dop_shutdown(void)
     const char *dop_last_error(void)
 """
@@ -20,7 +21,16 @@ from functools import cache
 from pathlib import Path
 
 from dop.errors import BuildError, MissingDependencyError
-from dop.measure.artifact import SCALARS, Artifact, GeneratedLike, pack, tensor_shapes
+from dop.measure.artifact import (
+    SCALARS,
+    SHIFT_BYTES,
+    Artifact,
+    GeneratedLike,
+    pack,
+    shift_of,
+    tensor_shapes,
+)
+from dop.workload import Workload
 
 RUNTIME_SOURCE = Path(__file__).with_name("cpu_runtime.c")
 COMPILE_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall")
@@ -52,9 +62,10 @@ def entry_source(entries: Mapping[str, GeneratedLike]) -> str:
 
 
 def _entry(name: str, code: GeneratedLike) -> str:
-    shapes = tensor_shapes(code.arguments, code.workload_key)
-    element = code.workload_key.split("/")[1]
-    count = len(shapes)
+    workload = Workload.parse(code.workload_key)
+    shapes = tensor_shapes(workload, code.tile_rows)
+    position = {argument: i for i, argument in enumerate(shapes)}
+    count = len(code.arguments)
     lines = [
         f"\nint {name}_packed(void *, const Any *, int32_t, Any *);",
         '__attribute__((visibility("default")))',
@@ -62,28 +73,52 @@ def _entry(name: str, code: GeneratedLike) -> str:
         f"  Tensor tensors[{count}];",
         f"  Any packed[{count}], result = {{0}};",
         f"  int64_t shapes[{count}][3], strides[{count}][3];",
-    ]
-    for i, (argument, shape) in enumerate(shapes.items()):
-        is_table = len(shape) == 1
-        kind, bits = _TYPES["int32" if is_table else element]
-        sizes = [f"scalars[{SCALARS.index(d)}]" if d in SCALARS else d for d in shape]
-        strides = ["*".join(sizes[d + 1 :]) or "1" for d in range(len(sizes))]
-        lines += [f"  /* {argument} [{', '.join(shape)}] */"]
-        lines += [f"  shapes[{i}][{d}] = {size};" for d, size in enumerate(sizes)]
-        lines += [f"  strides[{i}][{d}] = {stride};" for d, stride in enumerate(strides)]
-        lines += [
-            f"  tensors[{i}] = (Tensor){{arguments[{i}], {{1, 0}}, {len(shape)}, "
-            f"{{{kind}, {bits}, 1}}, shapes[{i}], strides[{i}], 0}};"
-        ]
-    lines += [
-        f"  for (int i = 0; i < {count}; ++i) {{",
+        f"  for (int i = 0; i < {len(shapes)}; ++i)",
         "    if ((uintptr_t)arguments[i] & 63) return -2;",
-        "    packed[i] = (Any){7, 0, {.p = &tensors[i]}};",
-        "  }",
-        f"  return {name}_packed(0, packed, {count}, &result) ? -1 : 0;",
-        "}",
     ]
+    for i, argument in enumerate(code.arguments):
+        stack = shift_of(argument)
+        if stack:
+            lines += _shift_lines(i, position[stack], position[f"{stack[0]}0"], workload)
+            continue
+        flat = argument in ("a", "b")
+        tensor = f"{argument}0" if flat else argument
+        if tensor not in shapes:
+            raise CompilerError(f"the code wants {argument!r}, which no caller provides.")
+        sizes = [f"scalars[{SCALARS.index(d)}]" if d in SCALARS else d for d in shapes[tensor]]
+        kind, bits = _TYPES["int32" if len(sizes) == 1 else workload.dtype]
+        lines += _tensor_lines(
+            i, position[tensor], ["*".join(sizes)] if flat else sizes, kind, bits
+        )
+    lines += [f"  return {name}_packed(0, packed, {count}, &result) ? -1 : 0;", "}"]
     return "\n".join(lines) + "\n"
+
+
+def _tensor_lines(i: int, source: int, sizes: list[str], kind: int, bits: int) -> list[str]:
+    """C that makes packed argument `i` a contiguous tensor over caller's argument `source`."""
+    strides = ["*".join(sizes[d + 1 :]) or "1" for d in range(len(sizes))]
+    lines = [f"  shapes[{i}][{d}] = {size};" for d, size in enumerate(sizes)]
+    lines += [f"  strides[{i}][{d}] = {stride};" for d, stride in enumerate(strides)]
+    return [
+        *lines,
+        f"  tensors[{i}] = (Tensor){{arguments[{source}], {{1, 0}}, {len(sizes)}, "
+        f"{{{kind}, {bits}, 1}}, shapes[{i}], strides[{i}], 0}};",
+        f"  packed[{i}] = (Any){{7, 0, {{.p = &tensors[{i}]}}}};",
+    ]
+
+
+def _shift_lines(i: int, stack: int, first: int, workload: Workload) -> list[str]:
+    """C that makes packed argument `i` the distance of a weight stack from its first slice's.
+
+    The code adds it to 32-bit element offsets: a stack that could not be reached is refused.
+    """
+    reach = (1 << 31) // (SHIFT_BYTES // workload.element_bytes)
+    return [
+        f"  int64_t shift{i} = ((char *)arguments[{stack}] - (char *)arguments[{first}])"
+        f" / {SHIFT_BYTES};",
+        f"  if (shift{i} >= {reach // 2} || shift{i} <= -{reach // 2}) return -3;",
+        f"  packed[{i}] = (Any){{1, 0, {{.i = shift{i}}}}};",
+    ]
 
 
 def _run(command: list[str], what: str) -> None:

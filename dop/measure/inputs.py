@@ -8,9 +8,11 @@ while x, y and the small tables stay in the cache, as they do behind the layer b
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
+import numpy as np
+
+from dop.measure.plan import Table
 from dop.scenario import NO_ADAPTER, Scenario
 from dop.workload import Workload
 
@@ -40,17 +42,21 @@ def stack_slots(
     return max(MIN_SLOTS, *needs)
 
 
-def window_slots(scenario: Scenario, slots: int, window: int, seed: int = 0) -> list[int]:
-    """Slot of each row in one window: adapters lie scattered over the stack, rows shuffled.
+def window_slots(scenario: Scenario, slots: int, count: int, seed: int = 0) -> list[Table]:
+    """Slot of each row, [tokens], for each of `count` windows.
 
-    With `window * adapters` beyond the stack it wraps around.
+    Adapters lie scattered over the stack and rows are shuffled, both by `seed`. Windows are
+    disjoint as long as the stack has room, and wrap around behind it.
     """
-    order = random.Random(seed).sample(range(slots), slots)
-    base = window * scenario.adapters
-    return [
-        NO_ADAPTER if adapter == NO_ADAPTER else order[(base + adapter) % slots]
-        for adapter in scenario.token_to_adapter(seed)
-    ]
+    order = np.random.default_rng(seed).permutation(slots).astype(np.int32)
+    adapters = np.array(scenario.token_to_adapter(seed), np.int32)
+    bare = adapters == NO_ADAPTER
+    found = []
+    for window in range(count):
+        rows = order[(window * scenario.adapters + adapters) % slots]
+        rows[bare] = NO_ADAPTER
+        found.append(rows)
+    return found
 
 
 def awkward(tile_rows: int) -> Scenario:

@@ -20,7 +20,7 @@ from dop.measure.artifact import Artifact
 from dop.measure.compile_cpu import runtime_library
 from dop.measure.inputs import awkward
 from dop.measure.tensors_cpu import Batch, TensorCache, Weights, aligned, pointers
-from dop.measure.timer import CPU_TIMER, TimerSettings, calibrate, collect
+from dop.measure.timer import CPU_TIMER, TimerSettings, time_calls
 from dop.measure.worker import Handler
 from dop.measurement import Measurement
 from dop.scenario import Scenario
@@ -74,7 +74,7 @@ class Library:
             file.flush()
             self.lib = ctypes.CDLL(file.name, mode=os.RTLD_NOW | os.RTLD_LOCAL)
         self.lib.dop_last_error.restype = ctypes.c_char_p
-        for name in ("dop_time", "dop_launch_floor", "dop_copy_bandwidth"):
+        for name in ("dop_time", "dop_launch_floor", "dop_bandwidth"):
             getattr(self.lib, name).restype = ctypes.c_double
         pins = (ctypes.c_int * len(cores))(*cores)
         self.threads = int(self.lib.dop_threads(len(cores), pins))
@@ -90,6 +90,8 @@ class Library:
         """What a return code of `dop_run` means."""
         if code == -2:
             return "an argument is not 64-byte aligned"
+        if code == -3:
+            return "the weight stacks lie too far apart"
         return (self.lib.dop_last_error() or b"").decode(errors="replace")[:300]
 
 
@@ -112,19 +114,23 @@ class CpuRunner:
         self._bandwidth, self._launch_s = self._measure_floor()
 
     def _measure_floor(self) -> tuple[float, float]:
-        """Copy bandwidth (bytes read and written per second) and seconds of an empty launch: the best
-        of five, because whatever else the machine does can only worsen them."""
+        """Bandwidth (bytes per second) and seconds of an empty launch.
+
+        The bandwidth is the better of a copy's and a read's: SGMV mostly reads. Each is the best
+        of five, because whatever else the machine does can only worsen them.
+        """
         source, target = aligned((COPY_BYTES,), np.uint8), aligned((COPY_BYTES,), np.uint8)
         source[:], target[:] = 1, 2
         with Library(runtime_library(), self._cores) as library:
-            size = ctypes.c_int64(COPY_BYTES)
-            args = [ctypes.c_void_p(array.ctypes.data) for array in (target, source)]
-            copies = [library.lib.dop_copy_bandwidth(*args, size) for _ in range(5)]
+            call, size = library.lib.dop_bandwidth, ctypes.c_int64(COPY_BYTES)
+            to, start = (ctypes.c_void_p(array.ctypes.data) for array in (target, source))
+            rates = [call(to, start, size) for _ in range(5)]
+            rates += [call(None, start, size) for _ in range(5)]
             launches = [library.lib.dop_launch_floor(ctypes.c_int64(2000)) for _ in range(5)]
-        return max(copies), min(launches)
+        return max(rates), min(launches)
 
     def floor_s(self, workload: Workload, scenario: Scenario) -> float:
-        """Least time of one call: its bytes at copy bandwidth, at least one empty launch."""
+        """Least time of one call: its bytes at the bandwidth, at least one empty launch."""
         moved = workload.min_bytes(scenario.tokens, scenario.adapters)
         return max(moved / self._bandwidth, self._launch_s)
 
@@ -159,10 +165,7 @@ class CpuRunner:
         failure, message, accuracy = calls.check(batch, task.workload.dtype)
         if failure is not Failure.NONE:
             return _failed(failure, message, accuracy, time.perf_counter() - begin)
-        run = calls.prepare(batch)
-        settings = self._config.timer
-        count = calibrate(run, settings)
-        seconds = collect(lambda: run(count) / count, settings, task.best_of(position))
+        seconds = time_calls(calls.prepare(batch), self._config.timer, task.best_of(position))
         return Measurement(
             seconds,
             accuracy=accuracy,

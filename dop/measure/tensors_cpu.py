@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -158,21 +159,27 @@ def element_type(workload: Workload) -> type:
 def _make_weights(workload: Workload, slots: int) -> Weights:
     kind = element_type(workload)
     a_shape = (slots, workload.rank, workload.in_features)
-    a = [_normal(a_shape, kind, workload.in_features**-0.5, 1 + s) for s in range(workload.slices)]
-    b = [
-        _normal((slots, width, workload.rank), kind, workload.rank**-0.5, 11 + s)
-        for s, width in enumerate(workload.out_features)
+    b_shapes = [(slots, width, workload.rank) for width in workload.out_features]
+    a = _stacks([a_shape] * workload.slices, kind, workload.in_features**-0.5, 1)
+    return Weights(a, _stacks(b_shapes, kind, workload.rank**-0.5, 2), slots)
+
+
+def _stacks(shapes: Sequence[tuple[int, ...]], kind: type, scale: float, seed: int) -> list[Floats]:
+    """Stacks of all slices in one allocation: generated code reaches them from the first one by
+    32-bit offsets, and separate allocations may lie terabytes apart."""
+    sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    arena = _normal((sum(sizes),), kind, scale, seed)
+    starts = [sum(sizes[:s]) for s in range(len(sizes))]
+    return [
+        arena[start : start + math.prod(shape)].reshape(shape)
+        for start, shape in zip(starts, shapes, strict=True)
     ]
-    return Weights(a, b, slots)
 
 
 def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count: int) -> Batch:
     kind = element_type(workload)
     tokens = scenario.tokens
-    rows = [
-        np.array(window_slots(scenario, weights.slots, w), np.int32).reshape(-1)
-        for w in range(count)
-    ]
+    rows = window_slots(scenario, weights.slots, count)
     x = _normal((tokens, workload.in_features), kind, 1.0, 21)
     before = _normal((tokens * workload.total_out + 2 * GUARD,), kind, 1.0, 22)
     guarded = aligned(before.shape, kind)

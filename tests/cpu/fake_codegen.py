@@ -34,12 +34,12 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char *, const char **, int32_t);
 static const int64_t outs[] = {OUTS};
 static int body(int task, struct group *g, void *data) {
   const Any *args = data;
-  int64_t tiles = T(1 + 2 * S)->shape[0];
-  int64_t n = T(NARGS - 1)->shape[1];
-  float *x = T(0)->data, *y = T(NARGS - 1)->data;
-  int32_t *slot = T(1 + 2 * S)->data;
+  int64_t tiles = T(3)->shape[0];
+  int64_t n = T(Y)->shape[1];
+  float *x = T(0)->data, *y = T(Y)->data;
+  int32_t *slot = T(3)->data;
 #if TM
-  int32_t *row0 = T(2 + 2 * S)->data, *rows = T(3 + 2 * S)->data, *index = T(4 + 2 * S)->data;
+  int32_t *row0 = T(4)->data, *rows = T(5)->data, *index = T(6)->data;
 #endif
   float *v = __TVMBackendAllocWorkspace(1, 0, sizeof(float) * R, 2, 32);
   for (int64_t t = task; t < tiles; t += g->num_task) {
@@ -56,8 +56,10 @@ static int body(int task, struct group *g, void *data) {
 #endif
       int64_t column = 0;
       for (int s = 0; s < S; ++s) {
-        float *a = (float *)T(1 + s)->data + (int64_t)slot[t] * R * K;
-        float *b = (float *)T(1 + S + s)->data + (int64_t)slot[t] * R * outs[s];
+        int64_t a_shift = s ? args[Y + s].v.i * 4 : 0;
+        int64_t b_shift = s ? args[Y + S - 1 + s].v.i * 4 : 0;
+        float *a = (float *)T(1)->data + a_shift + (int64_t)slot[t] * R * K;
+        float *b = (float *)T(2)->data + b_shift + (int64_t)slot[t] * R * outs[s];
         for (int r = 0; r < R; ++r) {
           float sum = 0;
           for (int k = 0; k < K; ++k) sum += x[row * K + k] * a[r * K + k];
@@ -80,8 +82,8 @@ int __tvm_ffi_main(void *self, const Any *args, int32_t n, Any *result) {
     TVMFFIErrorSetRaisedFromCStrParts("ValueError", parts, 3);
     return -1;
   }
-  float *y = T(NARGS - 1)->data;
-  int64_t tokens = T(NARGS - 1)->shape[0], width = T(NARGS - 1)->shape[1];
+  float *y = T(Y)->data;
+  int64_t tokens = T(Y)->shape[0], width = T(Y)->shape[1];
   FAULT
   return __TVMBackendParallelLaunch(body, (void *)args, 0);
 }
@@ -134,8 +136,8 @@ def generate(workload: Workload, steps: Trace, target: Target) -> Code:
     _fail_build(step.name, step.value)
     tile_rows = int(step.value) if step.name == "tile_rows" else 0  # type: ignore[arg-type]
     tables = ("tile_slot", "tile_row0", "tile_rows", "row_index") if tile_rows else ("token_slot",)
-    slices = range(workload.slices)
-    names = ("x", *(f"a{s}" for s in slices), *(f"b{s}" for s in slices), *tables, "y_in", "y")
+    names = ("x", "a", "b", *tables, "y_in", "y")
+    shifts = tuple(f"{stack}{s}_shift" for stack in "ab" for s in range(1, workload.slices))
     fault = RUN_FAULTS.get(step.name, "").replace("VALUE", str(step.value))
     source = CODE.replace("OUTS", ", ".join(map(str, workload.out_features)))
     source = source.replace("FAULT", fault)
@@ -146,11 +148,12 @@ def generate(workload: Workload, steps: Trace, target: Target) -> Code:
         "R": workload.rank,
         "K": workload.in_features,
         "TM": tile_rows,
-        "NARGS": len(names),
+        "Y": len(names) - 1,
+        "NARGS": len(names) + len(shifts),
     }
     code = source if step.name != "undefined" else source + "\nint f(void);int h(){return f();}\n"
     object_code = b"not an object" if step.name == "compile_error" else _compile(code, defines)
-    return Code(workload.key, tile_rows, source, object_code, names)
+    return Code(workload.key, tile_rows, source, object_code, names + shifts)
 
 
 def _fail_build(what: str, value: object) -> None:
