@@ -1,0 +1,251 @@
+"""The dispatch table: batch -> kernel, for every workload of one device.
+
+A batch is seen as two numbers that are known before it runs: its tokens, and the rows that one
+segment is expected to have (tokens over adapters). Nothing on the device is looked at, so a CUDA
+graph captured for a token count is right for every later batch of that size: every kernel computes
+every batch correctly, and the table only decides which one is fastest.
+
+The rule, which exports repeat in their own language:
+
+1. the bucket is the smallest measured token count at or above the batch's, else the largest;
+2. in it, the first row whose `rows_upto` is not below the expected rows per segment. A bucket's
+   first row has `rows_upto` 0 and serves batches about which nothing is known (hint 0); the other
+   limits lie halfway, on a log scale, between measured segment lengths; the last is infinite.
+
+Standard library only: the run time loads tables too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dop.errors import ConfigError, ExportError
+
+UNKNOWN_ROWS = 0.0
+"""The hint of a batch whose segments are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the decision.
+
+    Attributes:
+        tokens: the bucket.
+        rows_upto: largest expected rows per segment that this row serves; 0 for the row of an
+            unknown hint, infinite for the last row of a bucket.
+        trace_key: `Trace.key` of the kernel.
+    """
+
+    tokens: int
+    rows_upto: float
+    trace_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well the table serves one measured scenario.
+
+    Attributes:
+        scenario_key: `Scenario.key`.
+        trace_key: the kernel that the table picks for it.
+        seconds: its measured time; None if it was not measured under this scenario.
+        best_trace_key: the fastest kernel of the log.
+        best_s: its time.
+        floor_s: least time that the bytes allow, if known.
+    """
+
+    scenario_key: str
+    trace_key: str
+    seconds: float | None
+    best_trace_key: str
+    best_s: float
+    floor_s: float | None = None
+
+    @property
+    def regret(self) -> float:
+        """Time lost against the log's best: 0.05 is 5 %; infinite if it was not measured."""
+        return math.inf if self.seconds is None else self.seconds / self.best_s - 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadTable:
+    """The decision for one workload.
+
+    Attributes:
+        workload_key: `Workload.key`.
+        rows: by tokens, then by rows_upto, ascending.
+        fits: one per measured scenario.
+    """
+
+    workload_key: str
+    rows: tuple[Row, ...]
+    fits: tuple[Fit, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ExportError(f"the table of {self.workload_key} is empty.")
+        if list(self.rows) != sorted(self.rows, key=lambda r: (r.tokens, r.rows_upto)):
+            raise ExportError(f"the rows of {self.workload_key} are out of order.")
+        ends = {row.tokens: row.rows_upto for row in self.rows}
+        if any(end != math.inf for end in ends.values()):
+            raise ExportError(f"a bucket of {self.workload_key} does not serve every batch.")
+
+    @property
+    def trace_keys(self) -> tuple[str, ...]:
+        """The kernels in use, in the order of their first row."""
+        return tuple(dict.fromkeys(row.trace_key for row in self.rows))
+
+    @property
+    def worst_regret(self) -> float:
+        """Largest regret over the measured scenarios."""
+        return max((fit.regret for fit in self.fits), default=0.0)
+
+    def choose(self, tokens: int, adapters: int | None = None) -> str:
+        """Kernel of a batch.
+
+        Args:
+            tokens: rows of the batch, 1 or more.
+            adapters: distinct adapters expected in it; None if that is not known.
+        """
+        rows = UNKNOWN_ROWS if not adapters else tokens / adapters
+        return self.choose_by_rows(tokens, rows)
+
+    def choose_by_rows(self, tokens: int, rows_per_segment: float) -> str:
+        """Kernel of a batch by its expected rows per segment; 0 if that is not known."""
+        if tokens < 1 or not rows_per_segment >= 0:
+            raise ConfigError(
+                f"{tokens} tokens with {rows_per_segment} rows per segment.",
+                "Give 1 token or more and a hint of 0 or more.",
+            )
+        bucket = min((r.tokens for r in self.rows if r.tokens >= tokens), default=0)
+        bucket = bucket or self.rows[-1].tokens
+        for row in self.rows:
+            if row.tokens == bucket and rows_per_segment <= row.rows_upto:
+                return row.trace_key
+        raise AssertionError("the last row of a bucket serves everything")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The decisions for one device.
+
+    Attributes:
+        device_name: where the times were taken.
+        target_key: `Target.key` of it.
+        workloads: by `Workload.key`.
+    """
+
+    device_name: str
+    target_key: str
+    workloads: Mapping[str, WorkloadTable]
+
+    def choose(self, workload_key: str, tokens: int, adapters: int | None = None) -> str:
+        """Trace key of the kernel for a batch.
+
+        Raises:
+            ConfigError: the workload is not in the table.
+        """
+        if workload_key not in self.workloads:
+            raise ConfigError(
+                f"{workload_key} was not tuned on {self.device_name}.",
+                "Run dop tune for its model and rank.",
+            )
+        return self.workloads[workload_key].choose(tokens, adapters)
+
+    @property
+    def kernels(self) -> int:
+        """Kernels over all workloads."""
+        return sum(len(w.trace_keys) for w in self.workloads.values())
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for an index; what is infinite becomes null."""
+        return {
+            "device": self.device_name,
+            "target": self.target_key,
+            "workloads": {key: _to_json(table) for key, table in self.workloads.items()},
+        }
+
+    @staticmethod
+    def from_json(data: object) -> Table:
+        """Table of its JSON form.
+
+        Raises:
+            ExportError: it is not such a form.
+        """
+        try:
+            assert isinstance(data, dict)
+            workloads = {key: _from_json(key, value) for key, value in data["workloads"].items()}
+            return Table(str(data["device"]), str(data["target"]), workloads)
+        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ExportError(
+                f"the dispatch table is damaged ({type(error).__name__}: {error}).",
+                "Export it again from the log.",
+            ) from error
+
+    def text(self) -> str:
+        """The table for people: per workload its rows, then the regret of every scenario."""
+        lines = [f"Dispatch on {self.device_name} ({self.target_key}): {self.kernels} kernels"]
+        for table in self.workloads.values():
+            lines += ["", table.workload_key, *_row_lines(table), *_fit_lines(table.fits)]
+        return "\n".join(lines)
+
+
+def halfway(shorter: float, longer: float) -> float:
+    """The limit between two segment lengths: their geometric mean, to 6 digits, so that every
+    language writes and compares the same number."""
+    return float(f"{math.sqrt(shorter * longer):.6g}")
+
+
+def _to_json(table: WorkloadTable) -> dict[str, object]:
+    rows = [
+        [row.tokens, None if row.rows_upto == math.inf else row.rows_upto, row.trace_key]
+        for row in table.rows
+    ]
+    fits = [
+        {
+            "scenario": fit.scenario_key,
+            "kernel": fit.trace_key,
+            "seconds": fit.seconds,
+            "best": fit.best_trace_key,
+            "best_s": fit.best_s,
+            "floor_s": fit.floor_s,
+        }
+        for fit in table.fits
+    ]
+    return {"rows": rows, "scenarios": fits}
+
+
+def _from_json(key: str, data: Mapping[str, Any]) -> WorkloadTable:
+    rows = []
+    for tokens, upto, trace_key in data["rows"]:
+        rows.append(Row(int(tokens), math.inf if upto is None else float(upto), str(trace_key)))
+    fits = []
+    for item in data["scenarios"]:
+        names = ("scenario", "kernel", "seconds", "best", "best_s", "floor_s")
+        fits.append(Fit(*(item[name] for name in names)))
+    return WorkloadTable(key, tuple(rows), tuple(fits))
+
+
+def _row_lines(table: WorkloadTable) -> Iterable[str]:
+    yield "  tokens  rows per segment  kernel"
+    for row in table.rows:
+        if row.rows_upto == UNKNOWN_ROWS:
+            upto = "not known"
+        elif row.rows_upto == math.inf:
+            upto = "any other"
+        else:
+            upto = f"up to {row.rows_upto:g}"
+        yield f"  {row.tokens:6d}  {upto:<16}  {row.trace_key}"
+
+
+def _fit_lines(fits: Iterable[Fit]) -> Iterable[str]:
+    yield "  scenario                  kernel us  best us  regret  floor us"
+    for fit in fits:
+        seconds = "-" if fit.seconds is None else f"{fit.seconds * 1e6:.2f}"
+        regret = "-" if fit.seconds is None else f"{fit.regret:.1%}"
+        floor = "-" if fit.floor_s is None else f"{fit.floor_s * 1e6:.2f}"
+        name = fit.scenario_key if len(fit.scenario_key) <= 24 else fit.scenario_key[:21] + "..."
+        yield f"  {name:<24}  {seconds:>9}  {fit.best_s * 1e6:7.2f}  {regret:>6}  {floor:>8}"

@@ -1,0 +1,165 @@
+"""Which kernels an export ships: a log in, the table and its traces out. No TVM."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dop.database.jsonl import read_log
+from dop.database.record import Record
+from dop.database.wire import Entry
+from dop.dispatch.cover import MAX_REGRET, build_table
+from dop.dispatch.table import Fit, Table
+from dop.errors import ExportError, LogError
+from dop.export.provenance import Provenance, provenance_of
+from dop.target import Target
+from dop.workload import Workload
+
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A trace to ship for a workload.
+
+    Attributes:
+        workload: what it computes.
+        trace_key: `Trace.key`.
+        record: one of its records.
+        fits: the scenarios that the table gives to it.
+    """
+
+    workload: Workload
+    trace_key: str
+    record: Record
+    fits: tuple[Fit, ...]
+
+    @property
+    def name(self) -> str:
+        """Identifier, unique in an export."""
+        return f"{workload_name(self.workload)}_{self.trace_key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Everything that an exporter needs.
+
+    Attributes:
+        target: the device that was measured, as far as the records tell.
+        kernels: by workload, in the order of the table.
+        warnings: what a person should know, one line each.
+    """
+
+    table: Table
+    target: Target
+    kernels: tuple[Kernel, ...]
+    provenance: Provenance
+    warnings: tuple[str, ...] = ()
+
+    def of(self, workload_key: str) -> tuple[Kernel, ...]:
+        """The kernels of one workload."""
+        return tuple(k for k in self.kernels if k.workload.key == workload_key)
+
+
+def workload_name(workload: Workload) -> str:
+    """A workload as an identifier, e.g. bf16_r16_4096_4096_1024_1024."""
+    widths = "_".join(map(str, workload.out_features))
+    return f"{_SHORT[workload.dtype]}_r{workload.rank}_{workload.in_features}_{widths}"
+
+
+def select(
+    log: Path,
+    *,
+    device: str | None = None,
+    kind: str | None = None,
+    max_regret: float = MAX_REGRET,
+) -> Selection:
+    """The kernels of a log.
+
+    Args:
+        log: the tuning log.
+        device: name of the device; needed if the log holds several.
+        kind: "cuda" or "cpu": consider only such devices.
+        max_regret: see `dop.dispatch.cover`.
+
+    Raises:
+        LogError: the log cannot be read or holds no record.
+        ExportError: no device fits, several do, or none has a usable record.
+    """
+    if not log.exists():
+        raise LogError(f"{log} does not exist.", "Run dop tune first, or check the path.")
+    contents = read_log(log).require_entries()
+    entries = [e for e in contents.entries if kind in (None, _kind(e))]
+    name = _device(log, contents.entries, entries, device, kind)
+    entries = [e for e in entries if e.device_name == name]
+    target_key = max(entries, key=lambda e: e.timestamp).target_key
+    warnings = contents.warnings()
+    others = Counter(e.target_key for e in entries if e.target_key != target_key)
+    warnings += [
+        f"{count} records of {name} for {other!r} are not used; the newest are for {target_key!r}."
+        for other, count in others.items()
+    ]
+    mine = [e for e in entries if e.target_key == target_key]
+    built = build_table(mine, device=name, target_key=target_key, max_regret=max_regret)
+    kernels = []
+    for key, table in built.table.workloads.items():
+        workload = Workload.parse(key)
+        for trace in table.trace_keys:
+            fits = tuple(fit for fit in table.fits if fit.trace_key == trace)
+            kernels.append(Kernel(workload, trace, built.entries[key, trace].record(), fits))
+    target = target_of(kernels[0].record)
+    origin = provenance_of(log, mine)
+    return Selection(built.table, target, tuple(kernels), origin, tuple(warnings))
+
+
+def _kind(entry: Entry) -> str:
+    return "cuda" if entry.target_key.startswith("cuda") else "cpu"
+
+
+def _device(
+    log: Path, everything: list[Entry], entries: list[Entry], device: str | None, kind: str | None
+) -> str:
+    names = list(dict.fromkeys(e.device_name for e in entries))
+    listed = ", ".join(repr(n) for n in names)
+    if device is not None:
+        if device in names:
+            return device
+        all_names = ", ".join(repr(n) for n in dict.fromkeys(e.device_name for e in everything))
+        what = f"{kind} record" if kind else "record"
+        raise ExportError(f"{log} holds no {what} of {device!r}.", f"Its devices are: {all_names}.")
+    if not names:
+        raise ExportError(
+            f"{log} holds no record of a {kind} device.",
+            "Run dop tune on one, or use dop export library for a CPU.",
+        )
+    if len(names) > 1:
+        raise ExportError(
+            f"{log} holds records of {len(names)} devices.", f"Give --device: {listed}."
+        )
+    return names[0]
+
+
+def target_of(record: Record) -> Target:
+    """The target of a record, as far as its line tells (the cache size is not in it).
+
+    Raises:
+        ExportError: its target string is not one that Dop writes.
+    """
+    params = record.hardware_params
+    key = record.target_key
+    found = re.fullmatch(
+        r"cuda -arch=(?P<cuda>\S+)"
+        r"|llvm -mcpu=(?P<cpu>\S+)(?: -mattr=(?P<features>\S+))? -num-cores=(?P<cores>\d+)",
+        key,
+    )
+    if not found or len(params) < 6:
+        raise ExportError(f"{key!r} is not a target.", "Check the log with dop log validate.")
+    units, vector_bytes, _, smem, registers, threads = params[:6]
+    arch = found["cuda"] or found["cpu"]
+    kind = "cuda" if found["cuda"] else "cpu"
+    features = found["features"] or ""
+    return Target(
+        kind, arch, record.device_name, units, threads, smem, registers, 0, vector_bytes, features
+    )

@@ -1,0 +1,196 @@
+"""The dispatch table: covered with few kernels, honest about its regret, whole for every batch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+from export_logs import record, records_of, write_log
+
+from dop.database.jsonl import read_log
+from dop.dispatch.cover import build_table
+from dop.dispatch.table import Row, Table, WorkloadTable
+from dop.errors import ConfigError, ExportError, Failure
+from dop.scenario import MIXES, Scenario, named
+from dop.space.step import SplitStep
+from dop.space.trace import Trace
+from dop.target import SM_90
+from dop.workload import Workload
+
+WORKLOAD = Workload("o", 512, (512,), 16, "bfloat16")
+
+
+def trace(number: int) -> Trace:
+    """Traces that differ; the table never looks inside."""
+    return Trace((SplitStep(0, 0, 512, (number,), True),))
+
+
+TRACES = {name: trace(2 + i) for i, name in enumerate("abcdefgh")}
+
+
+def table_of(tmp_path, records, **options):
+    contents = read_log(write_log(tmp_path / "log.jsonl", records))
+    return build_table(contents.entries, device=SM_90.device_name, target_key=SM_90.key, **options)
+
+
+def name_of(key: str) -> str:
+    return next(name for name, t in TRACES.items() if t.key == key)
+
+
+def test_few_kernels_within_the_regret(tmp_path):
+    times = {
+        "T8/distinct/8": {"a": 10.0, "b": 10.4, "c": 20.0},
+        "T8/identical/1": {"a": 8.0, "b": 5.2, "c": 5.0},
+        "T32/distinct/32": {"a": 30.0, "b": 31.0, "c": 60.0},
+    }
+    built = table_of(tmp_path, records_of(WORKLOAD, TRACES, times))
+    found = built.table.workloads[WORKLOAD.key]
+    assert [name_of(t) for t in found.trace_keys] == ["b"]  # 4 % everywhere: one kernel will do
+    assert found.worst_regret == pytest.approx(0.04)
+    exact = table_of(tmp_path / "exact", records_of(WORKLOAD, TRACES, times), max_regret=0.0)
+    winners = exact.table.workloads[WORKLOAD.key]
+    assert {name_of(t) for t in winners.trace_keys} == {"a", "c"}
+    assert winners.worst_regret == 0
+    assert {k for _, k in built.entries} == set(found.trace_keys)
+
+
+def test_random_logs_keep_the_regret_and_serve_every_batch(tmp_path):
+    rng = random.Random(5)
+    scenarios = [named(m, t) for t in (1, 8, 32, 128) for m in MIXES]
+    times = {
+        s.key: {name: 5.0 + 20 * rng.random() for name in TRACES} for s in scenarios if s.tokens > 1
+    }
+    built = table_of(tmp_path, records_of(WORKLOAD, TRACES, times))
+    found = built.table.workloads[WORKLOAD.key]
+    assert found.worst_regret <= 0.05
+    assert {f.scenario_key for f in found.fits} == set(times)
+    for fit in found.fits:
+        best = min(times[fit.scenario_key].values())
+        assert fit.best_s == pytest.approx(best * 1e-6)
+        assert times[fit.scenario_key][name_of(fit.trace_key)] <= 1.05 * best
+    for tokens, adapters in itertools.product((1, 2, 7, 9, 33, 5000), (None, 1, 3, 4000)):
+        assert found.choose(tokens, adapters) in found.trace_keys
+
+
+def test_scenarios_that_look_alike_get_one_kernel_and_tell_its_regret(tmp_path):
+    # Both have 32 tokens and 6 adapters: a dispatcher sees 5.33 rows per segment in each.
+    skewed = named("skewed", 32)
+    recorded = Scenario("recorded", (27, 1, 1, 1, 1, 1))
+    assert named("uniform", 32).adapters == recorded.adapters
+    times = {"T32/uniform/6": {"a": 10.0, "b": 12.0}, recorded.key: {"a": 14.0, "b": 10.0}}
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.workloads[WORKLOAD.key]
+    assert [name_of(t) for t in found.trace_keys] == ["b"]
+    assert sorted(round(f.regret, 3) for f in found.fits) == [0.0, 0.2]
+    assert skewed.tokens == 32
+
+
+def test_nearest_bucket_and_segment_length(tmp_path):
+    times = {
+        "T8/distinct/8": {"a": 1.0, "b": 9.0, "c": 9.0, "d": 9.0},
+        "T8/identical/1": {"a": 9.0, "b": 1.0, "c": 9.0, "d": 9.0},
+        "T128/distinct/128": {"a": 9.0, "b": 9.0, "c": 1.0, "d": 9.0},
+        "T128/identical/1": {"a": 9.0, "b": 9.0, "c": 9.0, "d": 1.0},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.workloads[WORKLOAD.key]
+    picks = {
+        (8, 8): "a",
+        (1, 1): "a",  # below the smallest bucket: the smallest
+        (8, 4): "a",  # 2 rows: nearer to 1 than to 8 on a log scale
+        (8, 2): "b",  # 4 rows: nearer to 8
+        (8, 1): "b",
+        (9, 9): "c",  # at or above: 128
+        (128, 1): "d",
+        (4096, 4096): "c",  # beyond the largest: the largest
+        (4096, 1): "d",
+    }
+    assert {batch: name_of(found.choose(*batch)) for batch in picks} == picks
+    assert found.choose(8) in found.trace_keys
+    with pytest.raises(ConfigError):
+        found.choose(0, 1)
+    with pytest.raises(ConfigError):
+        found.choose_by_rows(8, math.nan)
+
+
+def test_unknown_hint_takes_the_smallest_worst_case(tmp_path):
+    times = {
+        "T8/distinct/8": {"a": 10.0, "b": 11.0},
+        "T8/identical/1": {"a": 40.0, "b": 10.0},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.workloads[WORKLOAD.key]
+    assert name_of(found.choose(8, 8)) == "a"
+    assert name_of(found.choose(8, None)) == "b"
+
+
+def test_wrong_and_failed_records_are_never_chosen(tmp_path):
+    scenario = named("distinct", 8)
+    records = [
+        record(WORKLOAD, scenario, TRACES["a"], 1e-6, accuracy=0.5),
+        record(WORKLOAD, scenario, TRACES["b"], 1e-6, failure=Failure.CORRECTNESS),
+        record(WORKLOAD, scenario, Trace(TRACES["c"].steps * 2), 9e-6),
+    ]
+    found = table_of(tmp_path, records).table.workloads[WORKLOAD.key]
+    assert found.choose(8, 8) == records[2].trace.key
+    with pytest.raises(ExportError, match="no usable record"):
+        table_of(tmp_path / "bad", records[:2])
+
+
+def test_a_broken_trace_is_passed_over(tmp_path):
+    scenario = named("distinct", 8)
+    broken = Trace((SplitStep(77, 0, 512, (2,), True),))  # a stage that does not exist
+    records = [
+        record(WORKLOAD, scenario, broken, 1e-6),
+        record(WORKLOAD, scenario, TRACES["a"], 5e-6),
+    ]
+    found = table_of(tmp_path, records).table.workloads[WORKLOAD.key]
+    assert found.choose(8) == TRACES["a"].key
+    assert found.worst_regret == 0  # judged against what can be used
+
+
+def test_other_devices_do_not_count(tmp_path):
+    from dataclasses import replace
+
+    scenario = named("distinct", 8)
+    other = replace(SM_90, device_name="another GPU")
+    records = [
+        record(WORKLOAD, scenario, TRACES["a"], 5e-6),
+        record(WORKLOAD, scenario, TRACES["b"], 1e-6, target=other),
+    ]
+    found = table_of(tmp_path, records).table.workloads[WORKLOAD.key]
+    assert found.choose(8) == TRACES["a"].key
+
+
+def test_json_round_trip_and_text(tmp_path):
+    times = {
+        "T8/distinct/8": {"a": 10.0, "b": 20.0},
+        "T8/identical/1": {"a": 40.0, "b": 10.0},
+    }
+    table = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table
+    assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+    text = table.text()
+    assert WORKLOAD.key in text
+    assert "T8/identical/1" in text
+    assert "0.0%" in text
+    for damaged in ({}, [], {"device": "d", "target": "t", "workloads": {"k": {"rows": [[1]]}}}):
+        with pytest.raises(ExportError, match="damaged"):
+            Table.from_json(damaged)
+
+
+def test_a_table_must_be_whole():
+    with pytest.raises(ExportError, match="every batch"):
+        WorkloadTable("k", (Row(8, 0.0, "t"), Row(8, 4.0, "t")))
+    with pytest.raises(ExportError, match="order"):
+        WorkloadTable("k", (Row(8, math.inf, "t"), Row(1, math.inf, "t")))
+
+
+def test_tables_load_without_the_tuner():
+    code = (
+        "import sys; import dop.dispatch.table; "
+        "print([m for m in ('tvm', 'torch', 'orjson', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
