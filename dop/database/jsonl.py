@@ -187,7 +187,7 @@ def _read_line(
         _count_corrupt(contents, BadLine(number, f"longer than {MAX_LINE_BYTES} bytes"))
         return True
     if not line.strip():
-        return ended
+        return True
     try:
         contents.entries.append(wire.parse_entry(line, number, shared))
     except NewerSchemaError:

@@ -254,7 +254,7 @@ def _entry(data: Any, raw: bytes, number: int, shared: dict[object, Mapping[str,
         accuracy=_number(extras.get("accuracy"), "the accuracy"),
         floor_s=_number(extras.get("floor_s"), "floor_s"),
         predicted_s=_number(extras.get("predicted_s"), "predicted_s"),
-        cost_s=_number(cost, "the cost") or 0,
+        cost_s=_needed(cost, "the cost"),
         timestamp=_index(timestamp, "the timestamp"),
         sketch=sys.intern(_text(extras.get("sketch", ""), "the sketch")),
         versions=_versions(extras.get("versions", {}), shared),
@@ -286,7 +286,7 @@ def _failure(error_no: object, name: object) -> Failure:
 def _seconds(value: object, failure: Failure) -> tuple[float, ...]:
     if failure is not Failure.NONE:
         return SECONDS_PER_FAILURE
-    seconds = tuple([_number(s, "a time") or 0 for s in _list(value, "the times", 1)])
+    seconds = tuple([_needed(s, "a time") for s in _list(value, "the times", 1)])
     if not min(seconds) > 0 or any(s != s for s in seconds):
         raise ValueError("a time is not positive")
     return seconds
@@ -328,7 +328,7 @@ def _record(data: Any, entry: Entry) -> Record:
             entry.message,
             entry.accuracy,
             entry.floor_s,
-            {name: _number(v, f"resource {name}") or 0 for name, v in resources.items()},
+            {name: _needed(v, f"resource {name}") for name, v in resources.items()},
             entry.cost_s,
         )
         return Record(
@@ -372,6 +372,13 @@ def _number(value: Any, what: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{what} is not a number")
     return value
+
+
+def _needed(value: Any, what: str) -> float:
+    number = _number(value, what)
+    if number is None:
+        raise ValueError(f"{what} is missing")
+    return number
 
 
 def _whole(value: object, what: str) -> int:
