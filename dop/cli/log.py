@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from dop.cli.output import emit, note
 from dop.errors import BuildError, DopError, LogError, MissingDependencyError, TraceError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from dop.database.jsonl import LogContents
@@ -46,7 +47,7 @@ def best(
     rows = [row for row in _best_rows(contents, device) if task in str(row["task"])]
     if not rows:
         note("no task has a record that ran, was checked and was right.")
-    emit(rows, as_json, _best_table(rows) if rows else "")
+    emit(rows, as_json, _on_console(_best_tables(rows)) if rows else "")
 
 
 @app.command()
@@ -106,7 +107,8 @@ def stats(logs: list[Path] = _LOGS, as_json: bool = _JSON) -> None:
         "first, last": f"{_date(found.first)}, {_date(found.last)}",
         "spent": f"{found.cost_s:,.0f} s building and measuring",
     }
-    emit(found, as_json, _table(("", ""), [[k, v] for k, v in rows.items()], header=False))
+    table = _table(("", ""), [[k, v] for k, v in rows.items()], header=False)
+    emit(found, as_json, _on_console([("", table)]))
 
 
 @app.command()
@@ -207,27 +209,30 @@ def _best_row(number: int, entry: Entry, path: Path) -> dict[str, object]:
     }
 
 
-def _best_table(rows: Sequence[dict[str, object]]) -> Table:
-    cells = []
+def _best_tables(rows: Sequence[dict[str, object]]) -> list[tuple[str, Table]]:
+    """A table per workload and device, with its heading."""
+    groups: dict[str, list[list[str]]] = {}
     for row in rows:
-        seconds, floor = row["median_s"], row["floor_s"]
-        assert isinstance(seconds, (int, float))
-        over = f"{seconds / floor:.2f}" if isinstance(floor, (int, float)) and floor > 0 else "-"
-        cells.append(
-            [
-                str(row["number"]),
-                str(row["workload"]),
-                str(row["scenario"]),
-                str(row["device"]),
-                f"{seconds * 1e6:.2f}",
-                over,
-                f"{row['accuracy']:.1e}",
-                str(row["sketch"]),
-                str(row["line"]),
-            ]
-        )
-    heads = ("#", "workload", "batch", "device", "us", "x floor", "error", "sketch", "line")
-    return _table(heads, cells, numbers=("#", "us", "x floor", "error", "line"))
+        title = f"{row['workload']} on {row['device']}"
+        groups.setdefault(title, []).append(_best_cells(row))
+    heads = ("#", "batch", "us", "x floor", "error", "line", "sketch")
+    numbers = ("#", "us", "x floor", "error", "line")
+    return [(title, _table(heads, cells, numbers=numbers)) for title, cells in groups.items()]
+
+
+def _best_cells(row: dict[str, object]) -> list[str]:
+    seconds, floor = row["median_s"], row["floor_s"]
+    assert isinstance(seconds, (int, float))
+    over = f"{seconds / floor:.2f}" if isinstance(floor, (int, float)) and floor > 0 else "-"
+    return [
+        str(row["number"]),
+        str(row["scenario"]),
+        f"{seconds * 1e6:.2f}",
+        over,
+        f"{row['accuracy']:.1e}",
+        str(row["line"]),
+        str(row["sketch"]),
+    ]
 
 
 def _table(
@@ -243,12 +248,26 @@ def _table(
 
     table = Table(box=box.SIMPLE, show_header=header)
     for head in heads:
-        table.add_column(
-            head, justify="right" if head in numbers else "left", overflow="fold", min_width=3
-        )
+        justify: Literal["left", "right"] = "right" if head in numbers else "left"
+        short = head in numbers
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=short)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is no markup
     return table
+
+
+def _on_console(tables: Sequence[tuple[str, Table]]) -> Callable[[Console], None]:
+    """Prints tables as wide as the terminal, or unfolded where a program reads them."""
+
+    def show(console: Console) -> None:
+        if not console.is_terminal:
+            console.width = 1000
+        for title, table in tables:
+            if title:
+                console.print(title, markup=False)
+            console.print(table)
+
+    return show
 
 
 def _choose(contents: LogContents, task: str, line: int) -> Record:

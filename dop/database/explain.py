@@ -116,8 +116,8 @@ def _batch(key: str) -> str:
         return key
     if mix == "recorded":
         segments, _, bare = lengths.partition("/")
-        return f"{tokens[1:]} tokens, segments {segments}, {bare or 0} rows without adapter"
-    return f"{tokens[1:]} tokens, {lengths} adapters, {mix} shares"
+        return f"tokens {tokens[1:]}, rows per adapter {segments}, rows without adapter {bare or 0}"
+    return f"tokens {tokens[1:]}, adapters {lengths}, {mix} shares"
 
 
 def _outcome(measurement: Measurement) -> list[tuple[str, str]]:

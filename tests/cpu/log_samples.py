@@ -136,7 +136,9 @@ step_kinds: dict[str, st.SearchStrategy[Step]] = {
     ),
     "PR": st.builds(PragmaStep, index, index, word, pragma_values),
     "RE": st.builds(
-        ReorderStep, index, st.integers(0, 8).flatmap(lambda n: st.permutations(range(n))).map(tuple)
+        ReorderStep,
+        index,
+        st.integers(0, 8).flatmap(lambda n: st.permutations(range(n))).map(tuple),
     ),
     "SP": st.builds(
         SplitStep,
@@ -174,7 +176,9 @@ small_steps = st.one_of(
     st.builds(FollowFusedSplitStep, small, small, st.lists(small, max_size=2).map(tuple), small),
     st.builds(ComputeAtStep, small, small, small),
     st.builds(ComputeInlineStep, small),
-    st.builds(CacheReadStep, small, st.sampled_from(SCOPES), st.lists(small, max_size=2).map(tuple)),
+    st.builds(
+        CacheReadStep, small, st.sampled_from(SCOPES), st.lists(small, max_size=2).map(tuple)
+    ),
     st.builds(CacheWriteStep, small, st.sampled_from(SCOPES)),
     st.builds(RfactorStep, small, small, small),
     st.builds(PragmaStep, small, small, word, pragma_values),

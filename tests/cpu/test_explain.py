@@ -100,7 +100,7 @@ def test_the_header_says_what_a_person_asks_first() -> None:
     text = explain(record()).text()
     for words in (
         "x has 4096 columns, rank 16, y has 4096 + 1024 + 1024 columns",
-        "32 tokens, 6 adapters, uniform shares",
+        "tokens 32, adapters 6, uniform shares",
         "NVIDIA H200 (cuda -arch=sm_90a)",
         "10.00 us, 2.00 times its floor of 5.00 us",
         "error 1.00e-04",

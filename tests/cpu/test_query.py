@@ -31,7 +31,7 @@ def contents_of(path: Path, *lines: bytes) -> LogContents:
 
 
 def test_the_tolerance_is_the_accuracy_gates() -> None:
-    assert query.TOLERANCE == {dtype: t.largest for dtype, t in TOLERANCES.items()}
+    assert {dtype: t.largest for dtype, t in TOLERANCES.items()} == query.TOLERANCE
     assert query.tolerance_of("sgmv/bfloat16/r16/8->8") == TOLERANCES["bfloat16"].largest
     assert query.tolerance_of("nonsense") == TOLERANCES["float32"].largest
 

@@ -36,20 +36,18 @@ def test_round_trip(code: str, data: st.DataObject) -> None:
 def test_any_json_is_a_step_or_a_trace_error(value: object) -> None:
     try:
         step = parse_step(value)
-    except TraceError as error:
-        assert "step" in str(error)
-    else:
-        assert isinstance(step, Step)
+    except TraceError:
+        return
+    assert isinstance(step, Step)
 
 
 @given(st.sampled_from(sorted(STEPS)), st.lists(json_values, max_size=6))
 def test_any_fields_are_a_step_or_a_trace_error(code: str, fields: list[object]) -> None:
     try:
         step = parse_step([code, *fields])
-    except TraceError as error:
-        assert code in str(error)
-    else:
-        assert parse_step(step.to_json()) == step
+    except TraceError:
+        return
+    assert parse_step(step.to_json()) == step
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_any_json_is_a_trace_or_a_trace_error(value: object) -> None:
 
 
 def test_the_error_names_the_position() -> None:
-    with pytest.raises(TraceError, match="step 1: .*0 is not a length"):
+    with pytest.raises(TraceError, match=r"step 1: .*0 is not a length"):
         Trace.from_json([["CI", 0], ["SP", 0, 0, None, [0], 1]])
 
 
