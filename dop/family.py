@@ -87,7 +87,7 @@ class FamilyState:
     visits: int = 0
     idle_visits: int = 0
     exhausted: bool = False
-    _default_keys: dict[str, int] = field(default_factory=dict)
+    _default_keys: dict[Trace, int] = field(default_factory=dict)
     _default_place: dict[str, int] = field(default_factory=dict)
     _gains: list[tuple[float, float]] = field(default_factory=list)
 
@@ -104,12 +104,12 @@ class FamilyState:
             space, family.workload, family.target, family.scenarios, rng, model, effort.search
         )
         state = FamilyState(family, space, strategy)
-        state._default_keys = {c.trace.key: i for i, c in enumerate(space.defaults())}
+        state._default_keys = {c.trace: i for i, c in enumerate(space.defaults())}
         return state
 
-    def is_default(self, trace_key: str) -> bool:
+    def is_default(self, trace: Trace) -> bool:
         """Whether a trace is the untuned default of a sketch."""
-        return trace_key in self._default_keys
+        return trace in self._default_keys
 
     def observe(
         self, trace: Trace, sketch: str, scenario: Scenario, measurement: Measurement
@@ -120,7 +120,7 @@ class FamilyState:
         held = self.best.get(scenario.key)
         if held is None or measurement.median_s < held.measurement.median_s:
             self.best[scenario.key] = Best(trace, sketch, measurement)
-        place = self._default_keys.get(trace.key)
+        place = self._default_keys.get(trace)
         if place is not None and place <= self._default_place.get(scenario.key, place):
             self._default_place[scenario.key] = place
             self.default[scenario.key] = measurement

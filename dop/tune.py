@@ -388,7 +388,7 @@ class _Run:
         if counted:
             self.trials += len(batch)
             state.trials += len(batch)
-        by_trace = {c.trace.key: c for c, _ in batch}
+        by_trace = {c.trace: c for c, _ in batch}
         jobs = [Job(c.trace, workload, scenarios) for c, scenarios in batch]
         before, began = state.score(), self.clock()
         results: list[Result] = []
@@ -396,7 +396,7 @@ class _Run:
         whole = True
         try:
             for job, scenario, measurement in answers:
-                candidate = by_trace[job.trace.key]
+                candidate = by_trace[job.trace]
                 self._keep(state, candidate, scenario, measurement)
                 results.append((candidate, scenario, measurement))
                 if self._left_s() < -self._grace_s():
@@ -419,7 +419,7 @@ class _Run:
     ) -> None:
         """Write one record before anything else is done with it."""
         target, sketch = state.family.target, candidate.sketch.name
-        mark = DEFAULT_MARK if state.is_default(candidate.trace.key) else ""
+        mark = DEFAULT_MARK if state.is_default(candidate.trace) else ""
         record = Record(
             workload_key=state.family.workload.key,
             target_key=target.key,

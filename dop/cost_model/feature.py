@@ -32,11 +32,14 @@ from dop.space.step import (
 from dop.target import Target
 from dop.workload import Workload
 
+PointKey = tuple[str, tuple[tuple[str, int], ...]]
+
 Factors = tuple[Num, ...]
 """A loop's length as a product; an empty tuple is a length that only the batch decides."""
 
 _SCENARIO_COLUMNS = ("tokens", "adapters", "mean_rows", "max_rows", "bare_rows")
 _CROSS_COLUMNS = ("tiles", "padding", "blocks", "waves", "bytes_per_flop", "floor_bytes")
+_GRID = tuple(ANNOTATIONS.index(name) for name in ("blockIdx.x", "blockIdx.y", "blockIdx.z"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class FeatureExtractor:
         self._estimates = sorted({name for s in space.sketches for name in s.estimates})
         self._plans = {s.name: _plan(i, s) for i, s in enumerate(space.sketches)}
         self._halves = sorted({name.partition(".")[0] for name in self._params})
-        self._cache: dict[tuple[str, tuple[tuple[str, int], ...]], FloatArray] = {}
+        self._cache: dict[PointKey, tuple[FloatArray, int, float]] = {}
         self.names: tuple[str, ...] = (
             "sketch",
             *self._params,
@@ -75,27 +78,39 @@ class FeatureExtractor:
         """Rows of every point under every scenario: [points * scenarios, names]."""
         out = np.empty((len(points), len(scenarios), len(self.names)))
         batch = np.array([_scenario_row(s) for s in scenarios]).reshape(len(scenarios), -1)
-        own = len(self.names) - len(_SCENARIO_COLUMNS) - len(_CROSS_COLUMNS)
+        cross = len(self.names) - len(_CROSS_COLUMNS)
+        own = cross - len(_SCENARIO_COLUMNS)
+        tables = _BatchTables(self._workload, scenarios)
         for i, point in enumerate(points):
-            out[i, :, :own] = self._point_row(point)
-            out[i, :, own : own + len(_SCENARIO_COLUMNS)] = batch
-            values = dict(point.annotation)
-            for j, scenario in enumerate(scenarios):
-                out[i, j, own + len(_SCENARIO_COLUMNS) :] = self._cross(point, values, scenario)
+            row, rows, per_tile = self._point_row(point)
+            out[i, :, :own] = row
+            out[i, :, own:cross] = batch
+            out[i, :, cross:] = self._cross(tables, rows, per_tile)
         return out.reshape(len(points) * len(scenarios), len(self.names))
 
     def pair_rows(self, pairs: Sequence[tuple[Point, Scenario]]) -> FloatArray:
         """One row per given pair: [pairs, names]."""
-        if not pairs:
-            return np.empty((0, len(self.names)))
-        return np.concatenate([self.rows([point], [scenario]) for point, scenario in pairs])
+        out = np.empty((len(pairs), len(self.names)))
+        places: dict[str, list[int]] = {}
+        for i, (_, scenario) in enumerate(pairs):
+            places.setdefault(scenario.key, []).append(i)
+        for chosen in places.values():
+            out[chosen] = self.rows([pairs[i][0] for i in chosen], [pairs[chosen[0]][1]])
+        return out
 
-    def _point_row(self, point: Point) -> FloatArray:
+    def _point_row(self, point: Point) -> tuple[FloatArray, int, float]:
+        """The point's own columns, its rows per tile and its blocks per tile."""
         key = (point.sketch.name, point.annotation)
-        row = self._cache.get(key)
-        if row is None:
-            row = self._cache[key] = self._describe(point.sketch, dict(point.annotation))
-        return row
+        known = self._cache.get(key)
+        if known is None:
+            values, plan = dict(point.annotation), self._plan(point.sketch)
+            per_tile = 1.0
+            for kind in _GRID:
+                length = _length(plan.marked[kind], values)
+                per_tile *= 1.0 if math.isnan(length) else max(1.0, length)
+            row = self._describe(point.sketch, values)
+            known = self._cache[key] = (row, max(1, _value(plan.tile, values)), per_tile)
+        return known
 
     def _describe(self, sketch: Sketch, values: Annotation) -> FloatArray:
         plan = self._plan(sketch)
@@ -115,23 +130,38 @@ class FeatureExtractor:
             plan = self._plans[sketch.name] = _plan(-1, sketch)
         return plan
 
-    def _cross(self, point: Point, values: Annotation, scenario: Scenario) -> tuple[float, ...]:
-        plan = self._plan(point.sketch)
-        rows = max(1, _value(plan.tile, values))
-        used = scenario.segments
-        tiles = sum(-(-n // rows) for n in used) if rows > 1 else scenario.tokens
-        grid = [ANNOTATIONS.index(n) for n in ("blockIdx.x", "blockIdx.y", "blockIdx.z")]
-        per_tile = 1.0
-        for kind in grid:
-            length = _length(plan.marked[kind], values)
-            per_tile *= 1.0 if math.isnan(length) else max(1.0, length)
+    def _cross(self, tables: _BatchTables, rows: int, per_tile: float) -> FloatArray:
+        """Columns that need both the point and the batch: [scenarios, _CROSS_COLUMNS]."""
+        tiles = tables.tiles(rows)
         blocks = tiles * per_tile
-        flops = self._workload.flops(max(1, tiles * rows))
-        moved = self._workload.min_bytes(scenario.tokens, max(1, scenario.adapters))
-        weights = self._workload.min_bytes(0, 1) * tiles
-        padding = tiles * rows / scenario.tokens
+        padded = tiles * rows
+        moved = tables.min_bytes + tables.adapter_bytes * tiles
+        per_flop = moved / (tables.row_flops * np.maximum(padded, 1.0))
         waves = blocks / self._target.units
-        return (tiles, padding, blocks, waves, (moved + weights) / flops, moved)
+        columns = (tiles, padded / tables.tokens, blocks, waves, per_flop, tables.min_bytes)
+        return np.stack(columns, axis=1)
+
+
+class _BatchTables:
+    """Quantities of the batches that many points share."""
+
+    def __init__(self, workload: Workload, scenarios: Sequence[Scenario]) -> None:
+        self._segments = [s.segments for s in scenarios]
+        self._tiles: dict[int, FloatArray] = {}
+        self.tokens = np.array([float(s.tokens) for s in scenarios])
+        self.min_bytes = np.array(
+            [float(workload.min_bytes(s.tokens, max(1, s.adapters))) for s in scenarios]
+        )
+        self.adapter_bytes = float(workload.min_bytes(0, 1))
+        self.row_flops = float(workload.flops(1))
+
+    def tiles(self, rows: int) -> FloatArray:
+        """Row tiles of each batch; one per token in the row form: [scenarios]."""
+        found = self._tiles.get(rows)
+        if found is None:
+            counts = [float(sum(-(-n // rows) for n in used)) for used in self._segments]
+            found = self._tiles[rows] = self.tokens if rows == 1 else np.array(counts)
+        return found
 
 
 def _scenario_row(scenario: Scenario) -> tuple[float, ...]:

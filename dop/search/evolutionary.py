@@ -14,7 +14,7 @@ from dop.cost_model.metric import spearman
 from dop.effort import SearchEffort
 from dop.scenario import Scenario
 from dop.search.crossover import cross
-from dop.search.history import PointKey, Result
+from dop.search.history import PointKey, Result, point_key
 from dop.search.mutator import MUTATORS
 from dop.search.mutator.structure import change_sketch
 from dop.search.selection import acquisition, diverse, tournament
@@ -47,7 +47,7 @@ class Draft:
     @property
     def key(self) -> PointKey:
         """Identity of the point."""
-        return (self.sketch.name, self.annotation)
+        return point_key(self)
 
 
 class EvolutionaryStrategy(Strategy):
@@ -73,19 +73,20 @@ class EvolutionaryStrategy(Strategy):
         self._effort = effort
         self._hints: list[Candidate] = []
         self._warm_until = len(self._defaults) + effort.warm_up
-        self._predicted: dict[tuple[str, str], float] = {}
+        self._predicted: dict[tuple[PointKey, str], float] = {}
+        self._correlation: float | None = None
         self._outcomes: list[tuple[str, float, float]] = []
 
     def tell(self, results: Sequence[Result]) -> None:
         fresh = len(self.history.samples)
         super().tell(results)
         for sample in self.history.samples[fresh:]:
-            assert isinstance(sample.point, Candidate)
-            guess = self._predicted.get((sample.point.trace.key, sample.scenario.key))
+            guess = self._predicted.get((point_key(sample.point), sample.scenario.key))
             if guess is not None and math.isfinite(sample.seconds):
                 self._outcomes.append((sample.scenario.key, guess, sample.seconds))
         if len(self.history.samples) > fresh:
             self.model.update(self.history.samples)
+            self._correlation = self._correlate()
 
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well for a neighbouring workload.
@@ -93,16 +94,20 @@ class EvolutionaryStrategy(Strategy):
         They are measured during the warm-up; later they join the first generation, where the
         model judges them like any other.
         """
-        waiting = {c.trace.key for c in self._hints}
+        waiting = {point_key(c) for c in self._hints}
         for candidate in candidates:
-            seen = self.history.saw((candidate.sketch.name, candidate.annotation))
-            if not seen and candidate.trace.key not in waiting:
+            key = point_key(candidate)
+            if key not in waiting and not self.history.saw(key):
+                waiting.add(key)
                 self._hints.append(candidate)
 
     def predicted_s(self, candidate: Candidate, scenario: Scenario) -> float | None:
-        return self._predicted.get((candidate.trace.key, scenario.key))
+        return self._predicted.get((point_key(candidate), scenario.key))
 
     def rank_correlation(self) -> float | None:
+        return self._correlation
+
+    def _correlate(self) -> float | None:
         """Spearman of predicted against measured, per scenario, then averaged; None below 8."""
         by_scenario: dict[str, list[tuple[float, float]]] = {}
         for key, guess, seconds in self._outcomes:
@@ -156,7 +161,7 @@ class EvolutionaryStrategy(Strategy):
             for scenario, value in zip(self.scenarios, row, strict=True):
                 best = self.history.best_s(scenario.key)
                 if math.isfinite(best):
-                    key = (candidate.trace.key, scenario.key)
+                    key = (point_key(candidate), scenario.key)
                     self._predicted[key] = best * math.exp(float(value))
 
     def _evolved(self, n: int) -> list[Candidate]:

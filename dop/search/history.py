@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from dop.cost_model.base import Sample
+from dop.cost_model.base import Point, Sample
 from dop.measurement import Measurement
 from dop.scenario import Scenario
 from dop.space.sketch import Candidate
@@ -18,6 +19,11 @@ PointKey = tuple[str, tuple[tuple[str, int], ...]]
 """Sketch name and annotation: identity of a point without binding its trace."""
 
 
+def point_key(point: Point) -> PointKey:
+    """Identity of a candidate or draft."""
+    return (point.sketch.name, point.annotation)
+
+
 @dataclass(slots=True)
 class Entry:
     """A measured candidate: seconds by scenario key, infinite for a failure."""
@@ -27,12 +33,16 @@ class Entry:
 
 
 class History:
-    """Candidates by trace key, with the best per scenario. Order is that of arrival."""
+    """Candidates in the order of their arrival, and the best per scenario.
+
+    Proposals are told apart by their trace; what was told is kept by point, so that a trace is
+    bound and hashed once.
+    """
 
     def __init__(self, scenarios: Sequence[Scenario]) -> None:
         self.scenarios = tuple(scenarios)
         self._known = {s.key for s in self.scenarios}
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[PointKey, Entry] = {}
         self._seen_traces: set[str] = set()
         self._seen_points: set[PointKey] = set()
         self._samples: list[Sample] = []
@@ -44,7 +54,7 @@ class History:
 
     def mark(self, candidate: Candidate) -> bool:
         """Note a proposal; False if this trace was proposed or told before."""
-        self._seen_points.add((candidate.sketch.name, candidate.annotation))
+        self._seen_points.add(point_key(candidate))
         key = candidate.trace.key
         if key in self._seen_traces:
             return False
@@ -58,8 +68,11 @@ class History:
     def add(self, results: Iterable[Result]) -> None:
         """Take in measurements; a pair that was told before is ignored."""
         for candidate, scenario, measurement in results:
-            self.mark(candidate)
-            entry = self._entries.setdefault(candidate.trace.key, Entry(candidate))
+            point = point_key(candidate)
+            if point not in self._entries:
+                self.mark(candidate)
+                self._entries[point] = Entry(candidate)
+            entry = self._entries[point]
             if scenario.key in entry.seconds or scenario.key not in self._known:
                 continue
             seconds = measurement.median_s if measurement.ok else math.inf
@@ -96,7 +109,7 @@ class History:
 
     def elites(self, count: int) -> list[Candidate]:
         """The best candidates, up to `count` per scenario, each once, best ones first."""
-        found: dict[str, Candidate] = {}
+        found: dict[PointKey, Candidate] = {}
         ranked = [list(self._fastest(s.key, count)) for s in self.scenarios]
         for place in range(count):
             for column in ranked:
@@ -104,11 +117,11 @@ class History:
                     found.setdefault(*column[place])
         return list(found.values())
 
-    def _fastest(self, scenario_key: str, count: int) -> Iterator[tuple[str, Candidate]]:
+    def _fastest(self, scenario_key: str, count: int) -> Iterator[tuple[PointKey, Candidate]]:
         timed = [
             (entry.seconds[scenario_key], key)
             for key, entry in self._entries.items()
             if math.isfinite(entry.seconds.get(scenario_key, math.inf))
         ]
-        for _, key in sorted(timed)[:count]:
+        for _, key in heapq.nsmallest(count, timed):
             yield key, self._entries[key].candidate
