@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -149,7 +149,7 @@ def _without_collector() -> Iterator[None]:
 @_without_collector()
 def _read(path: Path, file: BinaryIO) -> LogContents:
     contents = LogContents(path)
-    shared: dict[object, Mapping[str, str]] = {}
+    shared = wire.Shared()
     for number, (line, size, ended) in enumerate(_lines(file), start=1):
         contents.lines = number
         contents.size += size
@@ -180,7 +180,7 @@ def _read_line(
     line: bytes | None,
     number: int,
     ended: bool,
-    shared: dict[object, Mapping[str, str]],
+    shared: wire.Shared,
 ) -> bool:
     """Files one line where it belongs; false if it is a torn one."""
     if line is None:
@@ -218,7 +218,7 @@ class Log:
         self._descriptor = descriptor
         self._sync_every = sync_every
         self._unsynced = 0
-        self._shared: dict[object, Mapping[str, str]] = {}
+        self._shared = wire.Shared()
         _OPEN.add(self)
 
     @staticmethod

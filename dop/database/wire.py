@@ -7,12 +7,13 @@ data: reading one builds values and nothing else. docs/log.md describes every fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -99,7 +100,13 @@ class Entry:
             TraceError: the line is whole but its steps are not steps.
             LogError: another field is not what it should be.
         """
-        return _record(orjson.loads(self.raw), self)
+        cut = _cut(self.raw)
+        try:
+            data = orjson.loads(self.raw if cut is None else cut[1])
+            trace = Trace.from_json(data["i"][1][1]) if cut is None else _trace(cut[0])
+        except ValueError as error:
+            raise LogError(f"not JSON ({str(error)[:80]})") from error
+        return _record(data, self, trace)
 
 
 def dump(record: Record) -> bytes:
@@ -195,29 +202,82 @@ def parse(line: bytes) -> Record:
     return parse_entry(line).record()
 
 
-def parse_entry(
-    line: bytes, number: int = 0, shared: dict[object, Mapping[str, str]] | None = None
-) -> Entry:
-    """The light view of a line; its steps are not looked into.
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the lines of a log have in common, so that it is kept and checked once.
+
+    Attributes:
+        versions: by their items.
+        steps: keys of the traces whose text was found to be JSON; a trace is measured under many
+            scenarios, and reading its steps is most of the work of reading a line.
+    """
+
+    versions: dict[object, Mapping[str, str]] = field(default_factory=dict)
+    steps: set[str] = field(default_factory=set)
+
+
+def parse_entry(line: bytes, number: int = 0, shared: Shared | None = None) -> Entry:
+    """The light view of a line; its steps are JSON, but not looked into.
 
     Args:
         line: one line of the log, with or without its end.
         number: its number in the file.
-        shared: versions met so far, so that equal ones are kept once.
+        shared: what the lines before it had.
 
     Raises:
         NewerSchemaError: a newer version wrote it.
         LogError: the line is not a record; the cause says which part.
     """
     raw = line.strip()
+    shared = shared or Shared()
     try:
-        data = orjson.loads(raw)
+        data, key = _load(raw, shared.steps)
     except ValueError as error:  # includes invalid UTF-8 and too deep a nesting
         raise LogError(f"not JSON ({str(error)[:80]})") from error
     try:
-        return _entry(data, raw, number, {} if shared is None else shared)
+        return _entry(data, raw, key, number, shared.versions)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise LogError(_why(error)) from error
+
+
+_STEPS_BEGIN, _STEPS_END = b"],[[],[", b']]],"r":['
+"""What stands around the steps in a line that `dump` wrote."""
+
+
+def _cut(raw: bytes) -> tuple[bytes, bytes] | None:
+    """The steps' own bytes, and the line with `[]` in their place; None for an unusual line."""
+    if raw.count(_STEPS_BEGIN) != 1 or raw.count(_STEPS_END) != 1:
+        return None
+    begin = raw.index(_STEPS_BEGIN) + len(_STEPS_BEGIN) - 1
+    end = raw.index(_STEPS_END) + 1
+    return (raw[begin:end], raw[:begin] + b"[]" + raw[end:]) if begin < end else None
+
+
+def _load(raw: bytes, known: set[str]) -> tuple[Any, str]:
+    """The line as data, without its steps if their key could be had from their bytes."""
+    cut = _cut(raw)
+    # What json.dumps escapes and orjson does not would give another key.
+    if cut is None or not cut[0].isascii() or b"\x7f" in cut[0]:
+        return orjson.loads(raw), ""
+    text, rest = cut
+    key = hashlib.sha256(text).hexdigest()[:16]
+    data = orjson.loads(rest)
+    if key not in known:
+        orjson.loads(text)
+        known.add(key)
+    return data, key
+
+
+@functools.lru_cache(maxsize=1024)
+def _trace(text: bytes) -> Trace:
+    return Trace.from_json(orjson.loads(text))
+
+
+def _trace_key(steps: list[Any]) -> str:
+    """`Trace.key` of steps that were read in full."""
+    with contextlib.suppress(TraceError):  # named when the record is asked for
+        return Trace.from_json(steps).key
+    return hashlib.sha256(orjson.dumps(steps)).hexdigest()[:16]
 
 
 def _why(error: Exception) -> str:
@@ -228,7 +288,9 @@ def _why(error: Exception) -> str:
     return str(error)[:160]
 
 
-def _entry(data: Any, raw: bytes, number: int, shared: dict[object, Mapping[str, str]]) -> Entry:
+def _entry(
+    data: Any, raw: bytes, key: str, number: int, versions: dict[object, Mapping[str, str]]
+) -> Entry:
     if not isinstance(data, dict):
         raise ValueError("a record is an object")
     extras = data["dop"]
@@ -247,7 +309,7 @@ def _entry(data: Any, raw: bytes, number: int, shared: dict[object, Mapping[str,
         target_key=sys.intern(_text(head[1], "the target")),
         scenario_key=sys.intern(_text(extras["scenario"], "the scenario")),
         device_name=sys.intern(_text(extras["device"], "the device")),
-        trace_key=_trace_key(steps, raw),
+        trace_key=key or _trace_key(steps),
         seconds=_seconds(seconds, failure),
         failure=failure,
         message=_text(extras.get("message", ""), "the message"),
@@ -257,7 +319,7 @@ def _entry(data: Any, raw: bytes, number: int, shared: dict[object, Mapping[str,
         cost_s=_needed(cost, "the cost"),
         timestamp=_index(timestamp, "the timestamp"),
         sketch=sys.intern(_text(extras.get("sketch", ""), "the sketch")),
-        versions=_versions(extras.get("versions", {}), shared),
+        versions=_versions(extras.get("versions", {}), versions),
     )
 
 
@@ -298,24 +360,7 @@ def _versions(value: object, shared: dict[object, Mapping[str, str]]) -> Mapping
     return shared.setdefault(tuple(value.items()), value)
 
 
-_STEPS_BEGIN, _STEPS_END = b"],[[],[", b']]],"r":['
-"""What stands around the steps in a line that `dump` wrote."""
-
-
-def _trace_key(steps: list[Any], raw: bytes) -> str:
-    """`Trace.key` of a line that `dump` wrote, without building the trace."""
-    if raw.count(_STEPS_BEGIN) == 1 and raw.count(_STEPS_END) == 1:
-        # The steps' own bytes: writing them anew would cost as much as reading the line did.
-        text = raw[raw.index(_STEPS_BEGIN) + len(_STEPS_BEGIN) - 1 : raw.index(_STEPS_END) + 1]
-    else:
-        text = orjson.dumps(steps)
-    if not text.isascii() or b"\x7f" in text:  # what json.dumps escapes and orjson does not
-        with contextlib.suppress(TraceError):  # named when the record is asked for
-            return Trace.from_json(steps).key
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _record(data: Any, entry: Entry) -> Record:
+def _record(data: Any, entry: Entry, trace: Trace) -> Record:
     head, extras = data["i"][0], data["dop"]
     try:
         hardware = head[2] if len(head) > 2 else []
@@ -337,7 +382,7 @@ def _record(data: Any, entry: Entry) -> Record:
             hardware_params=tuple(_whole(n, "hardware_params") for n in hardware),
             scenario_key=entry.scenario_key,
             device_name=entry.device_name,
-            trace=Trace.from_json(data["i"][1][1]),
+            trace=trace,
             measurement=measurement,
             timestamp=entry.timestamp,
             sketch=entry.sketch,

@@ -201,3 +201,20 @@ def test_the_database_needs_neither_tvm_nor_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_damage_within_the_steps_is_found_though_equal_steps_are_read_once() -> None:
+    shared = wire.Shared()
+    good = wire.dump(record())
+    assert wire.parse_entry(good, 1, shared).trace_key in shared.steps
+    assert wire.parse_entry(good, 2, shared).record() == record()
+    for damage in (b'["CI",3', b'["CI",\x003]', b'["CI",3]\xff', b'["CI",03]', b""):
+        with pytest.raises(LogError, match="not JSON"):
+            wire.parse_entry(good.replace(b'["CI",3]', damage), 3, shared)
+    other = wire.parse_entry(good.replace(b'["CI",3]', b'["CI",1]'), 4, shared).record()
+    assert other.trace != record().trace
+    assert other == wire.parse(json.dumps(json.loads(other_line(other))).encode())
+
+
+def other_line(made: Record) -> str:
+    return wire.dump(made).decode()
