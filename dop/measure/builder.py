@@ -61,11 +61,20 @@ def create(config: BuildConfig) -> Handler:
         seconds = time.perf_counter() - begin
         yield Built(built.artifact, built.failure, built.message, seconds)
 
-    if config.target.kind == "cpu":
+    _require_compiler(config.target)
+    return handle
+
+
+def _require_compiler(target: Target) -> None:
+    """Raises MissingDependencyError now rather than for every candidate."""
+    if target.kind == "cpu":
         from dop.measure.compile_cpu import runtime_object
 
         runtime_object()
-    return handle
+    else:
+        from dop.measure.compile_cuda import require_compiler
+
+        require_compiler()
 
 
 def build(

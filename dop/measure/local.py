@@ -17,7 +17,7 @@ from dop.measure.artifact import Artifact
 from dop.measure.base import Job, Result
 from dop.measure.builder import GENERATE, BuildConfig, BuildTask, Built
 from dop.measure.pool import Event, WorkerPool, wait_any
-from dop.measure.runner_cpu import RunConfig, RunTask
+from dop.measure.runner import RunConfig, RunTask
 from dop.measure.timer import CPU_TIMER, CUDA_TIMER, TimerSettings
 from dop.measurement import Measurement
 from dop.scenario import Scenario

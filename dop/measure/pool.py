@@ -23,6 +23,7 @@ from dop.measure.worker import Start
 START_TIMEOUT_S = 180.0
 """A worker imports TVM or torch in 4 to 40 s of CPU time; several start at once."""
 MAX_FAILED_STARTS = 3
+KILL_TIMEOUT_S = 30.0
 
 Kind = Literal["item", "end", "error", "died", "timeout"]
 
@@ -85,7 +86,8 @@ class _Worker:
         """Ends the process and everything that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=KILL_TIMEOUT_S)  # a GPU driver may take its time
         self.pipe.close()
 
     def last_words(self) -> str:

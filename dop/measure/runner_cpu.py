@@ -9,7 +9,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -19,46 +18,16 @@ from dop.measure.accuracy import judge
 from dop.measure.artifact import Artifact
 from dop.measure.compile_cpu import runtime_library
 from dop.measure.inputs import awkward
+from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
 from dop.measure.tensors_cpu import Batch, TensorCache, Weights, aligned, pointers
-from dop.measure.timer import CPU_TIMER, TimerSettings, time_calls
+from dop.measure.timer import time_calls
 from dop.measure.worker import Handler
 from dop.measurement import Measurement
 from dop.scenario import Scenario
-from dop.target import Target
 from dop.workload import Workload
 
 COPY_BYTES = 64 << 20
 Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What every run of a worker shares."""
-
-    target: Target
-    timer: TimerSettings = CPU_TIMER
-
-
-@dataclass(frozen=True)
-class RunTask:
-    """One artifact and the batches to time it under.
-
-    Attributes:
-        best_s: per scenario the best time known so far; candidates far behind get fewer repeats.
-    """
-
-    artifact: Artifact
-    workload: Workload
-    scenarios: tuple[Scenario, ...]
-    best_s: tuple[float | None, ...] = field(default=())
-
-    def best_of(self, position: int) -> float | None:
-        """Best time known for a scenario."""
-        return self.best_s[position] if position < len(self.best_s) else None
-
-
-PREPARED = "prepared"
-"""Item that a runner yields when inputs and references are ready; it renews the time limit."""
 
 
 class Library:
@@ -137,8 +106,7 @@ class CpuRunner:
     def run(self, task: RunTask) -> Iterator[object]:
         """Yields PREPARED once inputs exist, then (position, Measurement) per scenario."""
         if task.workload.dtype == "bfloat16":
-            for position in range(len(task.scenarios)):
-                yield position, Measurement.failed(Failure.CONSTRAINT, "no bfloat16 on the CPU")
+            yield from fail_all(task, Failure.CONSTRAINT, "no bfloat16 on the CPU")
             return
         odd = awkward(task.artifact.tile_rows)
         weights = self._tensors.weights(task.workload, task.scenarios, odd.adapters)
@@ -148,8 +116,7 @@ class CpuRunner:
         try:
             library = Library(task.artifact.binary, self._cores)
         except OSError as error:
-            for position in range(len(batches)):
-                yield position, Measurement.failed(Failure.LAUNCH, f"does not load: {error}")
+            yield from fail_all(task, Failure.LAUNCH, f"does not load: {error}")
             return
         with library:
             calls = Calls(library, task.artifact, weights)

@@ -1,0 +1,187 @@
+"""CUDA's driver interface by ctypes: modules, launches, graphs, events. No TVM, no torch.
+
+Calls act on the current context; torch makes its own (the device's primary one) current when it
+allocates first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+from dop.errors import DopError
+
+Handle = ctypes.c_void_p
+
+MAX_THREADS_PER_BLOCK = 0
+SHARED_SIZE_BYTES = 1
+LOCAL_SIZE_BYTES = 3
+NUM_REGS = 4
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+CAPTURE_RELAXED = 2
+
+INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
+INVALID_IMAGE = 200
+NO_BINARY_FOR_GPU = 209
+OUT_OF_RESOURCES = 701
+
+
+class CudaError(DopError):
+    """A driver call failed; `code` is the CUresult."""
+
+    def __init__(self, call: str, code: int, name: str, text: str) -> None:
+        self.code = code
+        super().__init__(f"{call}: {name}: {text}")
+
+
+@cache
+def driver() -> ctypes.CDLL | None:
+    """The driver library, initialised, or None on a machine without an NVIDIA driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return library if library.cuInit(0) == 0 else None
+
+
+def check(call: str, code: int) -> None:
+    """Raises CudaError unless `code` is 0."""
+    if code == 0:
+        return
+    library = driver()
+    texts = []
+    for function in ("cuGetErrorName", "cuGetErrorString"):
+        text = ctypes.c_char_p()
+        if library is not None:
+            getattr(library, function)(code, ctypes.byref(text))
+        texts.append((text.value or b"unknown").decode())
+    raise CudaError(call, code, texts[0], texts[1])
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = driver()
+    if library is None:
+        raise CudaError(name, 3, "CUDA_ERROR_NOT_INITIALIZED", "no NVIDIA driver")
+    check(name, getattr(library, name)(*arguments))
+
+
+class Function:
+    """A kernel in a loaded module."""
+
+    def __init__(self, module: Handle, name: str) -> None:
+        self.name = name
+        self.handle = Handle()
+        _call("cuModuleGetFunction", ctypes.byref(self.handle), module, name.encode())
+        self._launch = driver().cuLaunchKernel  # type: ignore[union-attr]
+
+    def attribute(self, which: int) -> int:
+        """A CUfunction_attribute."""
+        value = ctypes.c_int()
+        _call("cuFuncGetAttribute", ctypes.byref(value), which, self.handle)
+        return value.value
+
+    def allow_dynamic_smem(self, size_bytes: int) -> None:
+        """Raises the limit of dynamic shared memory; needed above 48 KiB."""
+        _call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, size_bytes)
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        smem_bytes: int,
+        stream: int,
+        parameters: ctypes.Array[ctypes.c_void_p],
+    ) -> None:
+        """Launches on a stream (a CUstream as an integer).
+
+        Args:
+            parameters: pointers to the kernel's parameters (see `pack_parameters`).
+        """
+        code = self._launch(
+            self.handle, *grid, *block, smem_bytes, Handle(stream), parameters, None
+        )
+        check("cuLaunchKernel", code)
+
+
+def pack_parameters(
+    values: Sequence[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64],
+) -> ctypes.Array[ctypes.c_void_p]:
+    """Array of pointers to the values; it keeps them alive."""
+    array = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
+    array.values = list(values)  # type: ignore[attr-defined]
+    return array
+
+
+@contextmanager
+def module(image: bytes) -> Iterator[Handle]:
+    """A cubin loaded into the current context, unloaded at the end."""
+    handle = Handle()
+    _call("cuModuleLoadData", ctypes.byref(handle), ctypes.c_char_p(image))
+    try:
+        yield handle
+    finally:
+        driver().cuModuleUnload(handle)  # type: ignore[union-attr]
+
+
+class Graph:
+    """Launches captured from a stream, to be replayed at once."""
+
+    def __init__(self) -> None:
+        self._exec = Handle()
+
+    @contextmanager
+    def capture(self, stream: int) -> Iterator[None]:
+        """Records what is launched on the stream meanwhile instead of running it."""
+        graph = Handle()
+        _call("cuStreamBeginCapture_v2", Handle(stream), CAPTURE_RELAXED)
+        try:
+            yield
+        except BaseException:
+            driver().cuStreamEndCapture(Handle(stream), ctypes.byref(graph))  # type: ignore[union-attr]
+            raise
+        _call("cuStreamEndCapture", Handle(stream), ctypes.byref(graph))
+        try:
+            flags = ctypes.c_ulonglong(0)
+            _call("cuGraphInstantiateWithFlags", ctypes.byref(self._exec), graph, flags)
+            _call("cuGraphUpload", self._exec, Handle(stream))
+        finally:
+            driver().cuGraphDestroy(graph)  # type: ignore[union-attr]
+
+    def replay(self, stream: int) -> None:
+        """Runs everything that was captured."""
+        _call("cuGraphLaunch", self._exec, Handle(stream))
+
+    def close(self) -> None:
+        """Frees the graph."""
+        if self._exec:
+            driver().cuGraphExecDestroy(self._exec)  # type: ignore[union-attr]
+            self._exec = Handle()
+
+
+class Event:
+    """A point in a stream; two of them measure time."""
+
+    def __init__(self) -> None:
+        self.handle = Handle()
+        _call("cuEventCreate", ctypes.byref(self.handle), 0)
+
+    def record(self, stream: int) -> None:
+        """Marks this point of the stream."""
+        _call("cuEventRecord", self.handle, Handle(stream))
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Waits for this event; device time since an earlier one, in seconds (0.5 us steps)."""
+        _call("cuEventSynchronize", self.handle)
+        elapsed = ctypes.c_float()
+        name = "cuEventElapsedTime"
+        _call(name, ctypes.byref(elapsed), earlier.handle, self.handle)
+        return elapsed.value * 1e-3
+
+
+def synchronize(stream: int) -> None:
+    """Waits for a stream; raises what its kernels did wrong."""
+    _call("cuStreamSynchronize", Handle(stream))

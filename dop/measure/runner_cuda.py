@@ -1,0 +1,320 @@
+"""The CUDA runner: loads a cubin through the driver, checks it, times it with graph replay; runs in
+a worker process, which ends itself when a candidate has made its CUDA context unusable."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dop.errors import Failure, MissingDependencyError
+from dop.measure import cuda_driver as cuda
+from dop.measure.accuracy import judge
+from dop.measure.artifact import Artifact, Launch, evaluate, shift_of
+from dop.measure.inputs import awkward
+from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
+from dop.measure.tensors_cuda import DEVICE, Batch, TensorCache, Weights
+from dop.measure.timer import collect
+from dop.measure.worker import Handler
+from dop.measurement import Measurement
+from dop.scenario import Scenario
+from dop.workload import Workload
+
+FLUSH_FACTOR = 4
+"""Bytes read before each replay, in units of the L2 cache. It takes the GPU longer than the host
+needs to queue the graph behind it, so that the first event is not waited for."""
+MIN_CALLS = 4
+COPY_BYTES = 1 << 30
+EMPTY_LAUNCHES = 64
+EMPTY_PTX = b".version 7.0\n.target sm_75\n.address_size 64\n.visible .entry empty() { ret; }\n\0"
+EXIT_POISONED = 3
+WORKSPACE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "float64": 8}
+
+
+@dataclass
+class _Kernel:
+    """A kernel ready to be launched for one batch and window."""
+
+    function: cuda.Function
+    grid: tuple[int, int, int]
+    launch: Launch
+    parameters: ctypes.Array[ctypes.c_void_p]
+
+
+class _Refused(Exception):
+    """A candidate that cannot run here; not a fault of the machine."""
+
+    def __init__(self, failure: Failure, message: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+def create(config: RunConfig) -> Handler:
+    """Handler of a CUDA runner worker.
+
+    Raises:
+        MissingDependencyError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise MissingDependencyError("torch sees no CUDA device.", "Use --device cpu.")
+    return CudaRunner(config).run
+
+
+class CudaRunner:
+    """Checks and times artifacts on the current GPU."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        torch.manual_seed(0)
+        self._torch_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._torch_stream)
+        self.stream = int(self._torch_stream.cuda_stream)
+        self._begin, self._end = cuda.Event(), cuda.Event()
+        l2_bytes = config.target.l2_bytes
+        self._tensors = TensorCache(l2_bytes)
+        self._flush = torch.zeros(FLUSH_FACTOR * l2_bytes // 4, device=DEVICE)
+        self._sum = torch.zeros((), device=DEVICE)
+        self.bandwidth = self._measure_bandwidth()
+        self.launch_s = self._measure_launch()
+
+    def _measure_bandwidth(self) -> float:
+        """Bytes read and written per second by a copy: the best of ten."""
+        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+        target = torch.zeros_like(source)
+        best = float("inf")
+        for _ in range(10):
+            self._begin.record(self.stream)
+            target.copy_(source)
+            self._end.record(self.stream)
+            best = min(best, self._end.seconds_since(self._begin))
+        return 2 * COPY_BYTES / best
+
+    def _measure_launch(self) -> float:
+        """Seconds of one empty kernel in a graph of many."""
+        graph = cuda.Graph()
+        with cuda.module(EMPTY_PTX) as module:
+            function = cuda.Function(module, "empty")
+            none = cuda.pack_parameters([])
+            with graph.capture(self.stream):
+                for _ in range(EMPTY_LAUNCHES):
+                    function.launch((1, 1, 1), (32, 1, 1), 0, self.stream, none)
+            samples = [self._replay(graph) for _ in range(20)]
+            graph.close()
+        return min(samples) / EMPTY_LAUNCHES
+
+    def floor_s(self, workload: Workload, scenario: Scenario) -> float:
+        """Least time of one call: its bytes at copy bandwidth, at least one empty launch."""
+        moved = workload.min_bytes(scenario.tokens, scenario.adapters)
+        return max(moved / self.bandwidth, self.launch_s)
+
+    def _replay(self, graph: cuda.Graph) -> float:
+        """Seconds of one replay on a flushed cache."""
+        torch.sum(self._flush, dim=0, out=self._sum)
+        self._begin.record(self.stream)
+        graph.replay(self.stream)
+        self._end.record(self.stream)
+        return self._end.seconds_since(self._begin)
+
+    def run(self, task: RunTask) -> Iterator[object]:
+        """Yields PREPARED once inputs exist, then (position, Measurement) per scenario.
+
+        Ends the process after a failure that made the context unusable.
+        """
+        odd = awkward(task.artifact.tile_rows)
+        weights = self._tensors.weights(task.workload, task.scenarios, odd.adapters)
+        odd_batch = self._tensors.batch(task.workload, odd, timed=False)
+        batches = [self._tensors.batch(task.workload, s, timed=True) for s in task.scenarios]
+        torch.cuda.synchronize()
+        yield PREPARED
+        position = 0
+        try:
+            with cuda.module(task.artifact.binary) as module:
+                loaded = Loaded(task.artifact, module, weights, self._config.target.max_smem_bytes)
+                wrong, accuracy = self._check(loaded, odd_batch, task.workload.dtype)
+                if wrong:
+                    message = f"awkward batch: {wrong}"
+                    yield from fail_all(task, Failure.CORRECTNESS, message, accuracy)
+                    return
+                for batch in batches:
+                    yield position, self._one(loaded, batch, task, position)
+                    position += 1
+        except _Refused as error:
+            yield from list(fail_all(task, error.failure, str(error)))[position:]
+        except (cuda.CudaError, RuntimeError) as error:
+            poisoned = _is_poisoned(self.stream)
+            if not (poisoned or isinstance(error, cuda.CudaError)):
+                raise
+            yield from list(fail_all(task, Failure.LAUNCH, poisoned or str(error)))[position:]
+            if poisoned:
+                os._exit(EXIT_POISONED)
+
+    def _check(self, loaded: Loaded, batch: Batch, dtype: str) -> tuple[str, float]:
+        """One call on poisoned workspaces against the reference: what is wrong, and accuracy."""
+        batch.reset()
+        with loaded.workspaces(batch) as spaces:
+            for space in spaces.values():
+                space.fill_(0xFF)
+            _launch(loaded.kernels(batch, 0, spaces), self.stream)
+            cuda.synchronize(self.stream)
+        accuracy, message = judge(batch.errors(), dtype)
+        return message, accuracy
+
+    def _one(self, loaded: Loaded, batch: Batch, task: RunTask, position: int) -> Measurement:
+        begin = time.perf_counter()
+        wrong, accuracy = self._check(loaded, batch, task.workload.dtype)
+        if wrong:
+            spent = time.perf_counter() - begin
+            return Measurement((), Failure.CORRECTNESS, wrong, accuracy=accuracy, cost_s=spent)
+        seconds = self._time(loaded, batch, task.best_of(position))
+        return Measurement(
+            seconds,
+            accuracy=accuracy,
+            floor_s=self.floor_s(task.workload, batch.scenario),
+            resources={**task.artifact.resources, **loaded.resources(batch)},
+            cost_s=time.perf_counter() - begin,
+        )
+
+    def _time(self, loaded: Loaded, batch: Batch, best_s: float | None) -> tuple[float, ...]:
+        """Seconds per call: a graph of back-to-back calls, each on the next window of weights."""
+        count = len(batch.rows)
+        calls = count * -(-MIN_CALLS // count)
+        graph = cuda.Graph()
+        with loaded.workspaces(batch) as spaces:
+            windows = [loaded.kernels(batch, window, spaces) for window in range(count)]
+            with graph.capture(self.stream):
+                for call in range(calls):
+                    _launch(windows[call % count], self.stream)
+            try:
+                self._warm_up(graph)
+                sample = lambda: self._replay(graph)  # noqa: E731
+                return collect(sample, calls, self._config.timer, best_s)
+            finally:
+                graph.close()
+
+    def _warm_up(self, graph: cuda.Graph) -> None:
+        begin = time.perf_counter()
+        self._replay(graph)
+        while time.perf_counter() - begin < self._config.timer.warm_up_s:
+            self._replay(graph)
+
+
+def _is_poisoned(stream: int) -> str:
+    """What made the context unusable, or "" if it still works."""
+    try:
+        cuda.synchronize(stream)
+    except cuda.CudaError as error:
+        return error.cause
+    return ""
+
+
+def _launch(kernels: list[_Kernel], stream: int) -> None:
+    for k in kernels:
+        if 0 not in k.grid:
+            smem = k.launch.dynamic_smem_bytes
+            k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters)
+
+
+class _Spaces:
+    """Workspaces of one batch; held while kernels may use them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors = {}
+
+
+class Loaded:
+    """A module's kernels with their limits checked and raised."""
+
+    def __init__(
+        self, artifact: Artifact, module: ctypes.c_void_p, weights: Weights, max_smem_bytes: int
+    ) -> None:
+        self.artifact, self._weights = artifact, weights
+        self._functions: list[cuda.Function] = []
+        self._resources = dict.fromkeys(("registers", "smem_bytes", "spill_bytes", "threads"), 0.0)
+        self._resources["kernels"] = float(len(artifact.launches))
+        for launch in artifact.launches:
+            function = cuda.Function(module, launch.name)
+            self._functions.append(function)
+            static = function.attribute(cuda.SHARED_SIZE_BYTES)
+            smem = static + launch.dynamic_smem_bytes
+            most = function.attribute(cuda.MAX_THREADS_PER_BLOCK)
+            if smem > max_smem_bytes:
+                why = f"{smem} bytes of shared memory, at most {max_smem_bytes}"
+                raise _Refused(Failure.CONSTRAINT, f"{launch.name}: {why}")
+            if launch.threads > most:
+                why = f"{launch.threads} threads per block; its registers allow {most}"
+                raise _Refused(Failure.CONSTRAINT, f"{launch.name}: {why}")
+            if launch.dynamic_smem_bytes > 48 << 10:
+                function.allow_dynamic_smem(launch.dynamic_smem_bytes)
+            self._most("registers", function.attribute(cuda.NUM_REGS))
+            self._most("spill_bytes", function.attribute(cuda.LOCAL_SIZE_BYTES))
+            self._most("smem_bytes", smem)
+            self._most("threads", launch.threads)
+
+    def _most(self, name: str, value: float) -> None:
+        self._resources[name] = max(self._resources[name], float(value))
+
+    def _grids(self, batch: Batch) -> list[tuple[int, int, int]]:
+        plan = batch.plans_for(self.artifact.tile_rows).plan
+        sizes = {"tokens": plan.tokens, "tiles": plan.tiles}
+        grids = []
+        for launch in self.artifact.launches:
+            x, y, z = (evaluate(extent, **sizes) for extent in launch.grid)
+            grids.append((x, y, z))
+        return grids
+
+    def resources(self, batch: Batch) -> dict[str, float]:
+        """Largest registers, spill_bytes, smem_bytes, threads of the kernels; their number, and
+        the blocks of all launches."""
+        blocks = sum(x * y * z for x, y, z in self._grids(batch))
+        return {**self._resources, "blocks": float(blocks)}
+
+    def workspaces(self, batch: Batch) -> _Spaces:
+        """The buffers that the launches share, as bytes."""
+        plan = batch.plans_for(self.artifact.tile_rows).plan
+        tensors = {}
+        for w in self.artifact.workspaces:
+            elements = evaluate(w.elements, tokens=plan.tokens, tiles=plan.tiles)
+            size = max(1, elements) * WORKSPACE_BYTES[w.dtype]
+            tensors[w.name] = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+        return _Spaces(tensors)
+
+    def kernels(self, batch: Batch, window: int, spaces: dict[str, torch.Tensor]) -> list[_Kernel]:
+        """The launches of one call on one window of weights."""
+        tables = batch.plans_for(self.artifact.tile_rows)
+        stacks = self._weights.pointers()
+        pointers = {**stacks, "a": stacks["a0"], "b": stacks["b0"], **tables.pointers(window)}
+        pointers |= {"x": batch.x.data_ptr(), "y_in": batch.y_pointer, "y": batch.y_pointer}
+        pointers |= {name: space.data_ptr() for name, space in spaces.items()}
+        counts = {"tokens": tables.plan.tokens, "tiles": tables.plan.tiles}
+        counts["slots"] = self._weights.slots
+        found = []
+        for function, launch, grid in zip(
+            self._functions, self.artifact.launches, self._grids(batch), strict=True
+        ):
+            values = [_value(name, pointers, counts) for name in launch.arguments]
+            found.append(_Kernel(function, grid, launch, cuda.pack_parameters(values)))
+        return found
+
+
+def _value(
+    name: str, pointers: dict[str, int], counts: dict[str, int]
+) -> ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64:
+    stack = shift_of(name)
+    if stack in pointers:
+        distance = pointers[stack] - pointers[f"{stack[0]}0"]
+        return ctypes.c_int64(distance // 16)
+    if name in pointers:
+        return ctypes.c_void_p(pointers[name])
+    if name in counts:
+        return ctypes.c_int32(counts[name])
+    raise _Refused(Failure.BUILD, f"a kernel wants {name!r}, which no caller provides")

@@ -1,0 +1,226 @@
+"""Inputs of the CUDA runner on the GPU: weights, activations, references; cached per workload."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dop.measure.accuracy import Errors
+from dop.measure.inputs import stack_slots, window_slots, windows
+from dop.measure.plan import PLAN_ADAPTERS, Plan, Table, make_plan
+from dop.scenario import NO_ADAPTER, Scenario
+from dop.workload import Workload
+
+GUARD = 1024
+"""Elements before and behind y that no kernel may touch."""
+WINDOW_LIMIT = 32
+"""Calls of one graph at most; the cache is flushed before each replay, so they need not fill it."""
+BUDGET_BYTES = 40 << 30
+TABLE_STEP = 16
+"""Tables start at multiples of 64 bytes."""
+BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
+DEVICE = "cuda"
+
+
+def element_type(workload: Workload) -> torch.dtype:
+    """torch type of the elements."""
+    kind = getattr(torch, workload.dtype)
+    assert isinstance(kind, torch.dtype)
+    return kind
+
+
+@dataclass
+class WindowTables:
+    """A plan per window, on the GPU: tables by name, [windows, padded length]."""
+
+    plan: Plan
+    tables: dict[str, torch.Tensor]
+
+    def pointers(self, window: int) -> dict[str, int]:
+        """Address of each table of a window."""
+        return {
+            name: table.data_ptr() + window * table.stride(0) * 4
+            for name, table in self.tables.items()
+        }
+
+
+@dataclass
+class Batch:
+    """One scenario's tensors.
+
+    Attributes:
+        rows: slot of each row, per window.
+        x: [tokens, in].
+        guarded: y with its guards, [GUARD + tokens * out + GUARD].
+        before: y and guards before a call.
+        want: y after it, [tokens, out], computed in float64, stored as float32.
+        used: rows with an adapter, or None if all are.
+    """
+
+    scenario: Scenario
+    rows: list[Table]
+    x: torch.Tensor
+    guarded: torch.Tensor
+    before: torch.Tensor
+    want: torch.Tensor
+    bits: torch.dtype
+    used: torch.Tensor | None
+    update_rms: float
+    scale: float
+    plans: dict[int, WindowTables] = field(default_factory=dict)
+
+    @property
+    def y_pointer(self) -> int:
+        """Address of y."""
+        return self.guarded.data_ptr() + GUARD * self.guarded.element_size()
+
+    def plans_for(self, tile_rows: int) -> WindowTables:
+        """Plans of all windows for a tile height.
+
+        The tiles launched are bounded by the token count and PLAN_ADAPTERS (or the batch's
+        adapters, if more), not by how the rows are spread.
+        """
+        if tile_rows not in self.plans:
+            most = max(self.scenario.adapters, PLAN_ADAPTERS)
+            plans = [make_plan(rows, tile_rows, max_adapters=most) for rows in self.rows]
+            tables = {name: _upload([p.tables[name] for p in plans]) for name in plans[0].tables}
+            self.plans[tile_rows] = WindowTables(plans[0], tables)
+        return self.plans[tile_rows]
+
+    def reset(self) -> None:
+        """Puts y and its guards back to what they were before any call."""
+        self.guarded.copy_(self.before)
+
+    def errors(self) -> Errors:
+        """What a call made of y, against the reference."""
+        changed = self.guarded.view(self.bits) != self.before.view(self.bits)
+        guards = changed[:GUARD].any() | changed[-GUARD:].any()
+        got = self.guarded[GUARD:-GUARD].view(self.want.shape).float()
+        error = got - self.want
+        bare = guards.new_zeros(())
+        if self.used is not None:
+            bare = changed[GUARD:-GUARD].view(self.want.shape)[~self.used].any()
+            error = error[self.used]
+        if error.numel() == 0:
+            return Errors(0.0, 1.0, 0.0, 1.0, bool(bare), bool(guards))
+        figures = [error.abs().max(), error.square().mean().sqrt(), bare.float(), guards.float()]
+        largest, rms, bare_f, guards_f = torch.stack(figures).tolist()
+        return Errors(largest, self.scale, rms, self.update_rms, bare_f > 0, guards_f > 0)
+
+
+def _upload(tables: Sequence[Table]) -> torch.Tensor:
+    length = -(-max(len(t) for t in tables) // TABLE_STEP) * TABLE_STEP
+    padded = np.zeros((len(tables), max(length, TABLE_STEP)), np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return torch.from_numpy(padded).to(DEVICE)
+
+
+@dataclass
+class Weights:
+    """Stacks of one workload, and the batches made for it."""
+
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+    slots: int
+    batches: dict[tuple[Scenario, int], Batch] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [*self.a, *self.b]
+        for batch in self.batches.values():
+            tensors += [batch.x, batch.guarded, batch.before, batch.want]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def pointers(self) -> dict[str, int]:
+        """Address of each stack: a0, b0, a1, ..."""
+        named = [(f"a{s}", t) for s, t in enumerate(self.a)]
+        named += [(f"b{s}", t) for s, t in enumerate(self.b)]
+        return {name: tensor.data_ptr() for name, tensor in named}
+
+
+class TensorCache:
+    """Weights of the last workloads, within a memory budget."""
+
+    def __init__(self, cache_bytes: int, budget_bytes: int = BUDGET_BYTES) -> None:
+        self._cache_bytes, self._budget = cache_bytes, budget_bytes
+        self._held: OrderedDict[str, Weights] = OrderedDict()
+
+    def weights(self, workload: Workload, scenarios: Sequence[Scenario], least: int) -> Weights:
+        """Stacks with slots for every scenario and at least `least` of them."""
+        slots = max(least, stack_slots(workload, scenarios, self._cache_bytes, WINDOW_LIMIT))
+        held = self._held.get(workload.key)
+        if held is None or held.slots < slots:
+            held = None
+            self._held.pop(workload.key, None)
+            held = self._held[workload.key] = _make_weights(workload, slots)
+        self._held.move_to_end(workload.key)
+        while len(self._held) > 1 and sum(w.nbytes for w in self._held.values()) > self._budget:
+            self._held.popitem(last=False)
+        return held
+
+    def batch(self, workload: Workload, scenario: Scenario, *, timed: bool) -> Batch:
+        """Tensors of a scenario; one window if it is only checked."""
+        weights = self._held[workload.key]
+        count = windows(workload, scenario, self._cache_bytes, WINDOW_LIMIT) if timed else 1
+        key = (scenario, count)
+        if key not in weights.batches:
+            weights.batches[key] = _make_batch(workload, weights, scenario, count)
+        return weights.batches[key]
+
+
+def _normal(shape: tuple[int, ...], kind: torch.dtype, scale: float) -> torch.Tensor:
+    return torch.empty(shape, dtype=kind, device=DEVICE).normal_(0.0, scale)
+
+
+def _make_weights(workload: Workload, slots: int) -> Weights:
+    kind = element_type(workload)
+    a_shape = (slots, workload.rank, workload.in_features)
+    a_scale, b_scale = workload.in_features**-0.5, workload.rank**-0.5
+    a = [_normal(a_shape, kind, a_scale) for _ in range(workload.slices)]
+    b = [_normal((slots, n, workload.rank), kind, b_scale) for n in workload.out_features]
+    return Weights(a, b, slots)
+
+
+def reference(
+    x: torch.Tensor, weights: Weights, y: torch.Tensor, token_slot: Table
+) -> torch.Tensor:
+    """What y must hold after the call, in float64; x [tokens, in], y [tokens, out]."""
+    want = y.double()
+    for slot in np.unique(token_slot[token_slot != NO_ADAPTER]).tolist():
+        rows = torch.from_numpy(np.flatnonzero(token_slot == slot)).to(x.device)
+        inputs = x[rows].double()
+        pairs = zip(weights.a, weights.b, strict=True)
+        updates = [inputs @ a[slot].double().T @ b[slot].double().T for a, b in pairs]
+        want[rows] += torch.cat(updates, dim=1)
+    return want
+
+
+def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count: int) -> Batch:
+    kind, tokens = element_type(workload), scenario.tokens
+    rows = window_slots(scenario, weights.slots, count)
+    x = _normal((tokens, workload.in_features), kind, 1.0)
+    before = _normal((tokens * workload.total_out + 2 * GUARD,), kind, 1.0)
+    y = before[GUARD:-GUARD].view(tokens, workload.total_out)
+    want = reference(x, weights, y, rows[0])
+    used = torch.from_numpy(rows[0] != NO_ADAPTER).to(x.device)
+    update_rms = float((want - y.double())[used].square().mean().sqrt())
+    scale = float(want[used].abs().max()) if bool(used.any()) else 1.0
+    return Batch(
+        scenario,
+        rows,
+        x,
+        torch.empty_like(before),
+        before,
+        want.float(),
+        BITS[workload.dtype],
+        None if bool(used.all()) else used,
+        0.0 if math.isnan(update_rms) else update_rms,
+        scale,
+    )
