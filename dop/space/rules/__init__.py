@@ -1,7 +1,13 @@
 """The rules, in the order in which they are tried. A new rule is one file and one line here."""
 
 from dop.space.rule import Rule
+from dop.space.rules.cpu_chunks import ChunkedLaneSums, StagedX
+from dop.space.rules.cpu_columns import ColumnBlocks
+from dop.space.rules.cpu_lane_sums import InlineA, InlineX, RowLaneSums
+from dop.space.rules.cpu_shuffled_b import InlineB, WrittenOutSums
+from dop.space.rules.cpu_turned_b import TurnedB, VectorColumns
 from dop.space.rules.cuda_columns import Columns, DirectB, ExpandInColumns
+from dop.space.rules.cuda_lanes import ExpandInLanes, LaneB, LaneColumns
 from dop.space.rules.cuda_shrink import DirectA, DirectX, SplitKShrink
 from dop.space.rules.tokens import RowForm, TileForm
 
@@ -11,8 +17,25 @@ RULES: tuple[Rule, ...] = (
     Columns(),
     ExpandInColumns(),
     DirectB(),
+    LaneColumns(),
+    ExpandInLanes(),
+    LaneB(),
     SplitKShrink(),
     DirectA(),
     DirectX(),
+    TileForm("single_rows", (1,), 1, "cpu"),
+    TileForm("few_rows", (2, 4, 8), 4, "cpu"),
+    TileForm("many_rows", (16, 32, 64), 32, "cpu"),
+    ColumnBlocks(1),
+    ColumnBlocks(2),
+    WrittenOutSums(),
+    InlineB(),
+    VectorColumns(),
+    TurnedB(),
+    RowLaneSums(),
+    ChunkedLaneSums(),
+    InlineA(),
+    InlineX(),
+    StagedX(),
 )
 """All rules."""

@@ -31,15 +31,18 @@ class SplitKShrink:
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if state.target.kind != "cuda" or "expand_split" not in state.notes:
+        notes = state.notes
+        if state.target.kind != "cuda" or not {"expand_split", "split_lanes"} & set(notes):
             return []
         new = state.fork(self.name)
         w = new.workload
         load = vector_width(w.in_features, w.element_bytes)
         parts = dividing(groups_of(new, load), range(1, 33))
         split_k = new.param("shrink.split_k", "split_k", parts, 8)
-        warps = new.param("shrink.warps", "warps", (1, 2, 4, 8), 4)
-        ranks = new.param("shrink.ranks", "tile", (1, 2, 4, 8), 4)
+        # Exact factors: TVM's cross-thread reduction writes back without the split's predicate.
+        factors = dividing(w.rank, range(1, 17))
+        warps = new.param("shrink.warps", "warps", factors, 4)
+        ranks = new.param("shrink.ranks", "tile", factors, 4)
         new.pragma("shrink", 0, "pack_k", (LANES, load))
         # s, t, i, r, group, lane, element -> s, t, i, r, part, group, lane, element
         new.split("shrink", 4, [split_k], inner=False)
@@ -76,14 +79,22 @@ class SplitKShrink:
     @staticmethod
     def _sum_of_parts(new: SketchState) -> None:
         """shrink: once per block of the expand kernel, into shared memory."""
-        new.cache_read("shrink", "shared", "expand")
+        new.cache_read("shrink", "shared", "expand_rf" if "split_lanes" in new.notes else "expand")
         new.compute_at("shrink", "accumulate", 1)
         # behind t, column block: part, s, t, i, r
         new.reorder("shrink", 0, 1, 3, 4, 5, 6, 2)
         new.fuse("shrink", 2, 3, 4, 5)
-        new.follow_fused_split("shrink", 2, [new.notes["expand_split"]], 1)
-        new.annotate("shrink", 3, "threadIdx.x")
-        new.annotate("shrink", 4, "unroll")
+        if "split_lanes" in new.notes:
+            groups, lanes = new.notes["split_groups"], new.notes["split_lanes"]
+            new.follow_fused_split("shrink", 2, [groups, lanes])
+            new.follow_split("shrink", 3, lanes, 1)
+            new.annotate("shrink", 3, "threadIdx.y")
+            new.annotate("shrink", 4, "threadIdx.x")
+            new.annotate("shrink", 5, "unroll")
+        else:
+            new.follow_fused_split("shrink", 2, [new.notes["expand_split"]], 1)
+            new.annotate("shrink", 3, "threadIdx.x")
+            new.annotate("shrink", 4, "unroll")
 
     @staticmethod
     def _quantities(new: SketchState, load: int) -> SketchState:
@@ -108,7 +119,7 @@ class SplitKShrink:
 
         new.limit("threads per block", new.target.max_threads, threads)
         new.limit("registers per thread", 220, registers)
-        new.limit("ranks with idle ones", 2 * w.rank + 8, ranks)
+        new.limit("ranks beyond the last", w.rank, ranks)
         new.estimate("shrink.threads", threads)
         new.estimate("shrink.registers", registers)
         new.estimate("shrink.groups", groups)
