@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from dop.database.record import Record
 from dop.errors import Failure
 from dop.measure.base import Job, Result
 from dop.measurement import Measurement
+
+if TYPE_CHECKING:
+    from dop.database.record import Record
 
 Table = Mapping[tuple[str, str], Measurement]
 """(Trace.key, Scenario.key) -> measurement."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from dop.database.explain import date_words, explain
+from dop.database.explain import Explanation, date_words, explain
 from dop.errors import DopError, LogError
 from dop.report import charts
 from dop.report.data import (
@@ -268,7 +268,7 @@ def _winner(family: FamilyView, deadline: float) -> str:
     entry = family.winner
     won = sum(task.best_us is not None for task in family.tasks)
     try:
-        words = explain(entry.record()).text()
+        words = _steps_first(explain(entry.record()))
     except DopError as error:
         words = str(error)
     nest = (
@@ -283,6 +283,12 @@ def _winner(family: FamilyView, deadline: float) -> str:
         f"<pre class=wrap>{escape(words)}</pre></div>"
         f"<div><h4>Its loops</h4><pre>{escape(nest)}</pre></div></div>"
     )
+
+
+def _steps_first(words: Explanation) -> str:
+    """An explanation with what is read most at the top."""
+    facts, _, steps = words.text().partition("\nSteps:\n")
+    return f"{steps}\n\n{facts}" if steps else facts
 
 
 def _sketches(data: ReportData) -> str:

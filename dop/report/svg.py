@@ -66,7 +66,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     if len(found) > most:
         return found[:: math.ceil(len(found) / most)]
     # In a narrow range even steps read better than one power of ten.
-    return found if len(found) >= 3 else _even(low, high, min(most, 4))
+    return found if len(found) >= 3 else _even(low, high, min(most, 5))
 
 
 def format_us(value: float) -> str:
