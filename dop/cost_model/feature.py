@@ -39,6 +39,9 @@ Factors = tuple[Num, ...]
 
 _SCENARIO_COLUMNS = ("tokens", "adapters", "mean_rows", "max_rows", "bare_rows")
 _CROSS_COLUMNS = ("tiles", "padding", "blocks", "waves", "bytes_per_flop", "floor_bytes")
+_PER_TILE = ".blocks_per_tile"
+"""Estimates of this name say how large a grid is; what it comes to for a batch is a column."""
+_SIZES = ("blocks", "waves")
 _GRID = tuple(ANNOTATIONS.index(name) for name in ("blockIdx.x", "blockIdx.y", "blockIdx.z"))
 
 
@@ -60,9 +63,10 @@ class FeatureExtractor:
         self._target = target
         self._params = sorted({d.name for s in space.sketches for d in s.domains})
         self._estimates = sorted({name for s in space.sketches for name in s.estimates})
+        self._grids = [n for n in self._estimates if n.endswith(_PER_TILE)]
         self._plans = {s.name: _plan(i, s) for i, s in enumerate(space.sketches)}
         self._halves = sorted({name.partition(".")[0] for name in self._params})
-        self._cache: dict[PointKey, tuple[FloatArray, int, float]] = {}
+        self._cache: dict[PointKey, tuple[FloatArray, int, tuple[float, ...]]] = {}
         self.names: tuple[str, ...] = (
             "sketch",
             *self._params,
@@ -72,20 +76,21 @@ class FeatureExtractor:
             *(f"length.{name}" for name in ANNOTATIONS),
             *_SCENARIO_COLUMNS,
             *_CROSS_COLUMNS,
+            *(f"{kind}.{name.removesuffix(_PER_TILE)}" for name in self._grids for kind in _SIZES),
         )
 
     def rows(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
         """Rows of every point under every scenario: [points * scenarios, names]."""
         out = np.empty((len(points), len(scenarios), len(self.names)))
         batch = np.array([_scenario_row(s) for s in scenarios]).reshape(len(scenarios), -1)
-        cross = len(self.names) - len(_CROSS_COLUMNS)
+        cross = len(self.names) - len(_CROSS_COLUMNS) - len(_SIZES) * len(self._grids)
         own = cross - len(_SCENARIO_COLUMNS)
         tables = _BatchTables(self._workload, scenarios)
         for i, point in enumerate(points):
-            row, rows, per_tile = self._point_row(point)
+            row, rows, grids = self._point_row(point)
             out[i, :, :own] = row
             out[i, :, own:cross] = batch
-            out[i, :, cross:] = self._cross(tables, rows, per_tile)
+            out[i, :, cross:] = self._cross(tables, rows, grids)
         return out.reshape(len(points) * len(scenarios), len(self.names))
 
     def pair_rows(self, pairs: Sequence[tuple[Point, Scenario]]) -> FloatArray:
@@ -98,8 +103,8 @@ class FeatureExtractor:
             out[chosen] = self.rows([pairs[i][0] for i in chosen], [pairs[chosen[0]][1]])
         return out
 
-    def _point_row(self, point: Point) -> tuple[FloatArray, int, float]:
-        """The point's own columns, its rows per tile and its blocks per tile."""
+    def _point_row(self, point: Point) -> tuple[FloatArray, int, tuple[float, ...]]:
+        """The point's own columns, its rows per tile, and blocks per tile of each of its grids."""
         key = (point.sketch.name, point.annotation)
         known = self._cache.get(key)
         if known is None:
@@ -109,7 +114,9 @@ class FeatureExtractor:
                 length = _length(plan.marked[kind], values)
                 per_tile *= 1.0 if math.isnan(length) else max(1.0, length)
             row = self._describe(point.sketch, values)
-            known = self._cache[key] = (row, max(1, _value(plan.tile, values)), per_tile)
+            grids = tuple(_estimate(point.sketch, name, values) for name in self._grids)
+            known = (row, max(1, _value(plan.tile, values)), (per_tile, *grids))
+            self._cache[key] = known
         return known
 
     def _describe(self, sketch: Sketch, values: Annotation) -> FloatArray:
@@ -130,15 +137,18 @@ class FeatureExtractor:
             plan = self._plans[sketch.name] = _plan(-1, sketch)
         return plan
 
-    def _cross(self, tables: _BatchTables, rows: int, per_tile: float) -> FloatArray:
-        """Columns that need both the point and the batch: [scenarios, _CROSS_COLUMNS]."""
+    def _cross(self, tables: _BatchTables, rows: int, grids: tuple[float, ...]) -> FloatArray:
+        """Columns that need both the point and the batch: [scenarios, columns]."""
         tiles = tables.tiles(rows)
-        blocks = tiles * per_tile
+        blocks = tiles * grids[0]
         padded = tiles * rows
         moved = tables.min_bytes + tables.adapter_bytes * tiles
         per_flop = moved / (tables.row_flops * np.maximum(padded, 1.0))
         waves = blocks / self._target.units
-        columns = (tiles, padded / tables.tokens, blocks, waves, per_flop, tables.min_bytes)
+        columns = [tiles, padded / tables.tokens, blocks, waves, per_flop, tables.min_bytes]
+        for per_tile in grids[1:]:
+            launched = tiles * per_tile
+            columns += [launched, np.ceil(launched / self._target.units)]
         return np.stack(columns, axis=1)
 
 
