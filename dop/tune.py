@@ -353,7 +353,7 @@ class _Run:
         if left <= 0:
             return 0
         costs = self.cost_s
-        each = costs.get(state.family.workload.key, max(costs.values(), default=0.0))
+        each = costs.get(state.family.workload.key, min(costs.values(), default=0.0))
         return wanted if each <= 0 else int(min(wanted, left / each))
 
     def _hint(self, state: FamilyState) -> None:
