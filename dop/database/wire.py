@@ -268,7 +268,7 @@ def _load(raw: bytes, known: set[str]) -> tuple[Any, str]:
     return data, key
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _trace(text: bytes) -> Trace:
     return Trace.from_json(orjson.loads(text))
 
