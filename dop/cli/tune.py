@@ -96,7 +96,9 @@ def _run(
 def _measurer(target: Target) -> Measurer:
     from dop.measure.local import LocalMeasurer
 
-    return LocalMeasurer(target)
+    measurer = LocalMeasurer(target)
+    measurer.warm_up()  # the workers import while the spaces are built
+    return measurer
 
 
 def _report(result: TuneResult, path: Path, as_json: bool) -> None:
