@@ -93,6 +93,17 @@ class Entry:
             return self.seconds[0]
         return statistics.median(self.seconds) if self.seconds else math.inf
 
+    def measurement(self) -> Measurement:
+        """What came out, without the resources: all that a search wants to know, and quick."""
+        return Measurement(
+            self.seconds,
+            self.failure,
+            self.message,
+            self.accuracy,
+            self.floor_s,
+            cost_s=self.cost_s,
+        )
+
     def record(self) -> Record:
         """The whole record, steps included.
 

@@ -27,6 +27,8 @@ def test_round_trip(made: Record) -> None:
     assert b"\n" not in line
     assert wire.parse(line) == made
     assert wire.dump(wire.parse(line)) == line
+    quick = wire.parse_entry(line).measurement()
+    assert quick == dataclasses.replace(made.measurement, resources={})
 
 
 @given(traces)
