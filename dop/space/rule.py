@@ -75,6 +75,12 @@ class SketchState:
         self.domains = (*self.domains, Domain(name, kind, allowed, nearest))
         return Param(name)
 
+    def reopen(self, name: str) -> Param:
+        """A parameter that an earlier rule opened, to use again."""
+        if all(domain.name != name for domain in self.domains):
+            raise ValueError(f"parameter {name!r} is not open")
+        return Param(name)
+
     def limit(self, name: str, maximum: int, value: Callable[[Annotation], int]) -> None:
         """Adds a limit that is checked before a build."""
         self.limits = (*self.limits, Limit(name, maximum, value))

@@ -8,6 +8,14 @@ from dop.space.rules.cpu_shuffled_b import InlineB, WrittenOutSums
 from dop.space.rules.cpu_turned_b import TurnedB, VectorColumns
 from dop.space.rules.cuda_columns import Columns, DirectB, ExpandInColumns
 from dop.space.rules.cuda_lanes import ExpandInLanes, LaneB, LaneColumns
+from dop.space.rules.cuda_one_kernel import (
+    BlockColumns,
+    ExpandInSteps,
+    ShrinkInBlock,
+    StepB,
+    StreamA,
+    StreamX,
+)
 from dop.space.rules.cuda_shrink import DirectA, DirectX, SplitKShrink
 from dop.space.rules.tokens import RowForm, TileForm
 
@@ -23,6 +31,12 @@ RULES: tuple[Rule, ...] = (
     SplitKShrink(),
     DirectA(),
     DirectX(),
+    BlockColumns(),
+    ExpandInSteps(),
+    StepB(),
+    ShrinkInBlock(),
+    StreamA(),
+    StreamX(),
     TileForm("single_rows", (1,), 1, "cpu"),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),
     TileForm("many_rows", (16, 32, 64), 32, "cpu"),
