@@ -24,13 +24,15 @@ _DEVICE = typer.Option(None, help="Name of the device, if the log holds several.
 _REGRET = typer.Option(
     5.0, min=0.0, help="Percent that a kernel may lose in a scenario to save another kernel."
 )
+_FILE = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write.")
+_FOLDER = typer.Option(..., "--output", "-o", help="Folder to write.", show_default=False)
 _JSON = typer.Option(False, "--json", help="Print one JSON document.")
 
 
 @app.command()
 def cuh(
     log: Path = _LOG,
-    output: Path = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write."),
+    output: Path = _FILE,
     device: str | None = _DEVICE,
     regret: float = _REGRET,
     as_json: bool = _JSON,
@@ -49,7 +51,7 @@ def cuh(
 @app.command()
 def library(
     log: Path = _LOG,
-    output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
+    output: Path = _FOLDER,
     device: str | None = _DEVICE,
     regret: float = _REGRET,
     as_json: bool = _JSON,
