@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from dop.space.sketch import Space
 from dop.target import Target
 from dop.workload import Workload
 
-OBJECTIVES = ("lambdarank", "regression")
+OBJECTIVES = ("mixed", "lambdarank", "regression")
+"""mixed: every second member of the ensemble, from the second on, is trained with lambdarank."""
 
 _FAILURE_MARGIN = math.log(2.0)
 """A failure ranks behind the slowest success by this much (a factor of two)."""
@@ -48,13 +50,11 @@ class GbdtModel(CostModel):
         self._effort = effort
         self._seed = seed
         self._features = FeatureExtractor(space, workload, target)
-        self._boosters: list[Any] = []
-        self._slope = 1.0
-        self._offset = 0.0
+        self._members: list[_Member] = []
 
     @property
     def trained(self) -> bool:
-        return bool(self._boosters)
+        return bool(self._members)
 
     def update(self, samples: Sequence[Sample]) -> None:
         """Train anew; does nothing while fewer than `min_samples` candidates succeeded."""
@@ -66,21 +66,26 @@ class GbdtModel(CostModel):
         chosen = [samples[i] for i in kept]
         rows = self._features.pair_rows([(s.point, s.scenario) for s in chosen])
         wanted = targets[kept]
-        if self._effort.objective == "lambdarank":
-            self._train_ranking(rows, wanted, [s.scenario.key for s in chosen])
-        else:
-            self._train_regression(rows, wanted)
+        keys = [s.scenario.key for s in chosen]
+        self._members = [
+            self._ranking(rows, wanted, keys, member)
+            if self._ranks(member)
+            else self._regression(rows, wanted, member)
+            for member in range(self._effort.ensemble)
+        ]
 
     def predict(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
         shape = (len(points), len(scenarios))
-        if not self._boosters or 0 in shape:
+        if not self._members or 0 in shape:
             return np.zeros(shape)
-        raw = self._raw(self._features.rows(points, scenarios))
-        return np.asarray(raw * self._slope + self._offset, dtype=np.float64).reshape(shape)
+        rows = self._features.rows(points, scenarios)
+        total = sum(member.predict(rows) for member in self._members)
+        return np.asarray(total / len(self._members), dtype=np.float64).reshape(shape)
 
-    def _raw(self, rows: FloatArray) -> FloatArray:
-        total = sum(np.asarray(b.predict(rows, num_threads=1)) for b in self._boosters)
-        return np.asarray(total, dtype=np.float64) / len(self._boosters)
+    def _ranks(self, member: int) -> bool:
+        """Whether a member of the ensemble is trained with lambdarank."""
+        objective = self._effort.objective
+        return objective == "lambdarank" or (objective == "mixed" and member % 2 == 1)
 
     def _thinned(self, targets: FloatArray) -> list[int]:
         """Indices to train on: all, or the fastest of them and an even share of the rest."""
@@ -112,38 +117,47 @@ class GbdtModel(CostModel):
             "verbosity": -1,
         }
 
-    def _train_regression(self, rows: FloatArray, targets: FloatArray) -> None:
-        data = self._lightgbm.Dataset(rows, label=targets, free_raw_data=False)
-        self._fit(data, {"objective": "regression"})
-        self._slope, self._offset = 1.0, 0.0
+    def _regression(self, rows: FloatArray, targets: FloatArray, member: int) -> _Member:
+        data = self._lightgbm.Dataset(rows, label=targets)
+        return _Member(self._fit(data, member, {"objective": "regression"}))
 
-    def _train_ranking(self, rows: FloatArray, targets: FloatArray, keys: list[str]) -> None:
+    def _ranking(
+        self, rows: FloatArray, targets: FloatArray, keys: list[str], member: int
+    ) -> _Member:
         """LambdaRank with one group per scenario; a line then maps scores to log times."""
         names = list(dict.fromkeys(keys))
         order = sorted(range(len(keys)), key=lambda i: names.index(keys[i]))
         groups = [sum(key == name for key in keys) for name in names]
         rows, targets = rows[order], targets[order]
-        grades = _grades(targets, groups)
-        data = self._lightgbm.Dataset(rows, label=grades, group=groups, free_raw_data=False)
+        data = self._lightgbm.Dataset(rows, label=_grades(targets, groups), group=groups)
         extra = {
             "objective": "lambdarank",
             "label_gain": [float(g) for g in range(_GRADES)],
             "lambdarank_truncation_level": max(groups),
         }
-        self._fit(data, extra)
-        self._slope, self._offset = 1.0, 0.0
-        scores = self._raw(rows)
-        if scores.std() > 0:
-            slope, offset = np.polyfit(scores, targets, 1)
-            self._slope, self._offset = min(float(slope), -1e-9), float(offset)
+        found = _Member(self._fit(data, member, extra))
+        scores = found.predict(rows)
+        if scores.std() == 0:
+            return _Member(found.booster, 0.0, float(targets.mean()))
+        slope, offset = np.polyfit(scores, targets, 1)
+        return _Member(found.booster, min(float(slope), -1e-9), float(offset))
 
-    def _fit(self, data: Any, extra: dict[str, Any]) -> None:
-        self._boosters = [
-            self._lightgbm.train(
-                {**self._params(member), **extra}, data, num_boost_round=self._effort.rounds
-            )
-            for member in range(self._effort.ensemble)
-        ]
+    def _fit(self, data: Any, member: int, extra: dict[str, Any]) -> Any:
+        params = {**self._params(member), **extra}
+        return self._lightgbm.train(params, data, num_boost_round=self._effort.rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A trained model, and the line that turns its output into log times."""
+
+    booster: Any
+    slope: float = 1.0
+    offset: float = 0.0
+
+    def predict(self, rows: FloatArray) -> FloatArray:
+        raw = np.asarray(self.booster.predict(rows, num_threads=1), dtype=np.float64)
+        return raw * self.slope + self.offset
 
 
 def relative_times(samples: Sequence[Sample], worst_ratio: float) -> FloatArray:
