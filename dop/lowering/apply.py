@@ -4,13 +4,19 @@ Every step kind is one function on `Application`. What TensorIR needs beyond the
 implied by a step or rides on a pragma (PR):
 
 - The first CHR of a stage gives its result a scope (set_scope); a further one is a cache_read.
-- AN tensorize first makes the loop's subtree a block of its own where the intrinsic needs it.
+- AN tensorize with a multiplication makes the loop's subtree a block of its own at once and
+  replaces it at the end, when its operands are fragments; with a load or store of fragments the
+  copy's buffer in scope "warp" gets the layout of fragments, at the end too. Any AN tensorize puts
+  the program into its form for matrices (lowering/program.py), where the second CHR of shrink and
+  a CHR of accumulate find their stages rendered.
 - PR decompose_reduction: the loop in front of which the accumulator is cleared.
 - PR pipeline_depth: software pipeline over the loop with that many stages; copies into shared
   memory become asynchronous (cp.async).
 - PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
 - PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
   element), so that one lane's part of it is a box (regions of CA are boxes).
+
+- PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
 and accumulate, chooses the tile form of the program; without it the program has the row form.
@@ -20,11 +26,11 @@ Stages must be placed: each intermediate stage needs exactly one of CI, CA or CR
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import s_tir
-from tvm.s_tir.stmt import SBlock
 from tvm.script import from_source
 from tvm.script import tirx as T
 
@@ -55,6 +61,9 @@ from dop.workload import Workload
 
 PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
 PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
+RENDERED_COPIES = ("shrink_in", "accumulate_in")
+"""Copies that the program's form for matrices has from the start; CHR gives them their scope."""
+
 MAX_TILE_ROWS = 256
 
 
@@ -91,13 +100,17 @@ class Application:
     stages: Stages = field(default_factory=Stages)
     placed: dict[str, str] = field(default_factory=dict)
     async_copy: bool = False
+    blocks: dict[str, str] = field(default_factory=dict)
+    copies: list[Callable[[], None]] = field(default_factory=list)
+    products: list[Callable[[], None]] = field(default_factory=list)
+    fragments: set[str] = field(default_factory=set)
 
     @staticmethod
     def start(workload: Workload, trace: Trace) -> tuple[Application, int]:
         """The unscheduled program in the form that the prologue asks for, and the number of
         prologue steps (they are done)."""
         rows, done = prologue(trace)
-        program = Program(workload, rows, _packing(trace))
+        program = Program(workload, rows, _packing(trace), _wants_matrices(trace))
         func = from_source(program.source(), extra_vars={"T": T})
         return Application(program, trace, s_tir.Schedule(func, debug_mask=0)), done
 
@@ -122,6 +135,14 @@ class Application:
         _APPLY[type(step)](self, step)
         self.stages = self.stages.after(step)
 
+    def finish(self) -> None:
+        """Replaces copies of fragments and multiplications by intrinsics. TVM moves no stage past
+        a tensorized one, and a product fits only once its operands are fragments."""
+        for replace_copy in self.copies:
+            replace_copy()
+        for replace_product in self.products:
+            replace_product()
+
     def check_placed(self) -> None:
         """Checks that every intermediate stage was placed.
 
@@ -133,8 +154,9 @@ class Application:
                 raise TraceError(f"stage {name} is not placed.", "It needs CI, CA or CR.")
 
     def block(self, stage: int) -> Any:
-        """TVM's block of a stage number."""
-        return self.schedule.get_sblock(self.stages.name(stage))
+        """TVM's block of a stage number; of a tensorized stage, the outer block."""
+        name = self.stages.name(stage)
+        return self.schedule.get_sblock(self.blocks.get(name, name))
 
     def loops(self, stage: int) -> list[Any]:
         """Loops of a stage, outermost first."""
@@ -217,29 +239,69 @@ def _annotate(app: Application, step: AnnotationStep) -> None:
     elif kind == "parallel":
         schedule.parallel(loop)
     elif kind == "tensorize":
-        from dop.lowering.intrinsics import register
-
-        register()
-        schedule.tensorize(loop, step.intrinsic)
+        _tensorize(app, step, loop)
     elif kind != "none":
         schedule.bind(loop, kind)
+
+
+def _tensorize(app: Application, step: AnnotationStep, loop: Any) -> None:
+    from dop.lowering.intrinsics import layout, register
+
+    schedule, name = app.schedule, app.stages.name(step.stage)
+    intrinsic, copy = register(step.intrinsic), layout(step.intrinsic)
+    if copy is None:
+        schedule.blockize(loop)
+        app.blocks[name] = f"{name}_o"
+        app.products.append(lambda: _replace_product(app, name, intrinsic))
+        return
+    buffer, index_map = copy
+    plain = app.blocks.get(name, name)
+
+    def replace_copy() -> None:
+        schedule.transform_layout(schedule.get_sblock(plain), (buffer, 0), index_map)
+        schedule.tensorize(loop, intrinsic)
+        app.blocks[name] = f"{plain}_o"
+
+    app.fragments.add(name)
+    app.copies.append(replace_copy)
+
+
+def _replace_product(app: Application, name: str, intrinsic: str) -> None:
+    """The multiplication, and the clearing of its accumulator where that was decomposed."""
+    from dop.lowering.intrinsics import register
+
+    schedule = app.schedule
+    schedule.tensorize(schedule.get_loops(schedule.get_sblock(name))[-3], intrinsic)
+    if app.blocks[name].endswith("_update"):
+        clear = schedule.get_sblock(f"{name}_init")
+        schedule.tensorize(schedule.get_loops(clear)[-2], register("clear"))
 
 
 def _pragma(app: Application, step: PragmaStep) -> None:
     schedule, name = app.schedule, step.name
     if name == "decompose_reduction":
         schedule.decompose_reduction(app.block(step.stage), app.loop(step.stage, step.iter))
+        stage = app.stages.name(step.stage)
+        if app.blocks.get(stage) == f"{stage}_o":
+            app.blocks[stage] = f"{stage}_o_update"
     elif name == "pipeline_depth":
         _pipeline(app, step)
     elif name == "pack_k":
         # The program was rendered so; a second, different one would be ignored silently.
         if step.value != app.program.pack:
             raise TraceError("the k axis is packed once.")
+    elif name == "transpose":
+        schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)
     elif name in PRAGMAS:
         value = int(step.value) if isinstance(step.value, int) else str(step.value)
         schedule.annotate(app.loop(step.stage, step.iter), f"pragma_{name}", value)
     else:
         raise TraceError(f"pragma {name!r} is unknown.")
+
+
+def _swap_last(*index: Any) -> list[Any]:
+    *head, row, column = index
+    return [*head, column, row]
 
 
 def _pipeline(app: Application, step: PragmaStep) -> None:
@@ -255,6 +317,12 @@ def _pipeline(app: Application, step: PragmaStep) -> None:
     app.async_copy = True
 
 
+def _wants_matrices(trace: Trace) -> bool:
+    """Whether a step uses a matrix intrinsic."""
+    tensorize = ANNOTATIONS.index("tensorize")
+    return any(isinstance(s, AnnotationStep) and s.annotation == tensorize for s in trace.steps)
+
+
 def _packing(trace: Trace) -> tuple[int, int] | None:
     """Lanes and vector that the trace's pack_k asks for."""
     for step in trace.steps:
@@ -268,9 +336,20 @@ def _packing(trace: Trace) -> tuple[int, int] | None:
 
 
 def _storage_align(app: Application, step: StorageAlignStep) -> None:
-    app.schedule.storage_align(
-        app.block(step.stage), 0, axis=step.iter, factor=step.factor, offset=step.offset
-    )
+    def align() -> None:
+        app.schedule.storage_align(
+            block(), 0, axis=step.iter, factor=step.factor, offset=step.offset
+        )
+
+    name = app.stages.name(step.stage)
+
+    def block() -> Any:
+        return app.schedule.get_sblock(app.blocks.get(name, name))
+
+    if name in app.fragments:  # the intrinsic will replace the block
+        app.copies.append(align)
+    else:
+        align()
 
 
 def _place(app: Application, stage: int, how: str) -> None:
@@ -287,7 +366,9 @@ def _compute_at(app: Application, step: ComputeAtStep) -> None:
     if step.stage > step.target_stage:
         schedule.reverse_compute_at(block, loop, preserve_unit_loops=True)
     else:
-        schedule.compute_at(block, loop, preserve_unit_loops=True)
+        # The old values of y depend on nothing: their loads go first (-2), the rest last (-1).
+        index = -2 if app.stages.name(step.stage) == "accumulate_in" else -1
+        schedule.compute_at(block, loop, preserve_unit_loops=True, index=index)
 
 
 def _compute_inline(app: Application, step: ComputeInlineStep) -> None:
@@ -302,8 +383,12 @@ def _compute_root(app: Application, step: ComputeRootStep) -> None:
 
 def _cache_read(app: Application, step: CacheReadStep) -> None:
     schedule, name = app.schedule, app.stages.name(step.stage)
-    if name not in app.stages.scoped:
+    if name not in app.stages.scoped and name != "accumulate":
         schedule.set_scope(app.block(step.stage), 0, step.scope)
+        return
+    new = new_stage(app.stages, step)
+    if new is not None and new[1] in RENDERED_COPIES and app.program.matrix:
+        schedule.set_scope(schedule.get_sblock(new[1]), 0, step.scope)
         return
     if len(step.reader_stages) != 1:
         raise TraceError("a second CHR of a stage wants one reader.")
@@ -324,30 +409,11 @@ def _rfactor(app: Application, step: RfactorStep) -> None:
 
 
 def _rename(app: Application, block: Any, step: Step) -> None:
-    """Checks that TVM named a new block as stages.py does, or renames it."""
+    """Remembers how TVM named the block of a new stage."""
     new = new_stage(app.stages, step)
     if new is None:
         raise TraceError("the step adds no stage.")
-    current = app.schedule.get(block).name_hint
-    if current != new[1]:
-        _rename_block(app, block, new[1])
-
-
-def _rename_block(app: Application, block: Any, name: str) -> None:
-    schedule = app.schedule
-    old = schedule.get(block)
-    new = SBlock(
-        old.iter_vars,
-        old.reads,
-        old.writes,
-        name,
-        old.body,
-        old.init,
-        old.alloc_buffers,
-        old.match_buffers,
-        old.annotations,
-    )
-    schedule.state.replace(schedule.get_sref(block), new, {old: new})
+    app.blocks[new[1]] = app.schedule.get(block).name_hint
 
 
 _APPLY: dict[type[Step], Any] = {
@@ -389,4 +455,5 @@ def apply_trace(workload: Workload, trace: Trace, upto: int | None = None) -> Ap
     app.run(done, upto)
     if upto is None:
         app.check_placed()
+        app.finish()
     return app

@@ -252,7 +252,7 @@ def _is_launch(value: Any) -> bool:
 
 def _launch(call: Any) -> tuple[str, tuple[Grid, Block, int]]:
     parameters = [str(p) for p in call.attrs["launch_params"]]
-    values = [str(v) for v in call.args[len(call.args) - len(parameters) :]]
+    values = [str(getattr(v, "value", v)) for v in call.args[len(call.args) - len(parameters) :]]
     given = dict(zip(parameters, values, strict=True))
     grid = tuple(_expression(given.get(f"blockIdx.{axis}", "1")) for axis in "xyz")
     block = tuple(int(given.get(f"threadIdx.{axis}", "1")) for axis in "xyz")
@@ -274,7 +274,9 @@ def _workspace(node: Any) -> Workspace:
 
 def _generate_cpu(app: Application, target: Target) -> Generated:
     tvm_target = _tvm_target(target)
-    with tvm_target:
+    # A condition shared by a vector's lanes would become a variable of vector type: TVM fails.
+    options = {"tirx.disable_cse_tir": True}
+    with tvm.transform.PassContext(config=options), tvm_target:
         library = tvm.compile(app.schedule.mod, target=tvm_target)
     module = library.mod if hasattr(library, "mod") else library
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,12 @@ Tokens, tiles and slots are symbolic: one binary serves every batch. Two forms:
 - tile form: tile t is up to `tile_rows` rows of one segment: `row_index[tile_row0[t] + i]` for
   i < `tile_rows[t]`; rows behind that read as zero and are not written.
 
+For tensor cores (`matrix`) the rank axis is padded with zeros to a multiple of 16, and two copies
+are stages of their own: v in the operands' type, and the rows of y that a tile updates:
+
+    shrink_in      vc[t, g, i, r] = v[s(g), t, i, r]   g: columns in groups no slice border cuts
+    accumulate_in  yc[t, i, n]    = y_in[row(t, i), n]
+
 The weight stacks of all slices are addressed from the first slice's: `a` is A_0 as a flat array and
 A_s begins `a{s}_shift` groups of 16 bytes behind it (the stacks are separate allocations). So a
 slice is a number and not a branch, and loads stay vectors. Offsets are 32 bits wide here; codegen
@@ -49,11 +55,18 @@ class Program:
         workload: shapes and types.
         tile_rows: rows of a tile; 0 for the row form.
         pack: (lanes, vector) if the k axis is written as (group, lane, element), else None.
+        matrix: the form for tensor cores: padded rank, v converted in a stage of its own.
     """
 
     workload: Workload
     tile_rows: int
     pack: tuple[int, int] | None = None
+    matrix: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Extent of the rank axis."""
+        return -(-self.workload.rank // 16) * 16 if self.matrix else self.workload.rank
 
     @property
     def _k(self) -> tuple[Axes, str, str]:
@@ -132,7 +145,9 @@ class Program:
             self._gather_a(),
             self._shrink(),
             self._gather_b(),
+            self._convert_v() if self.matrix else [],
             self._expand(),
+            self._gather_y() if self.matrix else [],
             self._accumulate(),
         ):
             lines += [f"    {line}" for line in stage]
@@ -156,11 +171,15 @@ class Program:
         k = ", ".join(map(str, self._k[0].values()))
         inner = {
             "xg": (f"{t}, {self.rows}, {k}", dtype),
-            "ag": (f"{w.slices}, {t}, {w.rank}, {k}", dtype),
-            "v": (f"{w.slices}, {t}, {self.rows}, {w.rank}", "float32"),
-            "bg": (f"{t}, {w.total_out}, {w.rank}", dtype),
+            "ag": (f"{w.slices}, {t}, {self.rank}, {k}", dtype),
+            "v": (f"{w.slices}, {t}, {self.rows}, {self.rank}", "float32"),
+            "bg": (f"{t}, {w.total_out}, {self.rank}", dtype),
             "d": (f"{t}, {self.rows}, {w.total_out}", "float32"),
         }
+        if self.matrix:
+            groups = w.total_out // self._group
+            inner["vc"] = (f"{t}, {groups}, {self.rows}, {self.rank}", dtype)
+            inner["yc"] = (f"{t}, {self.rows}, {w.total_out}", dtype)
         allocated = [
             f'{name} = T.sblock_alloc_buffer(({shape}), "{kind}")'
             for name, (shape, kind) in inner.items()
@@ -183,30 +202,61 @@ class Program:
         axes = {"t": self.tiles, "i": self.rows, **loops}
         return _stage("gather_x", axes, "S" * len(axes), [f"xg[vt, vi, {index}] = {value}"])
 
-    def _stack(self, name: str, begin: dict[int, str], offset: str, sizes: list[int]) -> str:
+    def _stack(self, name: str, before: dict[int, str], offset: str, sizes: list[int]) -> str:
         """Element of a weight stack: the slice's begin, the slot's matrix, the offset in it.
 
         Factors of 8 stay visible behind every choice, so that TVM sees aligned vector loads.
+        `before` says of each slice when an element lies in front of it. It is written with "<":
+        TVM drops a vector's lanes from `64 * block + lane < 2048`, but not from its negation.
         """
         unit = math.gcd(8, *sizes)
         shift, size = "0", str(sizes[0] // unit)
-        for s, condition in begin.items():
-            shift = f"T.Select({condition}, {name}{s}_shift, {shift})"
+        for s, condition in before.items():
+            shift = f"T.Select({condition}, {shift}, {name}{s}_shift)"
             if sizes[s] != sizes[0]:
-                size = f"T.Select({condition}, {sizes[s] // unit}, {size})"
-        first = f"{shift} * {16 // self.workload.element_bytes} + " if begin else ""
+                size = f"T.Select({condition}, {size}, {sizes[s] // unit})"
+        first = f"{shift} * {16 // self.workload.element_bytes} + " if before else ""
         return f"{name}[{first}{self.slot_table}[vt] * {size} * {unit} + {offset}]"
 
     def _gather_a(self) -> list[str]:
         w = self.workload
-        begin = {s: f"vs >= {s}" for s in range(1, w.slices)}
+        before = {s: f"vs < {s}" for s in range(1, w.slices)}
         loops, index, column = self._k
         sizes = [w.rank * w.in_features] * w.slices
-        value = self._stack("a", begin, f"(vr * {w.in_features} + {column})", sizes)
+        value = self._stack("a", before, f"(vr * {w.in_features} + {column})", sizes)
         if self._k_guard:
             value = f'T.if_then_else({self._k_guard}, {value}, T.cast(0, "{w.dtype}"))'
-        axes = {"s": w.slices, "t": self.tiles, "r": w.rank, **loops}
+        value = self._padded(value)
+        axes = {"s": w.slices, "t": self.tiles, "r": self.rank, **loops}
         return _stage("gather_a", axes, "S" * len(axes), [f"ag[vs, vt, vr, {index}] = {value}"])
+
+    def _padded(self, value: str) -> str:
+        """The element, or zero behind the last rank."""
+        if self.rank == self.workload.rank:
+            return value
+        zero = f'T.cast(0, "{self.workload.dtype}")'
+        return f"T.if_then_else(vr < {self.workload.rank}, {value}, {zero})"
+
+    @property
+    def _group(self) -> int:
+        """Columns of y that surely belong to one slice."""
+        return math.gcd(*self.workload.out_features)
+
+    def _convert_v(self) -> list[str]:
+        w = self.workload
+        if len(set(w.out_features)) == 1:
+            slice_of = "vg"
+        else:
+            # Quotients, not comparisons: TVM then sees that a block's columns have one slice.
+            slice_of = " + ".join(f"T.min(vg // {o // self._group}, 1)" for o in w.offsets[1:])
+        axes: dict[str, int | str] = {
+            "t": self.tiles,
+            "g": w.total_out // self._group,
+            "i": self.rows,
+            "r": self.rank,
+        }
+        value = f'T.cast(v[{slice_of}, vt, vi, vr], "{w.dtype}")'
+        return _stage("shrink_in", axes, "SSSS", [f"vc[vt, vg, vi, vr] = {value}"])
 
     def _shrink(self) -> list[str]:
         w = self.workload
@@ -215,7 +265,7 @@ class Program:
             "s": w.slices,
             "t": self.tiles,
             "i": self.rows,
-            "r": w.rank,
+            "r": self.rank,
             **loops,
         }
         x, a = f"xg[vt, vi, {index}]", f"ag[vs, vt, vr, {index}]"
@@ -225,25 +275,37 @@ class Program:
 
     def _gather_b(self) -> list[str]:
         w = self.workload
-        begin = {s: f"vn >= {o}" for s, o in enumerate(w.offsets) if s}
+        before = {s: f"vn < {o}" for s, o in enumerate(w.offsets) if s}
         first = "0"
         for s in range(1, w.slices):
-            first = f"T.Select({begin[s]}, {w.offsets[s]}, {first})"
+            first = f"T.Select({before[s]}, {first}, {w.offsets[s]})"
         sizes = [width * w.rank for width in w.out_features]
-        value = self._stack("b", begin, f"((vn - {first}) * {w.rank} + vr)", sizes)
-        axes: Axes = {"t": self.tiles, "n": w.total_out, "r": w.rank}
+        value = self._padded(self._stack("b", before, f"((vn - {first}) * {w.rank} + vr)", sizes))
+        axes: Axes = {"t": self.tiles, "n": w.total_out, "r": self.rank}
         return _stage("gather_b", axes, "SSS", [f"bg[vt, vn, vr] = {value}"])
 
     def _expand(self) -> list[str]:
         w = self.workload
-        slice_of = " + ".join(f'T.cast(vn >= {o}, "int32")' for o in w.offsets[1:]) or "0"
-        axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": w.rank}
-        product = f'v[{slice_of}, vt, vi, vr] * T.cast(bg[vt, vn, vr], "float32")'
+        slice_of = " + ".join(f'(1 - T.cast(vn < {o}, "int32"))' for o in w.offsets[1:]) or "0"
+        axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": self.rank}
+        v = f"v[{slice_of}, vt, vi, vr]"
+        if self.matrix:
+            v = f'T.cast(vc[vt, vn // {self._group}, vi, vr], "float32")'
+        product = f'{v} * T.cast(bg[vt, vn, vr], "float32")'
         return _stage("expand", axes, "SSSR", _sum("d[vt, vi, vn]", product))
+
+    def _gather_y(self) -> list[str]:
+        w = self.workload
+        value = f"y_in[{self._row}, vn]"
+        if self.tile_rows:
+            value = f'T.if_then_else(vi < tile_rows[vt], {value}, T.cast(0, "{w.dtype}"))'
+        axes: dict[str, int | str] = {"t": self.tiles, "i": self.rows, "n": w.total_out}
+        return _stage("accumulate_in", axes, "SSS", [f"yc[vt, vi, vn] = {value}"])
 
     def _accumulate(self) -> list[str]:
         w, row = self.workload, self._row
-        total = f'T.cast(y_in[{row}, vn], "float32") + d[vt, vi, vn]'
+        y = "yc[vt, vi, vn]" if self.matrix else f"y_in[{row}, vn]"
+        total = f'T.cast({y}, "float32") + d[vt, vi, vn]'
         body = [f'y[{row}, vn] = T.cast({total}, "{w.dtype}")']
         if self.tile_rows:
             body = ["if vi < tile_rows[vt]:", f"    {body[0]}"]

@@ -54,6 +54,8 @@ class Stages:
         if new is None:
             return Stages(self.names, scoped)
         position, name = new
+        if isinstance(step, CacheReadStep):
+            scoped |= {name}
         return Stages((*self.names[:position], name, *self.names[position:]), scoped)
 
 
@@ -62,7 +64,10 @@ def new_stage(stages: Stages, step: Step) -> tuple[int, str] | None:
 
     RF puts the partial results before the stage, CHW the copy behind it. The first CHR of a stage
     only moves its result to the scope, where its readers find it; a further one adds a copy behind.
+    CHR of accumulate, the last stage, is about what it reads: y's old values, in a stage before it.
     """
+    if isinstance(step, CacheReadStep) and stages.name(step.stage) == "accumulate":
+        return step.stage, "accumulate_in"
     if isinstance(step, RfactorStep):
         return step.stage, f"{stages.name(step.stage)}_rf"
     if isinstance(step, CacheWriteStep):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from dop.space.rule import SketchState
 from dop.space.rules.numbers import dividing, vector_width
 from dop.space.sketch import Annotation
-from dop.space.step import Num, Param
 from dop.space.stages import TOKEN_AXIS
+from dop.space.step import Num, Param
 
 EDGE = 16
 """Edge of the intrinsics' tiles."""
@@ -59,16 +59,25 @@ def fetch(
         state.annotate(stage, first + 4, "vectorize")
 
 
+def unrolled(state: SketchState, stage: str, loop: int) -> None:
+    """Has the loop and those inside it unrolled by nvcc (#pragma unroll).
+
+    Fragments are registers only if every index into them becomes a constant, but unrolling must be
+    nvcc's: unrolled by TVM, indices are more than its LowerWarpMemory understands, and the
+    accumulators end in local memory.
+    """
+    state.pragma(stage, loop, "auto_unroll_max_step", 4096)
+    state.pragma(stage, loop, "unroll_explicit", 0)
+
+
 def fragments(state: SketchState, stage: str, row_loop: int, intrinsic: str) -> None:
     """The copy's last two loops, `row_loop` and the next, in tiles handled by the intrinsic."""
     state.split(stage, row_loop + 1, [EDGE])
     state.split(stage, row_loop, [EDGE])
     outer = range(row_loop)
     state.reorder(stage, *outer, *(row_loop + p for p in (0, 2, 1, 3)))
-    # Fragments are registers only if every index into them is a constant.
-    state.annotate(stage, row_loop, "unroll")
-    state.annotate(stage, row_loop + 1, "unroll")
     state.annotate(stage, row_loop + 2, "tensorize", intrinsic)
+    unrolled(state, stage, row_loop)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,9 @@ class MatrixColumns:
         new.limit("threads per expand block", target.max_threads, threads)
         new.limit("columns or rows left over by expand's warps", 0, whole)
         new.limit("expand registers per thread", 200, registers)
-        new.limit("expand registers per block", target.max_registers, lambda a: registers(a) * threads(a))
+        new.limit(
+            "expand registers per block", target.max_registers, lambda a: registers(a) * threads(a)
+        )
         new.limit("expand shared memory bytes", target.max_smem_bytes, smem)
         new.estimate("expand.threads", threads)
         new.estimate("expand.registers", registers)
@@ -181,8 +192,8 @@ class MatrixExpand:
         new.reorder("expand", 0, 1, 2, 3, 6, 9, 4, 7, 5, 8, 10)
         new.annotate("expand", 3, "threadIdx.z")
         new.annotate("expand", 4, "threadIdx.y")
-        for loop in (5, 6, 7):
-            new.annotate("expand", loop, "unroll")
+        new.annotate("expand", 5, "unroll")
+        unrolled(new, "expand", 6)
         new.annotate("expand", 8, "tensorize", f"mma_{kind}")
         new.notes["expand_warp"], new.notes["expand_k"] = 4, 5
         return [new]

@@ -1,7 +1,7 @@
 """CUDA, tensor cores, shrink half: split-K over blocks, a software pipeline of 16-byte copies.
 
-Block: one tile of rows and one of the split-K parts, all slices (x is read once for them). A step of
-the pipeline copies the rows' piece of x and the adapters' piece of A to shared memory (cp.async,
+Block: one tile of rows and one of the split-K parts, all slices (x is read once for them). A step
+of the pipeline copies the rows' piece of x and the adapters' piece of A to shared memory (cp.async,
 zeros behind the last row and the last rank); warps own rows and ranks. The fp32 partial sums go to
 a workspace [part, slice, tile, row, rank], which the expand kernel adds up.
 """
@@ -25,6 +25,7 @@ from dop.space.rules.tensor_core_expand import (
     fetch,
     fragments,
     padded_rank,
+    unrolled,
 )
 from dop.space.sketch import Annotation
 from dop.space.step import Param
@@ -74,8 +75,8 @@ class MatrixSplitK:
         new.annotate("shrink_rf", 1, "blockIdx.x")
         new.annotate("shrink_rf", 2, "threadIdx.z")
         new.annotate("shrink_rf", WARP, "threadIdx.y")
-        for loop in (INNER, 6, 7, 8):
-            new.annotate("shrink_rf", loop, "unroll")
+        new.annotate("shrink_rf", INNER, "unroll")
+        unrolled(new, "shrink_rf", 6)
         new.annotate("shrink_rf", 9, "tensorize", f"mma_{kind}")
 
     @staticmethod
@@ -132,12 +133,18 @@ class MatrixSplitK:
         new.limit("threads per shrink block", target.max_threads, threads)
         new.limit("elements left over by shrink's tiles", 0, whole)
         new.limit("shrink registers per thread", 224, registers)
-        new.limit("shrink registers per block", target.max_registers, lambda a: registers(a) * threads(a))
+        new.limit(
+            "shrink registers per block", target.max_registers, lambda a: registers(a) * threads(a)
+        )
         new.estimate("shrink.threads", threads)
         new.estimate("shrink.registers", registers)
         new.estimate("shrink.steps", part_steps)
         new.estimate("shrink.blocks_per_tile", lambda a: a["shrink.split_k"])
-        new.estimate("shrink.partial_bytes", lambda a: 4.0 * a["shrink.split_k"] * a[TILE_ROWS.name] * rank)
+        row_bytes = 4.0 * w.slices * rank
+        new.estimate(
+            "shrink.partial_bytes",
+            lambda a: row_bytes * a["shrink.split_k"] * a[TILE_ROWS.name],
+        )
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,8 @@ class StagedA:
         new.cache_read("gather_a", "warp", "shrink_rf")
         new.compute_at("gather_a_in", "shrink_rf", INNER)
         # part, t, row warp, rank warp, step, k tile; own loops: s, t, r, k
-        new.annotate("gather_a_in", 6, "unroll")
         fragments(new, "gather_a_in", 8, f"ldmatrix_b_{kind}")
+        unrolled(new, "gather_a_in", 6)
         new.compute_at("gather_a", "shrink_rf", STEP)
         # part, t, row warp, rank warp, step; own loops: s, t, r, k
         new.annotate("gather_a", 5, "unroll")
@@ -191,8 +198,8 @@ class PipelinedX:
         new.cache_write("shrink_rf", "warp")
         new.compute_at("shrink_rf_out", "shrink_rf", WARP)
         # part, t, row warp, rank warp; own loops: part, s, t, i, r
-        new.annotate("shrink_rf_out", 5, "unroll")
         fragments(new, "shrink_rf_out", 7, "store_global")
+        unrolled(new, "shrink_rf_out", 5)
         new.pragma("shrink_rf", STEP, "decompose_reduction")
         new.pragma("shrink_rf", STEP, "pipeline_depth", stages)
         self._limits(new)
