@@ -173,8 +173,10 @@ class WorkerPool:
 
     def dispatch(self) -> None:
         """Gives queued tasks to idle workers and starts workers that are wanted."""
-        for worker in self._workers:
-            if self._queue and worker.up and worker.task is None:
+        for worker in list(self._workers):
+            if worker.up and worker.task is None and worker.process.poll() is not None:
+                self._remove(worker)  # it died while idle: no task is lost
+            elif self._queue and worker.up and worker.task is None:
                 task = self._queue.popleft()
                 worker.task = task
                 worker.begun = time.monotonic()
@@ -189,7 +191,7 @@ class WorkerPool:
     def _read(self, worker: _Worker) -> list[Event]:
         events: list[Event] = []
         try:
-            while worker.pipe.poll():
+            while worker in self._workers and worker.pipe.poll():
                 kind, value = worker.pipe.recv()
                 events += self._message(worker, kind, value)
         except (EOFError, OSError, pickle.UnpicklingError):

@@ -1,0 +1,104 @@
+"""Segment plans: every row with an adapter is in exactly one tile of its own adapter."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dop.errors import ConfigError
+from dop.measure.inputs import awkward, stack_slots, window_slots, windows
+from dop.measure.plan import PLAN_ADAPTERS, make_plan, tile_bound
+from dop.scenario import Scenario, named
+from dop.workload import Workload
+
+SLOTS = st.lists(st.integers(-1, 9), min_size=1, max_size=80)
+
+
+@given(SLOTS, st.integers(1, 17), st.booleans())
+def test_tiles_cover_every_adapter_row_once(slots, tile_rows, padded):
+    plan = make_plan(slots, tile_rows, max_adapters=10 if padded else None)
+    t = plan.tables
+    assert sorted(t["row_index"].tolist()) == list(range(len(slots)))
+    seen = []
+    for slot, row0, rows in zip(t["tile_slot"], t["tile_row0"], t["tile_rows"], strict=True):
+        assert 0 <= rows <= tile_rows
+        members = t["row_index"][row0 : row0 + rows].tolist()
+        assert len(members) == rows
+        assert all(slots[row] == slot for row in members)
+        seen += members
+    assert sorted(seen) == [row for row, slot in enumerate(slots) if slot >= 0]
+    assert all(table.dtype == np.int32 for table in t.values())
+
+
+@given(SLOTS, st.integers(1, 17))
+def test_padded_plan_has_the_bound_and_empty_tiles_last(slots, tile_rows):
+    plan = make_plan(slots, tile_rows, max_adapters=10)
+    assert plan.tiles == len(plan.tables["tile_rows"]) == tile_bound(len(slots), tile_rows, 10)
+    full = plan.tables["tile_rows"] > 0
+    assert not np.any(full[1:] & ~full[:-1])
+
+
+@given(SLOTS, st.integers(1, 17))
+def test_exact_plan_has_no_empty_tile(slots, tile_rows):
+    plan = make_plan(slots, tile_rows)
+    assert (plan.tables["tile_rows"] > 0).all()
+    assert plan.tiles == sum(
+        -(-slots.count(slot) // tile_rows) for slot in set(slots) if slot >= 0
+    )
+
+
+def test_row_form_keeps_the_slots():
+    plan = make_plan([3, -1, 0], 0, max_adapters=PLAN_ADAPTERS)
+    assert plan.tiles == plan.tokens == 3
+    assert plan.tables["token_slot"].tolist() == [3, -1, 0]
+
+
+def test_batch_without_adapters_has_no_tiles():
+    assert make_plan([-1, -1], 4).tiles == 0
+    padded = make_plan([-1, -1], 4, max_adapters=2)
+    assert padded.tiles == 2
+    assert not padded.tables["tile_rows"].any()
+
+
+def test_tiles_depend_on_the_token_count_only():
+    sizes = {
+        make_plan(window_slots(named(mix, 32), 64, 1)[0], 8, max_adapters=64).tiles
+        for mix in ("distinct", "uniform", "skewed", "identical")
+    }
+    assert sizes == {tile_bound(32, 8, 64)}
+
+
+def test_too_many_adapters_are_refused():
+    with pytest.raises(ConfigError, match="4 adapters"):
+        make_plan([0, 1, 2, 3], 2, max_adapters=1)
+
+
+def test_windows_are_disjoint_and_larger_than_the_cache():
+    workload = Workload("q", 256, (128, 64), 8, "float32")
+    scenario = named("uniform", 16)
+    cache = 1 << 20
+    count = windows(workload, scenario, cache, 1000)
+    slots = stack_slots(workload, [scenario], cache, 1000)
+    rows = window_slots(scenario, slots, count)
+    used = [set(r.tolist()) for r in rows]
+    assert all(len(s) == scenario.adapters for s in used)
+    assert len(set().union(*used)) == count * scenario.adapters
+    assert count * workload.min_bytes(0, scenario.adapters) >= 2 * cache
+
+
+def test_windows_keep_bare_rows_and_segment_lengths():
+    scenario = Scenario("recorded", (5, 2, 1), 3)
+    for rows in window_slots(scenario, 20, 4):
+        assert (rows == -1).sum() == 3
+        counts = np.unique(rows[rows >= 0], return_counts=True)[1]
+        assert sorted(counts.tolist(), reverse=True) == [5, 2, 1]
+
+
+@pytest.mark.parametrize("tile_rows", [0, 1, 4, 16, 64])
+def test_awkward_batch_has_odd_segments_full_tiles_and_bare_rows(tile_rows):
+    scenario = awkward(tile_rows)
+    assert all(rows % 2 for rows in scenario.segments)
+    assert scenario.bare_rows
+    assert max(scenario.segments) > 2 * tile_rows
+    if tile_rows == 0:
+        assert scenario.tokens == 37
