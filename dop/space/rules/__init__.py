@@ -17,6 +17,13 @@ from dop.space.rules.cuda_one_kernel import (
     StreamX,
 )
 from dop.space.rules.cuda_shrink import DirectA, DirectX, SplitKShrink
+from dop.space.rules.tensor_core_expand import (
+    MatrixColumns,
+    MatrixExpand,
+    MatrixTiles,
+    StagedB,
+)
+from dop.space.rules.tensor_core_shrink import MatrixSplitK, PipelinedX, StagedA
 from dop.space.rules.tokens import RowForm, TileForm
 
 RULES: tuple[Rule, ...] = (
@@ -37,6 +44,13 @@ RULES: tuple[Rule, ...] = (
     ShrinkInBlock(),
     StreamA(),
     StreamX(),
+    MatrixTiles(),
+    MatrixColumns(),
+    MatrixExpand(),
+    StagedB(),
+    MatrixSplitK(),
+    StagedA(),
+    PipelinedX(),
     TileForm("single_rows", (1,), 1, "cpu"),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),
     TileForm("many_rows", (16, 32, 64), 32, "cpu"),

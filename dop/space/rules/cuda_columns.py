@@ -25,7 +25,7 @@ class Columns:
     stage: str = "accumulate"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if state.target.kind != "cuda":
+        if state.target.kind != "cuda" or "matrix" in state.notes:
             return []
         new = state.fork(self.name)
         steps = new.param("expand.steps", "tile", (1, 2, 4, 8), 2)

@@ -34,7 +34,7 @@ class LaneColumns:
         lanes = lanes_of(state)
         if state.target.kind != "cuda" or lanes not in LANE_COUNTS:
             return []
-        if state.workload.total_out % lanes:
+        if "matrix" in state.notes or state.workload.total_out % lanes:
             return []
         new = state.fork(self.name)
         groups = new.param("expand.groups", "warps", (4, 8, 16, 32, 64, 128), 32)

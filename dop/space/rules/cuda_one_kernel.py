@@ -23,7 +23,7 @@ class BlockColumns:
 
     def apply(self, state: SketchState) -> list[SketchState]:
         w = state.workload
-        if state.target.kind != "cuda":
+        if state.target.kind != "cuda" or "matrix" in state.notes:
             return []
         new = state.fork(self.name)
         steps = new.param("expand.steps", "tile", (1, 2, 4, 8, 16, 32, 64), 8)
