@@ -82,11 +82,14 @@ def _swap(new: Path, path: Path) -> None:
         os.rename(path, aside / "old")
         try:
             os.rename(new, path)
-        except OSError:
+        except BaseException:
             os.rename(aside / "old", path)
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # if the old folder could not come back, it stays in there
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:
