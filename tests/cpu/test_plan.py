@@ -42,9 +42,7 @@ def test_padded_plan_has_the_bound_and_empty_tiles_last(slots, tile_rows):
 def test_exact_plan_has_no_empty_tile(slots, tile_rows):
     plan = make_plan(slots, tile_rows)
     assert (plan.tables["tile_rows"] > 0).all()
-    assert plan.tiles == sum(
-        -(-slots.count(slot) // tile_rows) for slot in set(slots) if slot >= 0
-    )
+    assert plan.tiles == sum(-(-slots.count(slot) // tile_rows) for slot in set(slots) if slot >= 0)
 
 
 def test_row_form_keeps_the_slots():

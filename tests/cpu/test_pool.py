@@ -1,4 +1,4 @@
-"""Worker processes: what they answer, and that hangs, crashes and kills do not take the pool down."""
+"""Worker processes: what they answer; hangs, crashes and kills do not take the pool down."""
 
 import os
 import signal
