@@ -107,20 +107,32 @@ class FamilyState:
         state._default_keys = {c.trace: i for i, c in enumerate(space.defaults())}
         return state
 
-    def is_default(self, trace: Trace) -> bool:
-        """Whether a trace is the untuned default of a sketch."""
-        return trace in self._default_keys
+    def default_place(self, trace: Trace) -> int | None:
+        """Place of an untuned default among the sketches' defaults; None for other traces."""
+        return self._default_keys.get(trace)
 
     def observe(
-        self, trace: Trace, sketch: str, scenario: Scenario, measurement: Measurement
+        self,
+        trace: Trace,
+        sketch: str,
+        scenario: Scenario,
+        measurement: Measurement,
+        place: int | None,
     ) -> None:
-        """Keep the best and the default's figures; a failure is never a best."""
+        """Keep the best and the default's figures; a failure is never a best.
+
+        Args:
+            trace: what was measured.
+            sketch: name of its sketch.
+            scenario: what it was measured under.
+            measurement: what came out.
+            place: `default_place` of the trace.
+        """
         if not measurement.ok:
             return
         held = self.best.get(scenario.key)
         if held is None or measurement.median_s < held.measurement.median_s:
             self.best[scenario.key] = Best(trace, sketch, measurement)
-        place = self._default_keys.get(trace)
         if place is not None and place <= self._default_place.get(scenario.key, place):
             self._default_place[scenario.key] = place
             self.default[scenario.key] = measurement

@@ -24,6 +24,7 @@ from dop.measurement import Measurement
 from dop.scenario import Scenario
 from dop.search.history import Result
 from dop.space.sketch import Candidate, Space
+from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import Workload
 
@@ -269,22 +270,22 @@ class _Run:
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
         scenarios = {s.key: s for s in state.family.scenarios}
-        candidates: dict[str, Candidate | None] = {}
+        traces: dict[str, _Recorded | None] = {}
         results: list[Result] = []
         for entry in entries:
             scenario = scenarios.get(entry.scenario_key)
             if scenario is None or not _same_device(entry, state.family.target):
                 continue
-            with contextlib.suppress(DopError):
-                record = entry.record()
-                sketch = record.sketch.removesuffix(DEFAULT_MARK)
-                if entry.trace_key not in candidates:
-                    candidates[entry.trace_key] = state.candidate(record.trace, sketch)
-                candidate = candidates[entry.trace_key]
-                state.observe(record.trace, sketch, scenario, record.measurement)
-                self.resumed += 1
-                if candidate is not None:
-                    results.append((candidate, scenario, record.measurement))
+            if entry.trace_key not in traces:
+                traces[entry.trace_key] = _recorded(state, entry)
+            known = traces[entry.trace_key]
+            if known is None:
+                continue
+            found = _measurement(entry)
+            state.observe(known.trace, known.sketch, scenario, found, known.place)
+            self.resumed += 1
+            if known.candidate is not None:
+                results.append((known.candidate, scenario, found))
         if results:
             state.strategy.tell(results)
 
@@ -419,7 +420,8 @@ class _Run:
     ) -> None:
         """Write one record before anything else is done with it."""
         target, sketch = state.family.target, candidate.sketch.name
-        mark = DEFAULT_MARK if state.is_default(candidate.trace) else ""
+        place = state.default_place(candidate.trace)
+        mark = DEFAULT_MARK if place is not None else ""
         record = Record(
             workload_key=state.family.workload.key,
             target_key=target.key,
@@ -439,7 +441,7 @@ class _Run:
         self.records += 1
         if not found.ok:
             self.failures[found.failure] += 1
-        state.observe(candidate.trace, sketch, scenario, found)
+        state.observe(candidate.trace, sketch, scenario, found, place)
         if self.emit is not None:
             self.emit(self.progress())
 
@@ -468,6 +470,39 @@ class _Run:
             families=tuple(_view(state) for state in self.states),
             current=self.current,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A trace of the log; `candidate` is None if no sketch of today's space has its form."""
+
+    trace: Trace
+    sketch: str
+    place: int | None
+    candidate: Candidate | None
+
+
+def _recorded(state: FamilyState, entry: Entry) -> _Recorded | None:
+    """The trace of a line, parsed once for all its lines; None if it is none."""
+    try:
+        trace = entry.record().trace
+    except DopError:
+        return None
+    sketch = entry.sketch.removesuffix(DEFAULT_MARK)
+    candidate = state.candidate(trace, sketch)
+    return _Recorded(trace, sketch, state.default_place(trace), candidate)
+
+
+def _measurement(entry: Entry) -> Measurement:
+    """The line's figures, without its resources: a hundred thousand lines must load in seconds."""
+    return Measurement(
+        entry.seconds,
+        entry.failure,
+        entry.message,
+        entry.accuracy,
+        entry.floor_s,
+        cost_s=entry.cost_s,
+    )
 
 
 def _view(state: FamilyState) -> FamilyView:
