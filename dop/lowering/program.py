@@ -196,7 +196,11 @@ class Program:
         guards = [self._k_guard] if self._k_guard else []
         if self.tile_rows:
             guards.append("vi < tile_rows[vt]")
-        value = f"x[{self._row}, {column}]"
+        row = self._row
+        if self.matrix:
+            # An asynchronous copy takes its condition as an operand: it always needs an address.
+            row = "row_index[T.min(tile_row0[vt] + vi, tokens - 1)]"
+        value = f"x[{row}, {column}]"
         for guard in guards:
             value = f'T.if_then_else({guard}, {value}, T.cast(0, "{w.dtype}"))'
         axes = {"t": self.tiles, "i": self.rows, **loops}

@@ -26,6 +26,9 @@ PIECE = 8
 INTRINSIC_TYPES = {"float16": "f16", "bfloat16": "bf16"}
 MAX_RANK = 256
 
+MAX_COPIES = 48
+"""Copies that a thread may issue for a stage: they are unrolled, nvcc's time grows with them."""
+
 PAD_FACTOR, PAD_OFFSET = 16, 8
 """Rows of staged operands are padded to an odd number of 16-byte pieces: ldmatrix then reads eight
 rows without a bank conflict."""
@@ -111,11 +114,11 @@ class MatrixColumns:
 
     def apply(self, state: SketchState) -> list[SketchState]:
         common = math.gcd(*state.workload.out_features)
-        choices = dividing(common, (64, 128, 256, 512))
+        choices = dividing(common, (32, 64, 128, 256, 512))
         if "matrix" not in state.notes or not choices:
             return []
         new = state.fork(self.name)
-        columns = new.param("expand.columns", "tile", choices, 256)
+        columns = new.param("expand.columns", "tile", choices, 128)
         new.param(ROW_WARPS.name, "warps", (1, 2, 4), 1)
         new.param(COLUMN_WARPS.name, "warps", (1, 2, 4, 8), 4)
         new.split("accumulate", 2, [columns], new.workload.total_out)
@@ -149,7 +152,9 @@ class MatrixColumns:
         def registers(a: Annotation) -> int:
             rows = a[TILE_ROWS.name] // (EDGE * a[ROW_WARPS.name])
             columns = a["expand.columns"] // (EDGE * a[COLUMN_WARPS.name])
-            return 8 * rows * columns + 4 * (rows + columns) + 24
+            # Accumulators, operand fragments, the old values of y, addresses.
+            y_words = a[TILE_ROWS.name] * a["expand.columns"] // (2 * threads(a))
+            return 8 * rows * columns + 4 * (rows + columns) + y_words + 24
 
         def smem(a: Annotation) -> int:
             rows, columns, rank = a[TILE_ROWS.name], a["expand.columns"], padded_rank(new)
@@ -229,4 +234,12 @@ class StagedB:
             return a["expand.columns"] * rank % share
 
         new.limit("elements of B left over by the threads", 0, left_over)
+        share = 32 * vector
+        new.limit(
+            "copies of B per thread",
+            MAX_COPIES,
+            lambda a: (
+                a["expand.columns"] * rank // (share * a[ROW_WARPS.name] * a[COLUMN_WARPS.name])
+            ),
+        )
         return [new]

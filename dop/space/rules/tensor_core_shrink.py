@@ -17,6 +17,7 @@ from dop.space.rules.tensor_core_expand import (
     COLUMNS,
     EDGE,
     INTRINSIC_TYPES,
+    MAX_COPIES,
     PAD_FACTOR,
     PAD_OFFSET,
     PIECE,
@@ -35,6 +36,18 @@ WARP, STEP, INNER = 3, 4, 5
 """Loop positions in shrink_rf: part, t, row warp, rank warp, pipeline step, k tile, slice, ..."""
 
 
+def _start(width: int, ranks: int, parts: tuple[int, ...]) -> tuple[int, int, int]:
+    """Split-K parts, k tiles per step and rank warps to start from: near 8 parts, at least two
+    steps each, and few enough copies per thread (16 rows of x must feed all threads)."""
+    for k_tiles in (8, 4):
+        depth = EDGE * k_tiles
+        warps = next((n for n in (1, 2, 4) if ranks * depth <= MAX_COPIES * PIECE * 32 * n), 8)
+        for split_k in sorted(parts, key=lambda part: abs(part - 8)):
+            if width % (split_k * depth) == 0 and width >= 2 * split_k * depth and warps <= k_tiles:
+                return split_k, k_tiles, warps
+    return 1, 4, 1
+
+
 @dataclass(frozen=True)
 class MatrixSplitK:
     """shrink: two kernels; the partial sums are added where expand stages v."""
@@ -48,10 +61,13 @@ class MatrixSplitK:
         if "matrix" not in state.notes or w.in_features % 64 or not parts:
             return []
         new = state.fork(self.name)
-        split_k = new.param("shrink.split_k", "split_k", parts, 8)
-        steps = new.param("shrink.k_tiles", "tile", (4, 8, 16), 8)
+        rank = padded_rank(new)
+        start = _start(w.in_features, w.slices * rank, parts)
+        split_k = new.param("shrink.split_k", "split_k", parts, start[0])
+        steps = new.param("shrink.k_tiles", "tile", (4, 8, 16), start[1])
         new.param(SHRINK_ROW_WARPS.name, "warps", (1, 2, 4, 8), 1)
-        new.param(RANK_WARPS.name, "warps", dividing(padded_rank(new) // EDGE, (1, 2, 4, 8)), 1)
+        warps = dividing(rank // EDGE, (1, 2, 4, 8))
+        new.param(RANK_WARPS.name, "warps", warps, start[2])
         new.split("shrink", 4, [split_k], w.in_features, inner=False)
         new.rfactor("shrink", 4)
         new.compute_root("shrink_rf")
@@ -91,10 +107,13 @@ class MatrixSplitK:
         fragments(new, "shrink_in_in", 8, f"ldmatrix_a_{kind}")
         new.compute_at("shrink_in", "accumulate", COLUMNS)
         # t, column block; own loops: t, g, i, r
-        fetch(new, "shrink_in", (4, 5), (ROW_WARPS, COLUMN_WARPS), 1)
+        vector = new.param("expand.sum_vector", "vector", (1, 2, 4), 4)
+        fetch(new, "shrink_in", (4, 5), (ROW_WARPS, COLUMN_WARPS), vector)
         new.storage_align("shrink_in", 2, PAD_FACTOR, PAD_OFFSET)
         new.compute_at("shrink", "shrink_in", 7)
         # t, column block, t, g, step, row warp, column warp, lane; own loops: part, s, t, i, r
+        new.annotate("shrink", 12, "vectorize")
+        new.pragma("shrink", 8, "decompose_reduction")
         new.annotate("shrink", 8, "unroll")
         new.cache_write("expand", "warp")
         new.compute_at("expand_out", "expand", new.notes["expand_warp"])
@@ -131,6 +150,11 @@ class MatrixSplitK:
             return 8 * rows * ranks + 4 * (rows + ranks) + 32
 
         new.limit("threads per shrink block", target.max_threads, threads)
+        new.limit(
+            "copies of x or A per thread",
+            MAX_COPIES,
+            lambda a: max(a[TILE_ROWS.name], w.slices * rank) * depth(a) // (PIECE * threads(a)),
+        )
         new.limit("elements left over by shrink's tiles", 0, whole)
         new.limit("shrink registers per thread", 224, registers)
         new.limit(
@@ -185,7 +209,7 @@ class PipelinedX:
             return []
         new = state.fork(self.name)
         kind = INTRINSIC_TYPES[new.workload.dtype]
-        stages = new.param("shrink.stages", "pipeline", (2, 3, 4), 3)
+        stages = new.param("shrink.stages", "pipeline", (2, 3, 4), 2)
         new.cache_read("gather_x", "shared.dyn", "shrink_rf")
         new.cache_read("gather_x", "warp", "shrink_rf")
         new.compute_at("gather_x_in", "shrink_rf", INNER)
