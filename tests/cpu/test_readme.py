@@ -1,0 +1,84 @@
+"""What README.md says can be done: its commands, options, files and links exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from dop.cli.main import build_app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+DOP = [line.split("#")[0].split() for line in COMMANDS if line.startswith("dop ")]
+
+
+def command_of(words: list[str]):
+    """The click command that the words lead to, and the words behind it."""
+    command = typer.main.get_command(build_app(words[1:]))
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        assert rest[0] in command.commands, f"dop has no {rest[0]!r}"
+        command = command.commands[rest.pop(0)]
+    return command, rest
+
+
+@pytest.mark.parametrize("words", DOP, ids=" ".join)
+def test_every_dop_command_and_option_exists(words):
+    command, rest = command_of(words)
+    known = {name for parameter in command.params for name in parameter.opts}
+    for word in rest:
+        if word.startswith("-"):
+            assert word in known, f"{' '.join(words)}: no option {word}"
+
+
+def test_there_is_a_command_to_try_and_one_to_test():
+    first = next(c for c in COMMANDS if "best.py" in c)
+    second = next(c for c in COMMANDS if "pytest" in c)
+    for command in (first, second):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[")
+    ci = (ROOT / ".ci" / "run").read_text().strip().splitlines()
+    assert ci[-1] == second.rpartition(".venv/bin/")[2]
+
+
+def test_models_are_shipped():
+    shipped = {path.stem for path in (ROOT / "dop" / "models").glob("*.json")}
+    named = set(re.findall(r"--model (\S+)", README)) - {"path/to/config.json"}
+    assert named <= shipped
+    listed = re.search(r"shipped names \((.*?)\)", README, flags=re.DOTALL)
+    assert listed
+    words = re.split(r",\s*| and\s+", listed[1])
+    families = {name.rpartition("-") for name in shipped}
+    for word in words:
+        assert word in shipped or any(size == word for _, _, size in families), word
+
+
+def test_extras_exist():
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in re.findall(r"'\.\[(\w+)\]'", README):
+        assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_best_py_explains_itself_without_tuning():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "best.py"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0
+    assert "--budget" in result.stdout
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
