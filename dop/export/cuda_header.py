@@ -143,7 +143,7 @@ def _kernel(part: _Part, helpers: str) -> Iterator[str]:
 def _workspace_function(part: _Part) -> Iterator[str]:
     yield "static inline size_t workspace(sgmv::detail::Call& call, char* base) {"
     yield "  const long long tokens = call.tokens, tiles = call.tiles;"
-    yield "  (void)tokens, (void)tiles;"
+    yield "  (void)tokens, (void)tiles, (void)base;"
     yield "  size_t end = 0;"
     for i, space in enumerate(part.code.workspaces):
         size = _element_bytes(space.dtype)

@@ -22,6 +22,10 @@ _FREE_FUNCTION = re.compile(r"^(?=__device__ |__host__ __device__ )", re.MULTILI
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.MULTILINE)
 _UNDEF = re.compile(r"^[ \t]*#[ \t]*undef[ \t]+(\w+)", re.MULTILINE)
 
+_NARROW = re.compile(r"\bint src_off\b")
+"""Offset parameter of the asynchronous copies' helpers: 32 bits reach 4 GB of 16-bit weights at
+most, and the slices' stacks are separate allocations that may lie further apart."""
+
 _SM90 = re.compile(
     r"\bwgmma\b|\bsetmaxnreg\b|cp\.async\.bulk|\bmbarrier\.|griddepcontrol|"
     r"barrier\.cluster|CUtensorMap|__cluster_dims__|cudaGridDependencySynchronize"
@@ -67,6 +71,7 @@ def take_apart(source: str) -> CudaText:
     preamble = _INCLUDE.sub("", preamble)
     preamble = _ALIAS.sub(r"  using \1 = \2;", preamble)
     preamble = _FREE_FUNCTION.sub("static inline ", preamble)
+    preamble = _NARROW.sub("long long src_off", preamble)
     preamble = re.sub(r"\n{3,}", "\n\n", preamble).strip("\n") + "\n"
     left = [m for m in _DEFINE.findall(preamble) if m not in _UNDEF.findall(preamble)]
     kernels = _KERNEL.sub("static __global__ ", source[first.start() :])

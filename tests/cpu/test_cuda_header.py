@@ -217,6 +217,9 @@ def test_a_source_is_taken_apart():
     assert parts.min_arch == 80
     assert parts.kernels.count("static __global__") == 1
     assert "static inline __device__ nv_bfloat16 max" in parts.preamble
+    helper = "__device__ void copy(void* to, int dst_off, void* from, int src_off) {}\n"
+    wide = take_apart(code.source.replace('extern "C"', helper + 'extern "C"', 1)).preamble
+    assert "int dst_off, void* from, long long src_off" in wide
     with pytest.raises(ExportError):
         take_apart("int main() {}")
 
