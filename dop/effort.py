@@ -16,7 +16,8 @@ class ModelEffort:
     """How the cost model is trained.
 
     Attributes:
-        objective: "lambdarank" or "regression" (of the log of the relative time).
+        objective: "lambdarank", "regression" (of the log of the relative time), or "mixed":
+            members of both kinds, which ranked best (docs/search.md).
         min_samples: successful candidates before the model is trained at all.
         ensemble: models that differ in their seed; the mean ranks.
         rounds: boosting rounds of one model.
@@ -29,9 +30,9 @@ class ModelEffort:
         worst_ratio: slower than this times the best counts as this slow.
     """
 
-    objective: str = "regression"
+    objective: str = "mixed"
     min_samples: int = 8
-    ensemble: int = 3
+    ensemble: int = 4
     rounds: int = 80
     leaves: int = 12
     learning_rate: float = 0.12
@@ -105,7 +106,7 @@ FULL = Effort(
     budget_s=900.0,
     patience=20,
     search=SearchEffort(population=384, elites=24, generations=5),
-    model=ModelEffort(ensemble=4, rounds=120, max_work=4_000_000),
+    model=ModelEffort(ensemble=6, rounds=120, max_work=4_000_000),
 )
 
 EFFORTS = {effort.name: effort for effort in (QUICK, FULL)}

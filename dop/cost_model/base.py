@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -32,11 +32,18 @@ class Point(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was measured at a point: `seconds` is infinite for a failure."""
+    """What was measured at a point: `seconds` is infinite for a failure.
+
+    `scenario_key` is `scenario.key`, made once: a long log has it looked up a million times.
+    """
 
     point: Point
     scenario: Scenario
     seconds: float
+    scenario_key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scenario_key", self.scenario.key)
 
 
 class CostModel(ABC):

@@ -66,7 +66,7 @@ class GbdtModel(CostModel):
         chosen = [samples[i] for i in kept]
         rows = self._features.pair_rows([(s.point, s.scenario) for s in chosen])
         wanted = targets[kept]
-        keys = [s.scenario.key for s in chosen]
+        keys = [s.scenario_key for s in chosen]
         self._members = [
             self._ranking(rows, wanted, keys, member)
             if self._ranks(member)
@@ -165,12 +165,12 @@ def relative_times(samples: Sequence[Sample], worst_ratio: float) -> FloatArray:
     best: dict[str, float] = {}
     for sample in samples:
         if math.isfinite(sample.seconds):
-            key = sample.scenario.key
+            key = sample.scenario_key
             best[key] = min(best.get(key, math.inf), sample.seconds)
     cap = math.log(worst_ratio)
     times = np.array(
         [
-            min(cap, math.log(s.seconds / best[s.scenario.key]))
+            min(cap, math.log(s.seconds / best[s.scenario_key]))
             if math.isfinite(s.seconds)
             else math.inf
             for s in samples

@@ -81,9 +81,9 @@ class EvolutionaryStrategy(Strategy):
         fresh = len(self.history.samples)
         super().tell(results)
         for sample in self.history.samples[fresh:]:
-            guess = self._predicted.get((point_key(sample.point), sample.scenario.key))
+            guess = self._predicted.get((point_key(sample.point), sample.scenario_key))
             if guess is not None and math.isfinite(sample.seconds):
-                self._outcomes.append((sample.scenario.key, guess, sample.seconds))
+                self._outcomes.append((sample.scenario_key, guess, sample.seconds))
         if len(self.history.samples) > fresh:
             self.model.update(self.history.samples)
             self._correlation = self._correlate()

@@ -69,17 +69,19 @@ class History:
         """Take in measurements; a pair that was told before is ignored."""
         for candidate, scenario, measurement in results:
             point = point_key(candidate)
-            if point not in self._entries:
+            entry = self._entries.get(point)
+            if entry is None:
                 self.mark(candidate)
-                self._entries[point] = Entry(candidate)
-            entry = self._entries[point]
-            if scenario.key in entry.seconds or scenario.key not in self._known:
-                continue
+                entry = self._entries[point] = Entry(candidate)
             seconds = measurement.median_s if measurement.ok else math.inf
-            entry.seconds[scenario.key] = seconds
-            self._samples.append(Sample(candidate, scenario, seconds))
-            if seconds < self.best_s(scenario.key):
-                self._best[scenario.key] = (seconds, candidate)
+            sample = Sample(candidate, scenario, seconds)
+            key = sample.scenario_key
+            if key in entry.seconds or key not in self._known:
+                continue
+            entry.seconds[key] = seconds
+            self._samples.append(sample)
+            if seconds < self.best_s(key):
+                self._best[key] = (seconds, candidate)
 
     @property
     def samples(self) -> Sequence[Sample]:

@@ -89,7 +89,7 @@ def test_features_have_a_name_each_and_nan_where_a_sketch_lacks_something():
     assert np.array_equal(extractor.pair_rows(pairs), rows, equal_nan=True)
 
 
-@pytest.mark.parametrize("objective", ["regression", "lambdarank"])
+@pytest.mark.parametrize("objective", ["regression", "lambdarank", "mixed"])
 def test_the_model_ranks_unseen_points_and_failures_last(objective):
     trained = model(objective=objective)
     assert not trained.trained
@@ -126,7 +126,7 @@ def test_it_waits_for_data_and_survives_odd_data():
     trained.update(failures)
     assert not trained.trained
     same = [dataclasses.replace(s, seconds=1e-6) for s in samples(30)]
-    for objective in ("regression", "lambdarank"):
+    for objective in ("regression", "lambdarank", "mixed"):
         flat = model(objective=objective)
         flat.update(same)
         assert np.isfinite(flat.predict([point], SCENARIOS)).all()
@@ -146,7 +146,7 @@ def test_relative_times_are_per_scenario_capped_and_put_failures_last():
 
 
 def test_training_stays_within_its_bound_of_work():
-    small = model(max_work=200 * 80 * 3)
+    small = model(max_work=200 * 80 * 4)
     many = samples(400)
     kept = small._thinned(relative_times(many, 20))
     assert 150 <= len(kept) <= 200
