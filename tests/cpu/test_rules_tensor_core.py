@@ -76,6 +76,7 @@ def test_limits_refuse_too_much_shared_memory() -> None:
         **sketch.default(),
         "tokens.tile_rows": 128,
         "expand.row_warps": 4,
+        "expand.column_warps": 2,
         "shrink.row_warps": 8,
         "shrink.k_tiles": 16,
         "shrink.split_k": 4,
