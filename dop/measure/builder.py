@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dop.errors import BuildError, ConstraintError, Failure, MissingDependencyError, TraceError
 from dop.measure.artifact import Artifact, GeneratedLike
+from dop.measure.compile_cpu import CompilerError, adopt_runtime, compile_cpu, runtime_object
 from dop.measure.worker import Handler, load
 from dop.space.trace import Trace
 from dop.target import Target
@@ -23,10 +24,12 @@ class BuildConfig:
     Attributes:
         target: what is built for.
         generate: "module:function" with the signature of `dop.lowering.codegen.generate`.
+        runtime: cpu_runtime.c compiled, or nothing to have each worker compile it.
     """
 
     target: Target
     generate: str = GENERATE
+    runtime: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,23 @@ def create(config: BuildConfig) -> Handler:
         seconds = time.perf_counter() - begin
         yield Built(built.artifact, built.failure, built.message, seconds)
 
-    _require_compiler(config.target)
+    if config.runtime:
+        adopt_runtime(config.runtime)
     return handle
 
 
-def _require_compiler(target: Target) -> None:
-    """Raises MissingDependencyError now rather than for every candidate."""
+def require_compiler(target: Target) -> bytes:
+    """The compiled CPU run time for `BuildConfig`, nothing for CUDA.
+
+    Raises:
+        MissingDependencyError: there is no compiler; better said once than for every candidate.
+    """
     if target.kind == "cpu":
-        from dop.measure.compile_cpu import runtime_object
+        return runtime_object()
+    from dop.measure.compile_cuda import require_compiler as require_cuda
 
-        runtime_object()
-    else:
-        from dop.measure.compile_cuda import require_compiler
-
-        require_compiler()
+    require_cuda()
+    return b""
 
 
 def build(
@@ -85,8 +91,6 @@ def build(
     Raises:
         MissingDependencyError: there is no compiler: no candidate could be built.
     """
-    from dop.measure.compile_cpu import CompilerError
-
     try:
         code = generate(task.workload, task.trace, target)
         check_limits(code, target)
@@ -134,6 +138,4 @@ def _compile(code: GeneratedLike, target: Target) -> Artifact:
         from dop.measure.compile_cuda import compile_cuda
 
         return compile_cuda(code, target.arch)
-    from dop.measure.compile_cpu import compile_cpu
-
     return compile_cpu(code)

@@ -17,7 +17,6 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 from dop.errors import BuildError, MissingDependencyError
@@ -140,18 +139,27 @@ def first_error(output: str) -> str:
     return (wanted or lines or ["no message"])[0][:300]
 
 
-@cache
+_runtime: list[bytes] = []
+
+
 def runtime_object() -> bytes:
-    """cpu_runtime.c compiled, once per process.
+    """cpu_runtime.c compiled, once per process; workers get it from their parent.
 
     Raises:
         MissingDependencyError: there is no gcc.
     """
-    with tempfile.TemporaryDirectory(prefix="dop-runtime-") as folder:
-        target = Path(folder) / "runtime.o"
-        command = ["gcc", *COMPILE_FLAGS, "-c", str(RUNTIME_SOURCE), "-o", str(target)]
-        _run(command, "the CPU run time does not compile")
-        return target.read_bytes()
+    if not _runtime:
+        with tempfile.TemporaryDirectory(prefix="dop-runtime-") as folder:
+            target = Path(folder) / "runtime.o"
+            command = ["gcc", *COMPILE_FLAGS, "-c", str(RUNTIME_SOURCE), "-o", str(target)]
+            _run(command, "the CPU run time does not compile")
+            _runtime.append(target.read_bytes())
+    return _runtime[0]
+
+
+def adopt_runtime(compiled: bytes) -> None:
+    """Uses what `runtime_object` gave in another process."""
+    _runtime[:] = [compiled]
 
 
 def link(entries: Mapping[str, GeneratedLike], *, strip: bool = False) -> bytes:

@@ -15,7 +15,7 @@ from types import TracebackType
 from dop.errors import ConfigError, Failure
 from dop.measure.artifact import Artifact
 from dop.measure.base import Job, Result
-from dop.measure.builder import GENERATE, BuildConfig, BuildTask, Built
+from dop.measure.builder import GENERATE, BuildConfig, BuildTask, Built, require_compiler
 from dop.measure.pool import Event, WorkerPool, wait_any
 from dop.measure.runner import RunConfig, RunTask
 from dop.measure.timer import CPU_TIMER, CUDA_TIMER, TimerSettings
@@ -63,6 +63,9 @@ class LocalMeasurer:
         generate: "module:function" of the code generator.
         limits: time limits.
         timer: repeats; by default those of the device's kind.
+
+    Raises:
+        MissingDependencyError: there is no compiler for the target.
     """
 
     def __init__(
@@ -80,10 +83,10 @@ class LocalMeasurer:
         count = builders or min(MAX_BUILDERS, len(os.sched_getaffinity(0)))
         self._limits = limits or Limits()
         self._overlap = target.kind == "cuda"
-        self.builders = WorkerPool(
-            "dop.measure.builder:create", BuildConfig(target, generate), count, nice=10
-        )
-        self.runners = WorkerPool(RUNNERS[target.kind], RunConfig(target, timer), 1)
+        runtime = require_compiler(target)
+        build = BuildConfig(target, generate, runtime)
+        self.builders = WorkerPool("dop.measure.builder:create", build, count, nice=10)
+        self.runners = WorkerPool(RUNNERS[target.kind], RunConfig(target, timer, runtime), 1)
         self._best: dict[tuple[str, str], float] = {}
         self._next_id = 0
 
@@ -257,7 +260,8 @@ def build_all(
     from dop.errors import BuildError
 
     count = builders or min(MAX_BUILDERS, len(os.sched_getaffinity(0)))
-    pool = WorkerPool("dop.measure.builder:create", BuildConfig(target, generate), count)
+    config = BuildConfig(target, generate, require_compiler(target))
+    pool = WorkerPool("dop.measure.builder:create", config, count)
     done: dict[int, Artifact] = {}
     try:
         for position, job in enumerate(jobs):

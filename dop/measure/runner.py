@@ -20,10 +20,15 @@ from dop.workload import Workload
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run of a worker shares."""
+    """What every run of a worker shares.
+
+    Attributes:
+        runtime: cpu_runtime.c compiled, or nothing to have each worker compile it (CPU).
+    """
 
     target: Target
     timer: TimerSettings
+    runtime: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from dop.errors import Failure
 from dop.measure.accuracy import judge
 from dop.measure.artifact import Artifact
-from dop.measure.compile_cpu import runtime_library
+from dop.measure.compile_cpu import adopt_runtime, runtime_library
 from dop.measure.inputs import awkward
 from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
 from dop.measure.tensors_cpu import Batch, TensorCache, Weights, aligned, pointers
@@ -66,8 +66,9 @@ class Library:
 
 def create(config: RunConfig) -> Handler:
     """Handler of a CPU runner worker: yields PREPARED, then (position, Measurement) in order."""
-    runner = CpuRunner(config)
-    return runner.run
+    if config.runtime:
+        adopt_runtime(config.runtime)
+    return CpuRunner(config).run
 
 
 class CpuRunner:
