@@ -17,6 +17,7 @@ from export_logs import defaults, record, write_log
 from dop.errors import ConfigError, ExportError
 from dop.export.load import CpuLibrary, CudaLibrary, load
 from dop.export.select import select
+from dop.measure.compile_cuda import find_nvcc
 from dop.measure.hostinfo import cpu_target
 from dop.scenario import named
 from dop.workload import Workload
@@ -229,6 +230,25 @@ def fake_generate(workload, trace, target):
         object_code=b"",
         arguments=(),
     )
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+def test_cubins_are_built_and_named(tmp_path):
+    from test_cuda_header import FAKE, TRACES
+    from test_cuda_header import fake_generate as small_kernel
+
+    from dop.export.library import export_library
+
+    log = write_log(
+        tmp_path / "log.jsonl", [record(FAKE[0], named("distinct", 8), TRACES["3"], 1e-6)]
+    )
+    export_library(select(log, kind="cuda"), tmp_path / "lib", small_kernel)
+    library = load(tmp_path / "lib")
+    (info,) = library.kernels.values()
+    data = (tmp_path / "lib" / info.file).read_bytes()
+    assert data.startswith(b"\x7fELF")
+    assert info.launches[0].name.encode() in data
+    assert info.file == f"{info.name}.cubin"
 
 
 def test_cuda_launches_get_what_the_index_says(tmp_path, monkeypatch):
