@@ -36,15 +36,17 @@ WARP, STEP, INNER = 3, 4, 5
 """Loop positions in shrink_rf: part, t, row warp, rank warp, pipeline step, k tile, slice, ..."""
 
 
-def _start(width: int, ranks: int, parts: tuple[int, ...]) -> tuple[int, int, int]:
+def _start(
+    width: int, ranks: int, parts: tuple[int, ...], warps: tuple[int, ...]
+) -> tuple[int, int, int]:
     """Split-K parts, k tiles per step and rank warps to start from: near 8 parts, at least two
     steps each, and few enough copies per thread (16 rows of x must feed all threads)."""
     for k_tiles in (8, 4):
         depth = EDGE * k_tiles
-        warps = next((n for n in (1, 2, 4) if ranks * depth <= MAX_COPIES * PIECE * 32 * n), 8)
+        few = [n for n in warps if ranks * depth <= MAX_COPIES * PIECE * 32 * n and n <= k_tiles]
         for split_k in sorted(parts, key=lambda part: abs(part - 8)):
-            if width % (split_k * depth) == 0 and width >= 2 * split_k * depth and warps <= k_tiles:
-                return split_k, k_tiles, warps
+            if few and width % (split_k * depth) == 0 and width >= 2 * split_k * depth:
+                return split_k, k_tiles, few[0]
     return 1, 4, 1
 
 
@@ -62,11 +64,11 @@ class MatrixSplitK:
             return []
         new = state.fork(self.name)
         rank = padded_rank(new)
-        start = _start(w.in_features, w.slices * rank, parts)
+        warps = dividing(rank // EDGE, (1, 2, 4, 8))
+        start = _start(w.in_features, w.slices * rank, parts, warps)
         split_k = new.param("shrink.split_k", "split_k", parts, start[0])
         steps = new.param("shrink.k_tiles", "tile", (4, 8, 16), start[1])
         new.param(SHRINK_ROW_WARPS.name, "warps", (1, 2, 4, 8), 1)
-        warps = dividing(rank // EDGE, (1, 2, 4, 8))
         new.param(RANK_WARPS.name, "warps", warps, start[2])
         new.split("shrink", 4, [split_k], w.in_features, inner=False)
         new.rfactor("shrink", 4)
