@@ -22,7 +22,7 @@ from dop.errors import DopError, MissingDependencyError
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("tune", "explain", "report", "env")
+COMMANDS = ("tune", "replay", "explain", "report", "env")
 """Verbs that are one function of the module's name."""
 
 GROUPS = ("log", "export")
