@@ -91,7 +91,8 @@ def torch_calls(batch: Batch, weights: Weights) -> tuple[list[Call], list[Call]]
     y = torch.from_numpy(batch.y)
     a = [torch.from_numpy(stack) for stack in weights.a]
     b = [torch.from_numpy(stack) for stack in weights.b]
-    parts = list(y.split([stack.shape[1] for stack in b], dim=1))
+    widths = [stack.shape[1] for stack in b]
+    parts = [y.narrow(1, sum(widths[:s]), width) for s, width in enumerate(widths)]
     loops, bmms = [], []
     for rows in batch.rows:
         slots = torch.from_numpy(rows.astype(np.int64))

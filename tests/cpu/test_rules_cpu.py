@@ -77,16 +77,18 @@ def cores() -> Iterator[list[int]]:
     os.sched_setaffinity(0, before)
 
 
-def _samples(workload: Workload, count: int, seed: int) -> list[Candidate]:
-    """The default of every sketch, and `count` random candidates."""
-    space, rng = build_space(workload, TARGET), random.Random(seed)
-    return [*space.defaults(), *(space.sample(rng) for _ in range(count))]
+def _samples(workload: Workload, every: int, count: int) -> list[Candidate]:
+    """The default of every, or every second, sketch, and `count` random candidates."""
+    space, rng = build_space(workload, TARGET), random.Random(11)
+    return [*space.defaults()[::every], *(space.sample(rng) for _ in range(count))]
 
 
 @pytest.mark.parametrize(
-    ("workload", "count"), [(ODD, 2), (RAGGED, 0), (SINGLE, 0)], ids=["odd", "ragged", "rank 1"]
+    ("workload", "every", "count"),
+    [(ODD, 1, 2), (RAGGED, 1, 0), (SINGLE, 2, 0)],
+    ids=["odd", "ragged", "rank 1"],
 )
-def test_odd_shapes_are_right(workload: Workload, count: int, cores: list[int]) -> None:
+def test_odd_shapes_are_right(workload: Workload, every: int, count: int, cores: list[int]) -> None:
     from dop.lowering.codegen import generate
     from dop.measure.builder import BuildTask, build
     from dop.measure.inputs import awkward
@@ -94,7 +96,7 @@ def test_odd_shapes_are_right(workload: Workload, count: int, cores: list[int]) 
     from dop.measure.tensors_cpu import TensorCache
 
     cache = TensorCache(TARGET)
-    for candidate in _samples(workload, count, seed=11):
+    for candidate in _samples(workload, every, count):
         built = build(generate, BuildTask(workload, candidate.trace), TARGET)
         assert built.artifact is not None, (candidate.sketch.name, built.message)
         odd = awkward(built.artifact.tile_rows)

@@ -36,7 +36,7 @@ class ChunkedLaneSums:
         ranks = new.param("shrink.ranks", "tile", rank_choices(w.rank), 4)
         longest = ceil_div(w.in_features, width)
         lengths = [c for c in (8, 16, 32, 64, 128, 256) if c <= longest] or [longest]
-        chunk = new.param("shrink.chunk", "tile", lengths, 32)
+        chunk = new.param("shrink.chunk", "tile", lengths, 16)
         own = place_and_split(new, width)  # s, t, i, r, lane
         row_split = new.split("shrink", own + 2, [rows])
         rank_split = new.split("shrink", own + 4, [ranks], w.rank)
