@@ -22,7 +22,8 @@ section,footer{border-top:1px solid var(--grid);padding-top:22px;margin-top:30px
 .figures{display:flex;flex-wrap:wrap;gap:12px 40px;padding-top:18px;margin-top:22px}
 .figures b{display:block;font-size:22px;font-variant-numeric:tabular-nums;line-height:1.25}
 .figures span{color:var(--muted);font-size:13px}
-figure{margin:6px 0 0}
+figure{margin:6px 0 10px;overflow-x:auto}
+svg.wide{min-width:760px}
 svg{display:block;width:100%;height:auto;font-family:inherit}
 svg text{font-family:inherit!important}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:0 28px;align-items:start}

@@ -18,6 +18,10 @@ CHARACTER = 6.7
 """Width reserved per character of a label, in pixels: a wide system font at FONT pixels."""
 
 
+WIDE = 700.0
+"""A wider drawing scrolls on a narrow screen rather than becoming unreadable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Maps values to pixels, along a logarithmic or a linear axis.
@@ -127,7 +131,7 @@ class Canvas:
         data = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
         self.parts.append(
             f'<path d="{data}" style="fill:none;stroke:{colour};stroke-width:{2 * radius:g};'
-            'stroke-linecap:round;stroke-opacity:.45"/>'
+            'stroke-linecap:round;stroke-opacity:.6"/>'
         )
 
     def text(
@@ -170,8 +174,9 @@ class Canvas:
 
     def svg(self, label: str) -> str:
         """The element, as wide as what holds it, at most its own size."""
+        wide = " class=wide" if self.width > WIDE else ""
         return (
-            f'<svg role="img" aria-label="{escape(label)}" '
+            f'<svg role="img" aria-label="{escape(label)}"{wide} '
             f'viewBox="0 0 {self.width:g} {self.height:g}" '
             f'style="max-width:{self.width:g}px" font-size="{FONT:g}">'
             + "".join(self.parts)
