@@ -289,15 +289,9 @@ def _generate_cpu(app: Application, target: Target) -> Generated:
         "cpu",
         program.workload.key,
         program.tile_rows,
-        _stable_names(str(module.inspect_source("ll"))),
+        str(module.inspect_source("ll")),
         (),
         (),
         code,
         program.arguments,
     )
-
-
-def _stable_names(text: str) -> str:
-    """LLVM IR with the addresses in TVM's alias metadata numbered: equal code, equal text."""
-    seen: dict[str, str] = {}
-    return re.sub(r'!"0x[0-9a-f]+"', lambda m: seen.setdefault(m[0], f'!"alias {len(seen)}"'), text)

@@ -50,7 +50,9 @@ def test_json_round_trip_gives_the_same_binary(
     again = Trace.from_json(candidate.trace.to_json())
     assert again == candidate.trace
     first, second = (generate(workload, t, target) for t in (candidate.trace, again))
-    assert (first.source, first.object_code) == (second.source, second.object_code)
+    assert first.object_code == second.object_code
+    # LLVM's text lists alias metadata in the order of addresses; on CUDA the text is the program.
+    assert target.kind == "cpu" or first.source == second.source
     assert first.kernels == second.kernels
     assert first.source
 
