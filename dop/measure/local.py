@@ -187,7 +187,8 @@ class _Batch:
         scenarios = state.job.scenarios[state.done :]
         key = state.job.workload.key
         best = tuple(self._m._best.get((key, s.key)) for s in scenarios)
-        run = RunTask(state.built.artifact, state.job.workload, scenarios, best)
+        artifact = replace(state.built.artifact, source="")  # hundreds of KB, of no use there
+        run = RunTask(artifact, state.job.workload, scenarios, best)
         self._m.runners.submit(task, run, self._limits.run_s, self._limits.prepare_s)
 
     def _on_build(self, event: Event, state: _State) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -137,6 +139,33 @@ def test_cancel_drops_what_is_queued_and_running(pool):
     pool.cancel()
     assert not pool.busy
     assert run(pool, [("echo", 2)])[1] == {0: [("config", 2)]}
+
+
+ORPHANS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dop.measure.pool import WorkerPool
+pool = WorkerPool("test_pool:echo", None, 1)
+pool.submit(0, ("echo", 0), 20.0)
+while pool.busy:
+    pool.step(1.0)
+pool.submit(1, ("hang", 0), 1000.0)
+pool.step(0.1)
+print(pool.pids[0], flush=True)
+pool.step(1000.0)
+"""
+
+
+def test_workers_leave_when_their_parent_is_killed():
+    command = [sys.executable, "-c", ORPHANS, os.path.dirname(__file__)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{worker}")
 
 
 def test_workers_that_cannot_start_say_why():
