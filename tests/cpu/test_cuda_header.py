@@ -231,7 +231,7 @@ def test_expressions_in_cpp():
             cxx(bad)
 
 
-REAL = Workload("o", 256, (256, 64), 16, "bfloat16")
+REAL = Workload("o", 128, (64, 32), 16, "bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,8 @@
 
+#if defined(__NVCC__) && __CUDACC_VER_MAJOR__ >= 13
+#pragma nv_diagnostic pop
+#endif
+
 // ---- dispatch ------------------------------------------------------------------------------
 
 namespace sgmv {
