@@ -109,7 +109,8 @@ class MatrixSplitK:
         fragments(new, "shrink_in_in", 8, f"ldmatrix_a_{kind}")
         new.compute_at("shrink_in", "accumulate", COLUMNS)
         # t, column block; own loops: t, g, i, r
-        vector = new.param("expand.sum_vector", "vector", (1, 2, 4), 4)
+        # Not 2: with larger ranks TVM then no longer sees that a vector stays in its row.
+        vector = new.param("expand.sum_vector", "vector", (1, 4), 4)
         fetch(new, "shrink_in", (4, 5), (ROW_WARPS, COLUMN_WARPS), vector)
         new.storage_align("shrink_in", 2, PAD_FACTOR, PAD_OFFSET)
         new.compute_at("shrink", "shrink_in", 7)
