@@ -209,6 +209,8 @@ class _Batch:
             self._fail_rest(event.task, Failure.UNKNOWN, str(event.value))
 
     def _on_run(self, event: Event, state: _State) -> None:
+        if event.task not in self._open:
+            return  # a runner whose CUDA context is poisoned ends behind its last answer
         if event.kind == "item":
             if isinstance(event.value, tuple):
                 position, measurement = event.value
