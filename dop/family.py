@@ -180,7 +180,7 @@ class FamilyState:
         for known in named:
             annotation = known.match(trace)
             if annotation is not None:
-                return Candidate.of(known, annotation)
+                return Candidate(known, tuple(sorted(annotation.items())), trace)
         try:
             return self.space.match(trace)
         except TraceError:
