@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dop.errors import DopError, ExportError
 from dop.export.cuda_text import CudaText, cxx, take_apart
+from dop.export.provenance import in_comment
 from dop.export.select import Kernel, Selection, workload_name
 from dop.workload import DTYPES, Workload
 
@@ -127,7 +128,7 @@ def _kernel(part: _Part, helpers: str) -> Iterator[str]:
     space, inner = f"w_{workload_name(kernel.workload)}", f"k_{kernel.trace_key}"
     yield f"// {kernel.workload.key}, trace {kernel.trace_key}"
     form = f"tiles of {code.tile_rows} rows" if code.tile_rows else "one token at a time"
-    yield f"// {kernel.record.sketch}: {form}"
+    yield f"// {in_comment(kernel.record.sketch)}: {form}"
     for fit in kernel.fits:
         seconds = "not measured" if fit.seconds is None else f"{fit.seconds * 1e6:.2f} us"
         floor = "" if fit.floor_s is None else f", floor {fit.floor_s * 1e6:.2f} us"

@@ -47,14 +47,21 @@ class Provenance:
         }
 
     def lines(self) -> list[str]:
-        """The same for a comment."""
+        """The same for a comment in C."""
         versions = ", ".join(f"{tool} {version}" for tool, version in self.versions.items())
-        return [
+        lines = [
             f"log       {self.log_name}, sha256 {self.log_sha256}",
             f"device    {self.device_name} ({self.target_key}), {self.records} records",
             f"newest    {self.newest}",
             f"versions  {versions or 'not recorded'}",
         ]
+        return [in_comment(line) for line in lines]
+
+
+def in_comment(text: str) -> str:
+    """Text of a log as it may stand in a comment: it cannot end the comment or its line."""
+    kept = "".join(c if c.isprintable() and c != "\\" else " " for c in text)
+    return kept.replace("*/", "* /").replace("/*", "/ *")
 
 
 def sha256_of(path: Path) -> str:

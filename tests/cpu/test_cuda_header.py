@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +208,18 @@ def test_the_header_is_the_same_for_the_same_log_and_says_where_it_is_from(fake)
     assert 'extern "C"' not in text
     # Every preamble once, and none of its macros survives.
     assert text.count("#define LEFT_OVER") == 2 == text.count("#undef LEFT_OVER")
+
+
+def test_a_log_cannot_put_code_into_the_header(tmp_path):
+    evil = "name\n#error evil\r*/ int x; \\"
+    entry = record(FAKE[0], named("distinct", 8), TRACES["3"], 1e-6)
+    entry = replace(entry, device_name=evil, sketch=evil, versions={evil: evil})
+    selection = select(write_log(tmp_path / "log.jsonl", [entry]), kind="cuda")
+    text = header(selection, fake_generate)
+    places = [line for line in text.splitlines() if "evil" in line]
+    assert len(places) == 3  # device, versions, sketch
+    assert all(line.startswith("//") and not line.endswith("\\") for line in places)
+    assert "*/" not in text
 
 
 def test_a_source_is_taken_apart():
