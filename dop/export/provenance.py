@@ -87,7 +87,6 @@ def provenance_of(log: Path, entries: Iterable[Entry]) -> Provenance:
     for seen in {id(e.versions): e.versions for e in mine}.values():
         for tool, version in seen.items():
             versions.setdefault(tool, {})[version] = None
-    newest = datetime.fromtimestamp(max(e.timestamp for e in mine), timezone.utc)
     return Provenance(
         log.name,
         sha256_of(log),
@@ -95,5 +94,13 @@ def provenance_of(log: Path, entries: Iterable[Entry]) -> Provenance:
         mine[0].device_name,
         mine[0].target_key,
         {tool: " / ".join(seen) for tool, seen in sorted(versions.items())},
-        newest.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        _date(max(e.timestamp for e in mine)),
     )
+
+
+def _date(timestamp: int) -> str:
+    try:
+        moment = datetime.fromtimestamp(timestamp, timezone.utc)
+    except (ValueError, OverflowError, OSError):  # a log may hold any number
+        return f"{timestamp} s after 1970"
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")

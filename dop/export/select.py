@@ -12,7 +12,7 @@ from dop.database.record import Record
 from dop.database.wire import Entry
 from dop.dispatch.cover import MAX_REGRET, build_table
 from dop.dispatch.table import Fit, Table
-from dop.errors import ExportError, LogError
+from dop.errors import ConfigError, ExportError, LogError
 from dop.export.provenance import Provenance, provenance_of
 from dop.target import Target
 from dop.workload import Workload
@@ -85,9 +85,12 @@ def select(
         max_regret: see `dop.dispatch.cover`.
 
     Raises:
+        ConfigError: the regret is negative or no number.
         LogError: the log cannot be read or holds no record.
         ExportError: no device fits, several do, or none has a usable record.
     """
+    if not max_regret >= 0:
+        raise ConfigError(f"a regret of {max_regret:.0%}.", "Give 0 percent or more.")
     if not log.exists():
         raise LogError(f"{log} does not exist.", "Run dop tune first, or check the path.")
     contents = read_log(log).require_entries()

@@ -177,3 +177,15 @@ def test_a_larger_regret_ships_fewer_kernels(tmp_path, capsys):
         assert main([*command, "-o", str(tmp_path / "sgmv.cuh")]) == 0
         counts.append(len(json.loads(capsys.readouterr().out)["kernels"]))
     assert counts == [2, 1]
+
+
+def test_odd_numbers_in_options_and_logs(tmp_path, capsys):
+    late = record(WORKLOAD, named("distinct", 8), FAST, 1e-6, timestamp=10**18)
+    source = write_log(tmp_path / "log.jsonl", [late])
+    command = ["export", "cuh", "--log", str(source), "-o", str(tmp_path / "sgmv.cuh")]
+    assert main(command) == 0
+    assert f"newest    {10**18} s after 1970" in (tmp_path / "sgmv.cuh").read_text()
+    capsys.readouterr()
+    for regret in ("nan", "-1"):
+        assert main([*command, "--regret", regret]) == 2
+        one_line(capsys)
