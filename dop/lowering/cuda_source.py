@@ -39,6 +39,8 @@ def finish(source: str, program: Program, kernels: tuple[str, ...]) -> str:
         raise BuildError("a weight load is neither a vector nor a scalar.", "Use another width.")
     source = re.sub(r"\bint ([ab]\d_shift)\b", r"long long \1", source)
     source = re.sub(rf"(?<!\w){slot}\[", f"(long long){slot}[", source)
+    # TVM's cp.async helper takes its source offset as an int.
+    source = re.sub(r"\bint src_off\b", "long long src_off", source)
     source = re.sub(r"\* __restrict__ (y_ptr|y_in_ptr)", r"* \1", source)
     table, empty = (slot, "< 0") if not program.tile_rows else ("tile_rows_ptr", "<= 0")
     for name in kernels:
