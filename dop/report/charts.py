@@ -19,7 +19,7 @@ from dop.report.svg import (
 FULL, HALF = 1124.0, 548.0
 """Widths in pixels: of the page, and of one of two columns."""
 
-ROW = 21.0
+ROW, SKETCH_ROW = 21.0, 40.0
 MAX_PANELS = 8
 MAX_ROWS = 48
 """Rows of one chart; the table beside it has them all."""
@@ -254,28 +254,22 @@ def sketch_ranges(sketches: Sequence[SketchView]) -> str:
     shown = [s for s in sketches if s.quantiles][:MAX_ROWS]
     if not shown:
         return ""
-    labels = [shorten(s.name, 64) for s in shown]
-    gutter = _gutter(labels)
-    bottom = 8 + 24 * len(shown)
+    bottom = 8 + SKETCH_ROW * len(shown)
     canvas = Canvas(FULL, bottom + 42)
     highest = max(s.quantiles[2] for s in shown if s.quantiles)
-    x = Scale(0.95, max(highest * 1.1, 1.5), gutter, FULL - 16)
-    canvas.x_axis(x, 4, bottom, "time over the best of its task: 10 to 90 % (bar), median (dot)")
-    for row, (sketch, label) in enumerate(zip(shown, labels, strict=True)):
-        _sketch_row(canvas, x, 8 + 24 * (row + 0.5), gutter, sketch, label)
+    x = Scale(0.95, max(highest * 1.1, 1.5), 10, FULL - 16)
+    canvas.x_axis(x, 4, bottom, "time over the best of its task: 10 to 90 % (bar), median (dot)", 8)
+    for row, sketch in enumerate(shown):
+        _sketch_row(canvas, x, 8 + SKETCH_ROW * row, sketch)
     return canvas.svg("times of every sketch")
 
 
 def _sketch_row(
-    canvas: Canvas,
-    x: Callable[[float], float],
-    y: float,
-    gutter: float,
-    sketch: SketchView,
-    label: str,
+    canvas: Canvas, x: Callable[[float], float], top: float, sketch: SketchView
 ) -> None:
+    """The name stands above the bar: names are long and differ at both ends."""
     low, middle, high = sketch.quantiles or (1.0, 1.0, 1.0)
-    canvas.text(gutter - 10, y, label, "end")
     words = f"{sketch.name}: median {middle:.2f}"
-    canvas.rect(x(low), y - 4, x(high) - x(low), 8, "var(--s1)", words)
-    canvas.dot(x(middle), y, 5, INK, title=words)
+    canvas.text(x(1.0) + 6, top + 10, shorten(sketch.name, 150), colour=INK)
+    canvas.rect(x(low), top + 22, x(high) - x(low), 8, "var(--s1)", words)
+    canvas.dot(x(middle), top + 26, 5, INK, title=words)

@@ -92,6 +92,17 @@ def summary(data: ReportData) -> str:
     return f"{text} In the geometric mean they are {' and '.join(parts)}." if parts else text
 
 
+def _floor_note(data: ReportData) -> str:
+    """Says what a time below the floor means, if there is one."""
+    below = sum(1 for task in data.tasks if (task.over_floor or 1.0) < 0.98)
+    if not below:
+        return ""
+    return (
+        f" {below} tasks are below it: their weights came from a cache, or the machine was busy "
+        "while the bandwidth was measured."
+    )
+
+
 def _header(data: ReportData) -> str:
     stats = data.stats
     devices = ", ".join(stats.devices)
@@ -133,7 +144,8 @@ def _overview(data: ReportData) -> str:
         return ""
     return (
         "<section><h2>Where it stands</h2><p class=muted>A dot is a task, the tick the geometric "
-        "mean. The floor is the bytes that must move over the measured copy bandwidth.</p>"
+        "mean. The floor is the bytes that must move over the measured memory bandwidth, or an "
+        f"empty launch if that takes longer.{_floor_note(data)}</p>"
         f"<figure>{chart}</figure></section>"
     )
 
@@ -202,8 +214,8 @@ def _task_table(tasks: Iterable[TaskView]) -> str:
         "speed-up",
         "error",
         "failed",
-        "sketch",
         "line",
+        "sketch",
     )
     rows = []
     for task in tasks:
@@ -219,11 +231,11 @@ def _task_table(tasks: Iterable[TaskView]) -> str:
                 _ratio(task.speedup),
                 "" if task.accuracy is None else f"{task.accuracy:.1e}",
                 f"{task.failed} of {task.candidates}",
-                task.sketch,
                 str(task.line or ""),
+                task.sketch,
             )
         )
-    return "<h3>Tasks</h3>" + _table(heads, rows, text=(1,), path=(10,))
+    return "<h3>Tasks</h3>" + _table(heads, rows, text=(1,), path=(11,))
 
 
 def _us(value: float | None) -> str:

@@ -41,7 +41,7 @@ th{color:var(--muted);font-weight:600;cursor:pointer;user-select:none}
 th.t,td.t{text-align:left;white-space:normal;overflow-wrap:anywhere}
 td.t{min-width:90px}
 th.n,td.n{text-align:left}
-td.n{font-size:11.5px}
+td.n{font-size:11.5px;line-height:1.3;white-space:normal;overflow-wrap:anywhere}
 nav{position:sticky;top:0;background:var(--bg);padding:12px 0;margin-top:18px;z-index:1}
 select{font:inherit;padding:4px 8px;color:inherit;background:var(--panel);max-width:100%;
 border:1px solid var(--grid);border-radius:6px}
