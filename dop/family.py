@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from dop.cost_model.gbdt import GbdtModel
@@ -76,6 +77,7 @@ class FamilyState:
         default: the heuristic default's measurement by scenario key: of the first sketch whose
             default worked there.
         trials: candidates built in this run.
+        learning: the strategy's `tell` of the last batch, while it runs.
     """
 
     family: Family
@@ -87,6 +89,7 @@ class FamilyState:
     visits: int = 0
     idle_visits: int = 0
     exhausted: bool = False
+    learning: Future[None] | None = None
     _default_keys: dict[Trace, int] = field(default_factory=dict)
     _default_place: dict[str, int] = field(default_factory=dict)
     _gains: list[tuple[float, float]] = field(default_factory=list)
@@ -106,6 +109,12 @@ class FamilyState:
         state = FamilyState(family, space, strategy)
         state._default_keys = {c.trace: i for i, c in enumerate(space.defaults())}
         return state
+
+    def settle(self) -> None:
+        """Wait until the strategy has taken in the last batch; what it raised is raised here."""
+        if self.learning is not None:
+            self.learning.result()
+            self.learning = None
 
     def default_place(self, trace: Trace) -> int | None:
         """Place of an untuned default among the sketches' defaults; None for other traces."""

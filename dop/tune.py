@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dop.database.jsonl import Log
@@ -198,6 +199,8 @@ def tune(
         reason = run.loop()
     except KeyboardInterrupt:
         reason = "interrupt"
+    finally:
+        run.trainer.shutdown(wait=False, cancel_futures=True)
     return TuneResult(run.progress(), reason == "interrupt", reason)
 
 
@@ -243,6 +246,7 @@ class _Run:
         self.resumed = 0
         self.current = ""
         self.cost_s: dict[str, float] = {}
+        self.trainer = ThreadPoolExecutor(1, thread_name_prefix="dop-train")
 
     # Start: spaces, the log's records, neighbours.
 
@@ -338,6 +342,7 @@ class _Run:
             wanted = self._affordable(state)
             if wanted < 1:
                 return "budget"
+            state.settle()
             self._hint(state)
             candidates = state.strategy.ask(wanted)
             if not candidates:
@@ -407,7 +412,8 @@ class _Run:
             close = getattr(answers, "close", None)
             if close is not None:
                 close()
-        state.strategy.tell(results)
+        # Training runs beside the next family's measurements; the runner need not wait for it.
+        state.learning = self.trainer.submit(state.strategy.tell, results)
         spent = self.clock() - began
         old = self.cost_s.get(workload.key)
         each = spent / len(batch)
@@ -520,9 +526,11 @@ def _bests(state: FamilyState) -> list[Candidate]:
     """The best candidate per scenario, each once."""
     found: dict[str, Candidate] = {}
     for scenario in state.family.scenarios:
-        best = state.strategy.history.best(scenario.key)
-        if best is not None:
-            found.setdefault(best.trace.key, best)
+        best = state.best.get(scenario.key)
+        if best is not None and best.trace.key not in found:
+            candidate = state.candidate(best.trace, best.sketch)
+            if candidate is not None:
+                found[best.trace.key] = candidate
     return list(found.values())
 
 

@@ -48,6 +48,7 @@ def tune(
     from dop.cli.request import Request, log_path, seconds_of
     from dop.effort import effort_of
     from dop.measure.hostinfo import find_target
+    from dop.measure.local import MAX_BUILDERS
 
     profile = effort_of(effort)
     if budget is not None:
@@ -59,6 +60,9 @@ def tune(
     target = find_target(device)
     request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix)
     families = request.families(target)
+    if target.kind == "cuda":
+        # Builds overlap with timing there: a batch keeps every builder busy twice over.
+        profile = replace(profile, batch=max(profile.batch, 2 * MAX_BUILDERS))
     path = log or log_path(model, target)
     result = _run(families, target, path, profile, seed, as_json)
     _report(result, path, as_json)
