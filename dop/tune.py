@@ -270,6 +270,10 @@ class _Run:
         if self.resumed:
             self._note(f"{self.log.path}: continuing after {self.resumed} records.")
         self.foreign = list(self._foreign(by_workload))
+        for state in self.states:
+            # Training on a long log takes seconds a family; each waits for its own alone.
+            if len(state.strategy.history):
+                state.learning = self.trainer.submit(state.strategy.learn)
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -291,7 +295,7 @@ class _Run:
             if known.candidate is not None:
                 results.append((known.candidate, scenario, found))
         if results:
-            state.strategy.tell(results)
+            state.strategy.restore(results)
 
     def _foreign(
         self, by_workload: Mapping[str, list[Entry]]

@@ -85,8 +85,12 @@ class EvolutionaryStrategy(Strategy):
             if guess is not None and math.isfinite(sample.seconds):
                 self._outcomes.append((sample.scenario_key, guess, sample.seconds))
         if len(self.history.samples) > fresh:
-            self.model.update(self.history.samples)
-            self._correlation = self._correlate()
+            self.learn()
+
+    def learn(self) -> None:
+        """Train the model anew on all samples."""
+        self.model.update(self.history.samples)
+        self._correlation = self._correlate()
 
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well for a neighbouring workload.

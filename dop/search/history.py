@@ -11,6 +11,7 @@ from dop.cost_model.base import Point, Sample
 from dop.measurement import Measurement
 from dop.scenario import Scenario
 from dop.space.sketch import Candidate
+from dop.space.trace import Trace
 
 Result = tuple[Candidate, Scenario, Measurement]
 """One answer of a measurer."""
@@ -43,7 +44,7 @@ class History:
         self.scenarios = tuple(scenarios)
         self._known = {s.key for s in self.scenarios}
         self._entries: dict[PointKey, Entry] = {}
-        self._seen_traces: set[str] = set()
+        self._seen_traces: set[Trace] = set()
         self._seen_points: set[PointKey] = set()
         self._samples: list[Sample] = []
         self._best: dict[str, tuple[float, Candidate]] = {}
@@ -55,10 +56,9 @@ class History:
     def mark(self, candidate: Candidate) -> bool:
         """Note a proposal; False if this trace was proposed or told before."""
         self._seen_points.add(point_key(candidate))
-        key = candidate.trace.key
-        if key in self._seen_traces:
+        if candidate.trace in self._seen_traces:
             return False
-        self._seen_traces.add(key)
+        self._seen_traces.add(candidate.trace)
         return True
 
     def saw(self, key: PointKey) -> bool:

@@ -68,6 +68,14 @@ class Strategy(ABC):
         """Take in measurements, also of candidates that were not asked for (a resumed log)."""
         self.history.add(results)
 
+    def restore(self, results: Sequence[Result]) -> None:
+        """Take in what a resumed log holds, like `tell`; `learn` is left to the caller."""
+        self.history.add(results)
+
+    def learn(self) -> None:
+        """Draw conclusions from everything told: the slow part of `tell`, if there is one."""
+        return
+
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well elsewhere; a strategy may use or ignore them."""
         del candidates
