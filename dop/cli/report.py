@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def report(
     from dop.report.html import summary, write
 
     contents = read_log(log)
+    gc.freeze()  # a large log's entries stay to the end; walking over them again takes seconds
     data = collect(contents, task or ())
     for warning in data.warnings:
         note(warning)
