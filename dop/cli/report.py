@@ -17,6 +17,10 @@ def report(
     task: Annotated[
         list[str] | None, Option(help="Only tasks whose name contains this; may be repeated.")
     ] = None,
+    nest: Annotated[
+        bool | None,
+        Option("--nest/--no-nest", help="Loops of the winners (default: unless the log is large)."),
+    ] = None,
     as_json: Annotated[
         bool, Option("--json", help="Print the figures as one JSON document.")
     ] = False,
@@ -31,7 +35,7 @@ def report(
     data = collect(contents, task or ())
     for warning in data.warnings:
         note(warning)
-    write(data, output)
+    write(data, output, nest)
     found = {
         "report": output,
         "log": data.path,

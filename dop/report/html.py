@@ -27,18 +27,24 @@ MAX_FAMILIES = 24
 """Families that get charts of their own; the table of tasks has them all."""
 
 LARGE_LOG = 30_000
-NEST_SECONDS = {False: 4.0, True: 0.5}
-"""Wall time after which no further winner's loops are derived, for a small and a large log (by its
-records): the report must stay quick. The first winner's loops are always there."""
+"""Records above which loops are left out unless asked for: loading TVM takes 3 s or more."""
+
+NEST_SECONDS = 4.0
+"""Wall time after which no further winner's loops are derived: the report must stay quick."""
 
 
-def render(data: ReportData) -> str:
-    """The whole page."""
+def render(data: ReportData, nests: bool | None = None) -> str:
+    """The whole page.
+
+    Args:
+        data: what it shows.
+        nests: show the winners' loops; by default unless the log is large.
+    """
     body = [
         _header(data),
         _key_figures(data),
         _overview(data),
-        _families(data),
+        _families(data, data.stats.records <= LARGE_LOG if nests is None else nests),
         _sketches(data),
         _failures(data),
         _footer(data),
@@ -54,8 +60,8 @@ def render(data: ReportData) -> str:
     )
 
 
-def write(data: ReportData, output: Path) -> None:
-    """Render the report and put it at `output`, whole or not at all.
+def write(data: ReportData, output: Path, nests: bool | None = None) -> None:
+    """Render the report and put it at `output`, whole or not at all; `nests` as for `render`.
 
     Raises:
         LogError: `output` is the log itself.
@@ -63,7 +69,7 @@ def write(data: ReportData, output: Path) -> None:
     """
     if output.exists() and os.path.samefile(output, data.path):
         raise LogError(f"{output} is the log itself.", "Give another -o.")
-    text = render(data).encode("utf-8", "replace")
+    text = render(data, nests).encode("utf-8", "replace")
     if output.exists() and not output.is_file():  # a device or a pipe cannot be replaced
         output.write_bytes(text)
         return
@@ -152,13 +158,13 @@ def _overview(data: ReportData) -> str:
     )
 
 
-def _families(data: ReportData) -> str:
+def _families(data: ReportData, nests: bool) -> str:
     shown = data.families[:MAX_FAMILIES]
     several = len({family.device for family in shown}) > 1
     options = "".join(
         f"<option value=f{i}>{escape(_title(f, several))}</option>" for i, f in enumerate(shown)
     )
-    deadline = time.monotonic() + NEST_SECONDS[data.stats.records > LARGE_LOG]
+    deadline = time.monotonic() + NEST_SECONDS if nests else 0.0
     sections = []
     for place, family in enumerate(shown):
         heading = f"<h2>{escape(_title(family, several))}</h2>"
@@ -288,7 +294,7 @@ def _winner(family: FamilyView, deadline: float) -> str:
     nest = (
         loop_nest_of(entry)
         if time.monotonic() < deadline
-        else f"(left out to stay quick: dop log explain shows it for line {entry.line})"
+        else f"(left out to stay quick; dop log explain --line {entry.line} shows them)"
     )
     return (
         f"<h3>Winner</h3><p class=muted>Line {entry.line} of the log, best in "
