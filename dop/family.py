@@ -139,12 +139,13 @@ class FamilyState:
         """
         if not measurement.ok:
             return
-        held = self.best.get(scenario.key)
+        key = scenario.key
+        held = self.best.get(key)
         if held is None or measurement.median_s < held.measurement.median_s:
-            self.best[scenario.key] = Best(trace, sketch, measurement)
-        if place is not None and place <= self._default_place.get(scenario.key, place):
-            self._default_place[scenario.key] = place
-            self.default[scenario.key] = measurement
+            self.best[key] = Best(trace, sketch, measurement)
+        if place is not None and place <= self._default_place.get(key, place):
+            self._default_place[key] = place
+            self.default[key] = measurement
 
     def score(self) -> float:
         """Weighted mean of log(best seconds): falls as the family gets faster."""

@@ -67,12 +67,14 @@ class History:
 
     def add(self, results: Iterable[Result]) -> None:
         """Take in measurements; a pair that was told before is ignored."""
+        entry, last = None, None
         for candidate, scenario, measurement in results:
-            point = point_key(candidate)
-            entry = self._entries.get(point)
-            if entry is None:
-                self.mark(candidate)
-                entry = self._entries[point] = Entry(candidate)
+            if entry is None or candidate is not last:  # hashing a point takes its time
+                point, last = point_key(candidate), candidate
+                entry = self._entries.get(point)
+                if entry is None:
+                    self.mark(candidate)
+                    entry = self._entries[point] = Entry(candidate)
             seconds = measurement.median_s if measurement.ok else math.inf
             sample = Sample(candidate, scenario, seconds)
             key = sample.scenario_key
