@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dop.database.jsonl import Log
+from dop.database.jsonl import Log, without_collector
 from dop.database.record import Record
 from dop.database.wire import Entry
 from dop.effort import QUICK, Effort
@@ -265,15 +265,12 @@ class _Run:
         by_workload: dict[str, list[Entry]] = {}
         for entry in self.log.entries:
             by_workload.setdefault(entry.workload_key, []).append(entry)
-        for state in self.states:
-            self._resume(state, by_workload.get(state.family.workload.key, []))
+        with without_collector():
+            for state in self.states:
+                self._resume(state, by_workload.get(state.family.workload.key, []))
         if self.resumed:
             self._note(f"{self.log.path}: continuing after {self.resumed} records.")
         self.foreign = list(self._foreign(by_workload))
-        for state in self.states:
-            # Training on a long log takes seconds a family; each waits for its own alone.
-            if len(state.strategy.history):
-                state.learning = self.trainer.submit(state.strategy.learn)
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -296,6 +293,8 @@ class _Run:
                 results.append((known.candidate, scenario, found))
         if results:
             state.strategy.restore(results)
+            # On a long log this takes seconds: beside the next family's records, on another core.
+            state.learning = self.trainer.submit(state.strategy.learn)
 
     def _foreign(
         self, by_workload: Mapping[str, list[Entry]]
@@ -328,7 +327,7 @@ class _Run:
             space = self.build(workload, target) if entries else None
             for entry in entries.values():
                 if space is not None:
-                    found.append(space.match(entry.record().trace))
+                    found.append(space.match(entry.trace()))
         return found
 
     # The loop.
@@ -495,7 +494,7 @@ class _Recorded:
 def _recorded(state: FamilyState, entry: Entry) -> _Recorded | None:
     """The trace of a line, parsed once for all its lines; None if it is none."""
     try:
-        trace = entry.record().trace
+        trace = entry.trace()
     except DopError:
         return None
     sketch = entry.sketch.removesuffix(DEFAULT_MARK)

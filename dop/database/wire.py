@@ -106,6 +106,16 @@ class Entry:
             cost_s=self.cost_s,
         )
 
+    def trace(self) -> Trace:
+        """The steps alone; traces that share steps share their objects.
+
+        Raises:
+            TraceError: they are not steps.
+            LogError: the line is not what it was.
+        """
+        cut = _cut(self.raw)
+        return self.record().trace if cut is None else _trace(cut[0])
+
     def record(self) -> Record:
         """The whole record, steps included.
 
@@ -373,13 +383,19 @@ def _failure(error_no: object, name: object) -> Failure:
 def _seconds(value: object, failure: Failure) -> tuple[float, ...]:
     if failure is not Failure.NONE:
         return SECONDS_PER_FAILURE
-    seconds = tuple([_needed(s, "a time") for s in _list(value, "the times", 1)])
+    seconds = tuple(_list(value, "the times", 1))
+    if not all(type(s) is float for s in seconds):
+        seconds = tuple([_needed(s, "a time") for s in seconds])
     if not min(seconds) > 0 or any(s != s for s in seconds):
         raise ValueError("a time is not positive")
     return seconds
 
 
 def _versions(value: object, shared: dict[object, Mapping[str, str]]) -> Mapping[str, str]:
+    if isinstance(value, dict):
+        known = shared.get(tuple(value.items()))
+        if known is not None:
+            return known
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise ValueError("the versions are not names with texts")
     return shared.setdefault(tuple(value.items()), value)
