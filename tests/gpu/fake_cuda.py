@@ -60,7 +60,9 @@ extern "C" __global__ void expand(ARGS) {
 
 FAULTS = {
     "illegal": "if (t == 0) *(volatile int *)16 = 1;",
-    "hang": "for (volatile int forever = 1; forever;);",
+    # A loop that reads a clock: compilers may take any other endless loop away.
+    "hang": 'unsigned long long now; do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));'
+    " while (now);",
     "wrong": "if (t == 0 && threadIdx.x == 0) y[0] = (E)7.5f;",
     "unwritten": "if (t == 1) return;",
     "poisoned": "if (COUNT > 0 && threadIdx.x == 0) y[(long long)ROW(0) * N] = (E)v[V_SIZE];",
