@@ -18,7 +18,10 @@ class ModelEffort:
     Attributes:
         objective: "lambdarank", "regression" (of the log of the relative time), or "mixed":
             members of both kinds, which ranked best (docs/search.md).
-        min_samples: successful candidates before the model is trained at all.
+        min_samples: successful candidates before the trees are trained; until then a Gaussian
+            process predicts alone, from three on.
+        smooth_rows: most samples for which the Gaussian process has a say beside the trees; 0 is
+            never.
         ensemble: models that differ in their seed; the mean ranks.
         rounds: boosting rounds of one model.
         leaves: leaves of a tree.
@@ -31,7 +34,8 @@ class ModelEffort:
     """
 
     objective: str = "mixed"
-    min_samples: int = 8
+    min_samples: int = 24
+    smooth_rows: int = 384
     ensemble: int = 4
     rounds: int = 80
     leaves: int = 12
@@ -47,7 +51,11 @@ class SearchEffort:
     """How the evolutionary strategy proposes.
 
     Attributes:
-        warm_up: candidates before the model decides: the defaults, then random ones.
+        warm_up: random candidates between the defaults and those that the model picks.
+        first_batch: most candidates of a batch while little is known: each answer then counts
+            for more than what a full batch saves in time.
+        first_until: measured candidates from which batches have their full size; a family with
+            as many defaults never has small ones.
         max_defaults: most defaults that are measured before anything else.
         population: candidates in a generation.
         elites: best measured candidates per scenario that enter the first generation.
@@ -62,7 +70,9 @@ class SearchEffort:
         prior_sigma: standard deviation of the model's log error until it was observed.
     """
 
-    warm_up: int = 12
+    warm_up: int = 2
+    first_batch: int = 2
+    first_until: int = 16
     max_defaults: int = 32
     population: int = 192
     elites: int = 16

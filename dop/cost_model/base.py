@@ -65,6 +65,10 @@ class CostModel(ABC):
         Only meaningful once `trained`.
         """
 
+    def deviation(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
+        """Standard deviation of `predict` in log time; 0 where the model does not know it."""
+        return np.zeros((len(points), len(scenarios)))
+
 
 class NoModel(CostModel):
     """Knows nothing: every point is alike, so the order stays random."""

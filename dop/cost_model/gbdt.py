@@ -11,6 +11,7 @@ import numpy as np
 
 from dop.cost_model.base import CostModel, FloatArray, Point, Sample
 from dop.cost_model.feature import FeatureExtractor
+from dop.cost_model.smooth import SmoothModel
 from dop.effort import ModelEffort
 from dop.errors import ConfigError, MissingDependencyError
 from dop.scenario import Scenario
@@ -24,12 +25,18 @@ OBJECTIVES = ("mixed", "lambdarank", "regression")
 _FAILURE_MARGIN = math.log(2.0)
 """A failure ranks behind the slowest success by this much (a factor of two)."""
 
+_LEAST_SMOOTH = 3
+"""Successful candidates from which a smooth function is worth more than a draw."""
+
 _GRADES = 31
 """Grades of lambdarank; LightGBM's gain table ends there."""
 
 
 class GbdtModel(CostModel):
-    """An ensemble of boosted trees over FeatureExtractor's rows.
+    """An ensemble of boosted trees over FeatureExtractor's rows, with a smooth start.
+
+    Until there are enough samples for trees a Gaussian process predicts alone; then the mean of
+    both, until there are so many samples that the trees need no help.
 
     The same samples in the same order give the same model: one thread, fixed seeds, and a bound
     on work instead of time.
@@ -51,18 +58,29 @@ class GbdtModel(CostModel):
         self._seed = seed
         self._features = FeatureExtractor(space, workload, target)
         self._members: list[_Member] = []
+        self._smooth: SmoothModel | None = None
 
     @property
     def trained(self) -> bool:
-        return bool(self._members)
+        return bool(self._members) or self._smooth is not None
 
     def update(self, samples: Sequence[Sample]) -> None:
-        """Train anew; does nothing while fewer than `min_samples` candidates succeeded."""
+        """Train anew on what there is; does nothing with too few successful candidates."""
         good = {s.point.annotation for s in samples if math.isfinite(s.seconds)}
-        if len(good) < self._effort.min_samples:
-            return
         targets = relative_times(samples, self._effort.worst_ratio)
-        kept = self._thinned(targets)
+        if len(good) >= self._effort.min_samples:
+            self._grow(samples, targets)
+        self._smooth = None
+        rows = self._effort.smooth_rows
+        if len(good) >= _LEAST_SMOOTH and (len(samples) <= rows or (rows and not self._members)):
+            kept = thinned(targets, rows)
+            chosen = [(samples[i].point, samples[i].scenario) for i in kept]
+            self._smooth = SmoothModel(self._features.pair_rows(chosen), targets[kept])
+
+    def _grow(self, samples: Sequence[Sample], targets: FloatArray) -> None:
+        """Train the trees."""
+        effort = self._effort
+        kept = thinned(targets, max(64, effort.max_work // (effort.rounds * effort.ensemble)))
         chosen = [samples[i] for i in kept]
         rows = self._features.pair_rows([(s.point, s.scenario) for s in chosen])
         wanted = targets[kept]
@@ -76,26 +94,27 @@ class GbdtModel(CostModel):
 
     def predict(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
         shape = (len(points), len(scenarios))
-        if not self._members or 0 in shape:
+        if not self.trained or 0 in shape:
             return np.zeros(shape)
         rows = self._features.rows(points, scenarios)
-        total = sum(member.predict(rows) for member in self._members)
-        return np.asarray(total / len(self._members), dtype=np.float64).reshape(shape)
+        found: list[FloatArray] = []
+        if self._members:
+            total = sum(member.predict(rows) for member in self._members)
+            found.append(np.asarray(total / len(self._members), dtype=np.float64))
+        if self._smooth is not None:
+            found.append(self._smooth.predict(rows)[0])
+        return np.asarray(sum(found) / len(found), dtype=np.float64).reshape(shape)
+
+    def deviation(self, points: Sequence[Point], scenarios: Sequence[Scenario]) -> FloatArray:
+        shape = (len(points), len(scenarios))
+        if self._smooth is None or 0 in shape:
+            return np.zeros(shape)
+        return self._smooth.predict(self._features.rows(points, scenarios))[1].reshape(shape)
 
     def _ranks(self, member: int) -> bool:
         """Whether a member of the ensemble is trained with lambdarank."""
         objective = self._effort.objective
         return objective == "lambdarank" or (objective == "mixed" and member % 2 == 1)
-
-    def _thinned(self, targets: FloatArray) -> list[int]:
-        """Indices to train on: all, or the fastest of them and an even share of the rest."""
-        bound = max(64, self._effort.max_work // (self._effort.rounds * self._effort.ensemble))
-        if len(targets) <= bound:
-            return list(range(len(targets)))
-        order = np.argsort(targets, kind="stable")
-        fast, rest = order[: bound // 2], order[bound // 2 :]
-        spread = np.linspace(0, len(rest) - 1, bound - bound // 2).astype(int)
-        return sorted({*map(int, fast), *map(int, rest[spread])})
 
     def _params(self, member: int) -> dict[str, Any]:
         effort = self._effort
@@ -180,6 +199,16 @@ def relative_times(samples: Sequence[Sample], worst_ratio: float) -> FloatArray:
     slowest = float(finite.max()) if finite.size else 0.0
     times[~np.isfinite(times)] = slowest + _FAILURE_MARGIN
     return times
+
+
+def thinned(targets: FloatArray, bound: int) -> list[int]:
+    """Indices to train on: all, or the fastest of them and an even share of the rest."""
+    if len(targets) <= bound:
+        return list(range(len(targets)))
+    order = np.argsort(targets, kind="stable")
+    fast, rest = order[: bound // 2], order[bound // 2 :]
+    spread = np.linspace(0, len(rest) - 1, bound - bound // 2).astype(int)
+    return sorted({*map(int, fast), *map(int, rest[spread])})
 
 
 def _grades(targets: FloatArray, groups: Sequence[int]) -> FloatArray:

@@ -23,6 +23,9 @@ from dop.space.sketch import Annotation, Candidate, Sketch, Space
 from dop.target import Target
 from dop.workload import Workload
 
+_HINTED = 10
+"""Candidates behind the warm-up among which hints still come first."""
+
 _RECENT = 64
 """Predictions over which the model's error is estimated."""
 
@@ -53,9 +56,9 @@ class Draft:
 class EvolutionaryStrategy(Strategy):
     """Evolves the best measured candidates and random newcomers towards a high predicted gain.
 
-    The order is: the defaults, random ones (half of them hints, if there are any) until `warm_up`
-    more than the defaults were measured, then batches that the model picked, a share of them
-    random. See docs/search.md.
+    The order is: the defaults, random ones until `warm_up` more than the defaults were measured,
+    then batches that the model picked, a share of them random. Hints are half of every batch as
+    long as there are any. See docs/search.md.
     """
 
     def __init__(
@@ -77,6 +80,13 @@ class EvolutionaryStrategy(Strategy):
         self._correlation: float | None = None
         self._outcomes: list[tuple[str, float, float]] = []
 
+    def ask(self, n: int) -> list[Candidate]:
+        """As Strategy.ask; `first_batch` at most behind the defaults while little is known."""
+        known = len(self.history)
+        if known < self._effort.first_until:
+            n = min(n, max(self._effort.first_batch, len(self._defaults)))
+        return super().ask(n)
+
     def tell(self, results: Sequence[Result]) -> None:
         fresh = len(self.history.samples)
         super().tell(results)
@@ -95,8 +105,8 @@ class EvolutionaryStrategy(Strategy):
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well for a neighbouring workload.
 
-        They are measured during the warm-up; later they join the first generation, where the
-        model judges them like any other.
+        They are half of what follows the defaults at first; later they join the first
+        generation, where the model judges them like any other.
         """
         waiting = {point_key(c) for c in self._hints}
         for candidate in candidates:
@@ -133,14 +143,19 @@ class EvolutionaryStrategy(Strategy):
         return max(_MIN_SIGMA, float(np.sqrt(np.mean(np.square(errors)))))
 
     def _propose(self, n: int) -> list[Candidate]:
-        if len(self.history) < self._warm_until or not self.model.trained:
-            chosen = self._take_hints(n - n // 2)
-            chosen += self._newcomers(n - len(chosen))
-        else:
-            chosen = self._evolved(n - self._random_share(n))
-            chosen += self._newcomers(n - len(chosen))
+        early = self._early or not self.model.trained
+        chosen = self._take_hints(n - n // 2) if early else []
+        if len(self.history) >= self._warm_until and self.model.trained:
+            left = n - len(chosen)
+            chosen += self._evolved(left - self._random_share(left))
+        chosen += self._newcomers(n - len(chosen))
         self._remember(chosen)
         return chosen
+
+    @property
+    def _early(self) -> bool:
+        """Whether hints are still measured whatever the model thinks of them."""
+        return len(self.history) < self._warm_until + _HINTED
 
     def _random_share(self, n: int) -> int:
         """How many of `n` are random: the share, rounded up or down at random."""
@@ -187,7 +202,7 @@ class EvolutionaryStrategy(Strategy):
     def _first_generation(self) -> list[Draft]:
         """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
-        hints, self._hints = self._hints, []
+        hints, self._hints = self._hints, (self._hints if self._early else [])
         known = [*hints, *self.history.elites(effort.elites)][: effort.population // 2]
         elites = [Draft(c.sketch, c.annotation) for c in known]
         wanted = int(effort.population * effort.newcomers)
@@ -256,7 +271,9 @@ class EvolutionaryStrategy(Strategy):
         if not drafts:
             return np.zeros(0)
         predicted = self.model.predict(drafts, self.scenarios)
-        return acquisition(predicted, [s.weight for s in self.scenarios], self.sigma)
+        known = self.model.deviation(drafts, self.scenarios)
+        sigma = np.where(known > 0, np.maximum(known, _MIN_SIGMA), self.sigma)
+        return acquisition(predicted, [s.weight for s in self.scenarios], sigma)
 
     def _picked(
         self, drafts: dict[PointKey, Draft], pool: dict[PointKey, float], n: int

@@ -22,34 +22,36 @@ def tournament(items: Sequence[T], scores: FloatArray, rng: random.Random, size:
     return items[max(contestants, key=lambda i: (scores[i], -i))]
 
 
-def expected_gain(predicted: FloatArray, sigma: float) -> FloatArray:
+def expected_gain(predicted: FloatArray, sigma: float | FloatArray) -> FloatArray:
     """Expected share of the best time that a point saves.
 
     Args:
         predicted: log(time / best time), any shape.
-        sigma: standard deviation of the prediction's error.
+        sigma: standard deviation of the prediction's error, one or of each point.
 
     The time is taken as log-normal: E[max(0, 1 - exp(m + sigma z))]
     = Phi(-m / sigma) - exp(m + sigma^2 / 2) Phi(-m / sigma - sigma).
     Source: expected improvement (Jones, Schonlau and Welch 1998), in relative time.
     """
-    sigma = max(sigma, 1e-6)
+    sigma = np.maximum(sigma, 1e-6)
     z = -predicted / sigma
     spared = np.exp(np.minimum(predicted + sigma * sigma / 2, 50.0)) * _phi(z - sigma)
     return np.asarray(np.maximum(_phi(z) - spared, 0.0), dtype=np.float64)
 
 
-def acquisition(predicted: FloatArray, weights: Sequence[float], sigma: float) -> FloatArray:
+def acquisition(
+    predicted: FloatArray, weights: Sequence[float], sigma: float | FloatArray
+) -> FloatArray:
     """How much a point promises over all scenarios: [points], higher is better.
 
     The weighted sum of the expected gains, so a candidate that wins in one scenario only is worth
-    that scenario's share. With one scenario it falls strictly with the prediction, so the order is
-    simply the model's.
+    that scenario's share. With one scenario and one sigma it falls strictly with the prediction,
+    so the order is simply the model's.
 
     Args:
         predicted: log(time / best time): [points, scenarios].
         weights: share of each scenario, any positive scale: [scenarios].
-        sigma: standard deviation of the prediction's error.
+        sigma: standard deviation of the prediction's error, one or [points, scenarios].
     """
     shares = np.asarray(weights, dtype=np.float64)
     shares = shares / shares.sum()

@@ -13,7 +13,7 @@ from scipy import stats
 
 from dop.cost_model.base import NoModel, Sample
 from dop.cost_model.feature import FeatureExtractor
-from dop.cost_model.gbdt import GbdtModel, relative_times
+from dop.cost_model.gbdt import GbdtModel, relative_times, thinned
 from dop.cost_model.metric import ranks, spearman, top_k_regret
 from dop.effort import QUICK
 from dop.errors import ConfigError
@@ -118,7 +118,7 @@ def test_the_same_samples_give_the_same_model():
 
 def test_it_waits_for_data_and_survives_odd_data():
     trained = model()
-    trained.update(samples(3))
+    trained.update(samples(2))
     assert not trained.trained
     point = SPACE.sample(random.Random(0))
     assert trained.predict([point], SCENARIOS).tolist() == [[0.0, 0.0, 0.0]]
@@ -135,6 +135,22 @@ def test_it_waits_for_data_and_survives_odd_data():
         model(objective="magic")
 
 
+def test_a_handful_of_samples_already_ranks_and_knows_how_little_it_knows():
+    trained = model()
+    trained.update(samples(12))
+    known = [s.point for s in samples(12)]
+    others = [SPACE.sample(random.Random(1000 + i)) for i in range(200)]
+    scenario = SCENARIOS[1]
+    guess = trained.predict(others, [scenario])[:, 0]
+    truth = [DEVICE.measure(c, scenario).median_s for c in others]
+    assert spearman(guess, truth) > 0.3
+    there, elsewhere = (trained.deviation(p, [scenario]) for p in (known, others))
+    assert 0 < np.median(there) < np.median(elsewhere)
+    without = model(smooth_rows=0)
+    without.update(samples(12))
+    assert not without.trained
+
+
 def test_relative_times_are_per_scenario_capped_and_put_failures_last():
     point = SPACE.sample(random.Random(0))
     a, b = SCENARIOS[:2]
@@ -148,7 +164,7 @@ def test_relative_times_are_per_scenario_capped_and_put_failures_last():
 def test_training_stays_within_its_bound_of_work():
     small = model(max_work=200 * 80 * 4)
     many = samples(400)
-    kept = small._thinned(relative_times(many, 20))
+    kept = thinned(relative_times(many, 20), 200)
     assert 150 <= len(kept) <= 200
     times = relative_times(many, 20)
     assert set(np.argsort(times, kind="stable")[:90]) <= set(kept)
