@@ -268,6 +268,10 @@ class _Run:
         with without_collector():
             for state in self.states:
                 self._resume(state, by_workload.get(state.family.workload.key, []))
+                if state is self.states[0]:
+                    self._learn(state)  # beside the other families' records
+        for state in self.states[1:]:
+            self._learn(state)
         if self.resumed:
             self._note(f"{self.log.path}: continuing after {self.resumed} records.")
         self.foreign = list(self._foreign(by_workload))
@@ -293,7 +297,10 @@ class _Run:
                 results.append((known.candidate, scenario, found))
         if results:
             state.strategy.restore(results)
-            # On a long log this takes seconds: beside the next family's records, on another core.
+
+    def _learn(self, state: FamilyState) -> None:
+        """Train on what was resumed, on another core: on a long log it takes seconds a family."""
+        if len(state.strategy.history):
             state.learning = self.trainer.submit(state.strategy.learn)
 
     def _foreign(
