@@ -1,4 +1,4 @@
-"""A log of 100,000 records opens, resumes and reports in under 10 s of an idle machine each.
+"""A log of 100,000 records opens, resumes and reports in about 10 s of an idle machine at most.
 
 Bounds are on processor time, with a factor of about two over what a 2-core machine of 2026 needs,
 because a test machine is neither idle nor always as fast. A pass over the log that got quadratic,
