@@ -86,23 +86,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     target = find_target("cuda")
-    rows: list[Row] = []
+    measured: list[Row] = []
+    rows: list[dict[str, object]] = []
     for family in Request(options.model, ranks=options.ranks).families(target):
         print(family.workload.key)
         for row in bench(family.workload, family.scenarios, target, options.log):
-            rows.append(row)
+            measured.append(row)
+            where = {"workload_key": family.workload.key, "rank": family.workload.rank}
+            rows.append(asdict(row) | where | {"speedup": row.speedup})
             show(row)
-    figures = summary(rows)
+    figures = summary(measured)
     print(", ".join(f"{name} {value:.2f}x" for name, value in figures.items()))
     if options.out:
         document = {
+            "model": options.model,
+            "log": str(options.log),
             "device": target.device_name,
             "target": target.key,
             "date": time.strftime("%Y-%m-%d"),
             "versions": collect_env.versions(),
             "revision": collect_env.revision(),
             "summary": figures,
-            "rows": [asdict(r) | {"speedup": r.speedup} for r in rows],
+            "rows": rows,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=1) + "\n")

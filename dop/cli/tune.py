@@ -62,7 +62,8 @@ def tune(
     families = request.families(target)
     if target.kind == "cuda":
         # Builds overlap with timing there: a batch keeps every builder busy twice over.
-        profile = replace(profile, batch=max(profile.batch, 2 * MAX_BUILDERS))
+        batch = max(profile.batch, 2 * MAX_BUILDERS)
+        profile = replace(profile, batch=batch, search=replace(profile.search, first_batch=batch))
     path = log or log_path(model, target)
     result = _run(families, target, path, profile, seed, as_json)
     _report(result, path, as_json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,24 @@ def test_extras_exist():
     project = (ROOT / "pyproject.toml").read_text()
     for extra in re.findall(r"'\.\[(\w+)\]'", README):
         assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    name = re.search(r"\((benchmarks/results/cuda-\S+\.json)\)", README)
+    assert name
+    document = json.loads((ROOT / name[1]).read_text())
+    text = " ".join(README.split())
+    rows, figures = document["rows"], document["summary"]
+    assert document["device"] in text
+    assert document["date"] in text
+    assert f"over {len(rows)} cases" in text
+    assert f"Dop is {figures['geomean']:.2f}x as fast" in text
+    assert f"untuned default {figures['default_geomean']:.2f}x" in text
+    assert f"the worst {figures['min']:.2f}x" in text
+    slower = sum(row["speedup"] < 1 for row in rows)
+    assert {9: "Nine"}.get(slower, str(slower)) + " cases are slower than torch" in text
+    better = [min(r["loop_us"], r["bmm_us"]) / r["dop_us"] for r in rows]
+    assert statistics.geometric_mean(better) == pytest.approx(figures["geomean"])
 
 
 def test_links_lead_somewhere():
