@@ -6,7 +6,8 @@
 Four contenders per case: Dop's best kernel of the log, Dop's untuned default, and torch's two ways
 to do it, a loop of matrix products per adapter and a gathered batched product. All are called from
 Python, with the same number of threads, on the same arrays, turn by turn in one process, so that
-whatever else the machine does meets all of them. A figure is the best of the rounds' medians.
+whatever else the machine does meets all of them. A figure is the best of the rounds' medians: on a
+shared host one and the same kernel was seen to vary by a factor of two from second to second.
 
 Weights: `--weights resident` (default) calls with the same adapters again and again, as a loop
 around one layer does; `rotating` takes other adapters every call, so that weights come from memory.
@@ -51,9 +52,13 @@ from dop.workload import Workload
 
 TOKENS = (1, 8, 32, 128)
 MIXES = ("distinct", "uniform", "identical")
-ROUNDS = 7
-ROUND_S = 8e-3
-"""Least time of a contender's turn: long enough for torch's idle threads to go to sleep."""
+ROUNDS = 21
+ROUND_S = 4e-3
+"""Least time of a contender's turn."""
+REST_S = 0.02
+"""Pause before a turn. Idle threads of torch's OpenMP spin for a while before they sleep, on cores
+that the next contender needs: without the pause a kernel of 18 us took up to 357."""
+HOPELESS = 8.0
 Call = Callable[[], object]
 
 
@@ -166,11 +171,17 @@ class Kernel:
 
 
 def alternate(contenders: Sequence[Sequence[Call]]) -> list[float]:
-    """Microseconds per call: contenders in turn, best of the rounds' medians."""
+    """Microseconds per call: contenders in turn, best of the rounds' medians.
+
+    One that is hopelessly behind after a few rounds is left out of the rest.
+    """
     found: list[list[float]] = [[] for _ in contenders]
     positions = [0] * len(contenders)
-    for _ in range(ROUNDS):
+    for round_ in range(ROUNDS):
         for i, calls in enumerate(contenders):
+            if round_ >= 3 and min(found[i]) > HOPELESS * min(map(min, found)):
+                continue
+            time.sleep(REST_S)
             samples: list[float] = []
             begin = time.perf_counter()
             while len(samples) < 3 or time.perf_counter() - begin < ROUND_S:
@@ -179,7 +190,7 @@ def alternate(contenders: Sequence[Sequence[Call]]) -> list[float]:
                 start = time.perf_counter()
                 call()
                 samples.append(time.perf_counter() - start)
-            # The first half lets the other contenders' threads go to sleep.
+            # The first half warms the caches up again.
             found[i].append(statistics.median(samples[len(samples) // 2 :]))
     return [min(medians) * 1e6 for medians in found]
 

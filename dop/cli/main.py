@@ -29,7 +29,7 @@ GROUPS = ("log", "export")
 """Verbs with verbs of their own: the module's `app`."""
 
 TUNE_PACKAGES = frozenset(
-    {"tvm", "tvm_ffi", "lightgbm", "numpy", "orjson", "psutil", "pydantic", "rich", "typer"}
+    {"tvm", "tvm_ffi", "lightgbm", "numpy", "orjson", "psutil", "rich", "typer"}
 )
 """Import names of what the extra `tune` installs."""
 

@@ -109,15 +109,3 @@ def test_light_roles_load_neither_tvm_nor_torch():
     result = run(code)
     assert result.returncode == 0, result.stderr
 
-
-def test_the_operator_loads_without_tvm():
-    ops = [p for p in MODULES if role_of(p) == "ops" and p.name != "__init__.py"]
-    if not ops:
-        pytest.skip("dop/ops holds no module yet")
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ops]
-    code = (
-        "import importlib, sys\nfor n in ('tvm', 'tvm_ffi', 'lightgbm'): sys.modules[n] = None\n"
-        f"for name in {names!r}: importlib.import_module(name)"
-    )
-    result = run(code)
-    assert result.returncode == 0, result.stderr
