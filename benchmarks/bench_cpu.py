@@ -52,9 +52,10 @@ from dop.workload import Workload
 
 TOKENS = (1, 8, 32, 128)
 MIXES = ("distinct", "uniform", "identical")
-ROUNDS = 21
-ROUND_S = 4e-3
-"""Least time of a contender's turn."""
+ROUNDS = 11
+ROUND_S = 6e-3
+ROUND_CALLS = 10
+"""Least time and fewest calls of a contender's turn: the caches are cold at first."""
 REST_S = 0.02
 """Pause before a turn. Idle threads of torch's OpenMP spin for a while before they sleep, on cores
 that the next contender needs: without the pause a kernel of 18 us took up to 357."""
@@ -179,12 +180,12 @@ def alternate(contenders: Sequence[Sequence[Call]]) -> list[float]:
     positions = [0] * len(contenders)
     for round_ in range(ROUNDS):
         for i, calls in enumerate(contenders):
-            if round_ >= 3 and min(found[i]) > HOPELESS * min(map(min, found)):
+            if round_ >= 2 and min(found[i]) > HOPELESS * min(map(min, found)):
                 continue
             time.sleep(REST_S)
             samples: list[float] = []
             begin = time.perf_counter()
-            while len(samples) < 3 or time.perf_counter() - begin < ROUND_S:
+            while len(samples) < ROUND_CALLS or time.perf_counter() - begin < ROUND_S:
                 call = calls[positions[i] % len(calls)]
                 positions[i] += 1
                 start = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from dop.errors import ConfigError, Failure
@@ -17,7 +17,7 @@ from dop.measure.artifact import Artifact
 from dop.measure.base import Job, Result
 from dop.measure.builder import GENERATE, BuildConfig, BuildTask, Built, require_compiler
 from dop.measure.pool import Event, WorkerPool, wait_any
-from dop.measure.runner import RunConfig, RunTask
+from dop.measure.runner import FirstLook, RunConfig, RunTask
 from dop.measure.timer import CPU_TIMER, CUDA_TIMER, TimerSettings
 from dop.measurement import Measurement
 from dop.scenario import Scenario
@@ -45,13 +45,14 @@ class Limits:
 
 @dataclass
 class _State:
-    """How far a job is."""
+    """How far a job is; `looks` are measurements that are not final yet, by scenario."""
 
     job: Job
     built: Built | None = None
     done: int = 0
     offset: int = 0
     retries: int = 0
+    looks: dict[int, Measurement] = field(default_factory=dict)
 
 
 class LocalMeasurer:
@@ -216,6 +217,8 @@ class _Batch:
                 position, measurement = event.value
                 assert position + state.offset == state.done
                 self._deliver(event.task, measurement)
+            elif isinstance(event.value, FirstLook):
+                state.looks[event.value.position + state.offset] = event.value.measurement
         elif event.kind == "died" and event.signal == SIGKILL and not state.retries:
             state.retries += 1
             self._submit_run(event.task, state)
@@ -229,6 +232,10 @@ class _Batch:
     def _fail_rest(self, task: int, failure: Failure, message: str) -> None:
         """One failure for all scenarios that are left: what broke one would break the others."""
         state = self._states[task]
+        while task in self._open and state.done in state.looks:
+            self._deliver(task, state.looks[state.done])
+        if task not in self._open:
+            return
         first = state.job.scenarios[state.done].key if state.built and state.done else ""
         while task in self._open:
             self._deliver(task, Measurement.failed(failure, message))

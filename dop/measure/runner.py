@@ -49,6 +49,14 @@ class RunTask:
         return self.best_s[position] if position < len(self.best_s) else None
 
 
+@dataclass(frozen=True)
+class FirstLook:
+    """A measurement that a second look may improve; it counts if the runner ends before that."""
+
+    position: int
+    measurement: Measurement
+
+
 PREPARED = "prepared"
 """Item that a runner yields when inputs and references are ready; it renews the time limit."""
 

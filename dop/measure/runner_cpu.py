@@ -6,9 +6,11 @@ import _ctypes
 import ctypes
 import os
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -18,7 +20,7 @@ from dop.measure.accuracy import judge
 from dop.measure.artifact import Artifact
 from dop.measure.compile_cpu import adopt_runtime, runtime_library
 from dop.measure.inputs import awkward
-from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
+from dop.measure.runner import PREPARED, FirstLook, RunConfig, RunTask, fail_all
 from dop.measure.tensors_cpu import Batch, TensorCache, Weights, aligned, pointers
 from dop.measure.timer import time_calls
 from dop.measure.worker import Handler
@@ -122,11 +124,29 @@ class CpuRunner:
         with library:
             calls = Calls(library, task.artifact, weights)
             failure, message, accuracy = calls.check(odd_batch, task.workload.dtype)
+            if failure is not Failure.NONE:
+                yield from fail_all(task, failure, f"awkward batch: {message}", accuracy)
+                return
+            first = []
             for position, batch in enumerate(batches):
-                if failure is not Failure.NONE:
-                    yield position, _failed(failure, f"awkward batch: {message}", accuracy)
-                else:
-                    yield position, self._one(calls, batch, task, position)
+                first.append(self._one(calls, batch, task, position))
+                yield FirstLook(position, first[-1])
+            for position, batch in enumerate(batches):
+                yield position, self._second_look(calls, batch, first[position])
+
+    def _second_look(self, calls: Calls, batch: Batch, first: Measurement) -> Measurement:
+        """The faster of two timings that lie all scenarios apart.
+
+        Shared hosts slow down for longer than one timing takes: one and the same kernel was seen
+        to need 1.0 to 2.2 ms from second to second, so a single look ranks the host's moods.
+        """
+        if not first.ok or first.median_s > self._config.timer.budget_s / 2:
+            return first
+        begin = time.perf_counter()
+        seconds = time_calls(calls.prepare(batch), self._config.timer, first.median_s)
+        cost_s = first.cost_s + time.perf_counter() - begin
+        faster = min(first.seconds, seconds, key=statistics.median)
+        return replace(first, seconds=faster, cost_s=cost_s)
 
     def _one(self, calls: Calls, batch: Batch, task: RunTask, position: int) -> Measurement:
         begin = time.perf_counter()
