@@ -15,7 +15,6 @@ implied by a step or rides on a pragma (PR):
 - PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
 - PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
   element), so that one lane's part of it is a box (regions of CA are boxes).
-
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
