@@ -108,4 +108,3 @@ def test_light_roles_load_neither_tvm_nor_torch():
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
-
