@@ -101,8 +101,8 @@ def test_some_table_can_tell_searches_apart():
 
 
 def _ranked(name: str):
-    """The bar on ranks. Missed on the CPU tables (0.72 and 0.49): they were recorded on a shared host
-    where the same kernel varies by a factor of two, and nothing can rank that noise."""
+    """The bar on ranks. Missed on the CPU tables (0.72 and 0.49): they were recorded on a shared
+    host where the same kernel varies by a factor of two, and nothing can rank that noise."""
     noisy = pytest.mark.xfail(reason="timing noise of a shared host", strict=False)
     return pytest.param(name, marks=noisy) if name.startswith("space_cpu") else name
 
