@@ -27,6 +27,9 @@ DEFAULT_MARK = " (default)"
 MAX_POINTS = 600
 """Points of one predicted-against-measured chart; more are thinned evenly."""
 
+NO_PLACE = 1 << 30
+"""Place of a default whose sketch the rules do not derive any more."""
+
 WORST_RATIO = 100.0
 """Slower than this times the task's best counts as this slow in a sketch's distribution."""
 
@@ -37,7 +40,8 @@ class TaskView:
 
     Attributes:
         curve: pairs of (candidates of the family so far, best time so far), improvements only.
-        default_us: the untuned heuristic default; None if the log holds none that worked.
+        default_us: the untuned heuristic default: of the first sketch of the space whose default
+            worked, which is at `default_place`; None if the log holds none.
         candidates: records of the task; `failed` of them have no time.
         line: where the best stands in the log.
     """
@@ -59,6 +63,7 @@ class TaskView:
     candidates: int = 0
     failed: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
+    default_place: int = NO_PLACE
 
     @property
     def speedup(self) -> float | None:
@@ -222,6 +227,7 @@ def _tasks(entries: Iterable[Entry], winners: dict[str, Entry]) -> dict[str, Tas
     }
     views: dict[str, TaskView] = {}
     trials: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    places: dict[tuple[str, str], dict[str, int]] = {}
     for entry in entries:
         seen = trials[entry.workload_key, entry.device_name]
         trial = seen.setdefault(entry.trace_key, len(seen) + 1)
@@ -235,7 +241,30 @@ def _tasks(entries: Iterable[Entry], winners: dict[str, Entry]) -> dict[str, Tas
             continue
         if query.usable(entry):
             _advance(view, trial, entry)
+            if entry.sketch.endswith(DEFAULT_MARK):
+                where = entry.workload_key, entry.device_name
+                if where not in places:
+                    places[where] = _places(entry)
+                _take_default(view, entry, places[where])
     return views
+
+
+def _places(entry: Entry) -> dict[str, int]:
+    """Place of every sketch of the entry's space, by name: answers arrive out of order."""
+    from dop.space.generate import derive
+
+    with contextlib.suppress(DopError, ValueError):
+        target = query.target_of(entry.record())
+        sketches = derive(Workload.parse(entry.workload_key), target)
+        return {sketch.name: place for place, sketch in enumerate(sketches)}
+    return {}
+
+
+def _take_default(view: TaskView, entry: Entry, places: dict[str, int]) -> None:
+    """Keep the default of the first sketch; among unknown sketches the first record."""
+    place = places.get(entry.sketch.removesuffix(DEFAULT_MARK), NO_PLACE)
+    if view.default_us is None or place < view.default_place:
+        view.default_us, view.default_place = entry.median_s * 1e6, place
 
 
 def _new_task(entry: Entry, best: Entry | None) -> TaskView:
@@ -260,10 +289,8 @@ def _new_task(entry: Entry, best: Entry | None) -> TaskView:
 
 
 def _advance(view: TaskView, trial: int, entry: Entry) -> None:
-    """Take one right measurement into the task's curve and its default."""
+    """Take one right measurement into the task's curve."""
     time_us = entry.median_s * 1e6
-    if view.default_us is None and entry.sketch.endswith(DEFAULT_MARK):
-        view.default_us = time_us
     if not view.curve or time_us < view.curve[-1][1]:
         if view.curve and view.curve[-1][0] == trial:
             view.curve.pop()

@@ -265,3 +265,18 @@ def test_a_scale_maps_its_ends():
     scale = Scale(1, 100, 10, 210)
     assert (scale(1), scale(10), scale(100)) == pytest.approx((10, 110, 210))
     assert "viewBox" in Canvas(10, 10).svg("x")
+
+
+def test_the_default_is_the_first_sketchs_whatever_came_first(tmp_path):
+    import log_samples
+
+    from dop.space.generate import build_space
+
+    workload = Workload.parse(log_samples.WORKLOAD)
+    first, second = build_space(workload, SM_90).defaults()[:2]
+    records = [
+        log_samples.record(us=us, trace=c.trace, sketch=c.sketch.name + tune.DEFAULT_MARK)
+        for us, c in ((90.0, second), (20.0, first), (10.0, second))
+    ]
+    (view,) = collect(read_log(save(tmp_path / "log.jsonl", records))).tasks
+    assert view.default_us == pytest.approx(20.0)
