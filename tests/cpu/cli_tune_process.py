@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import synthetic
@@ -12,6 +13,8 @@ import dop.tune
 from dop.cli.main import main
 
 if __name__ == "__main__":
+    # A shell's background job is started with Ctrl-C ignored, and so would this be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     space = synthetic.space()
     delay_s = float(sys.argv[1]) / 1000
     dop.cli.tune._measurer = lambda target: FakeMeasurer(space, delay_s=delay_s)

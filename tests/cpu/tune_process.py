@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import synthetic
@@ -15,6 +16,8 @@ SCENARIOS = (named("identical", 1), named("uniform", 32), named("distinct", 128)
 
 
 def main() -> None:
+    # A shell's background job is started with Ctrl-C ignored, and so would this be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     path, delay_ms = sys.argv[1], float(sys.argv[2])
     space = synthetic.space()
     family = Family(synthetic.WORKLOAD, synthetic.SM_90, SCENARIOS)
