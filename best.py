@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a shipped model's name or a path to config.json")
     parser.add_argument("--ranks", default="16", help="such as 8,16,64")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if any")
-    parser.add_argument("--budget", default="150s", help="time for tuning: 90s, 10m, 1h")
+    parser.add_argument("--budget", default="120s", help="time for tuning: 90s, 10m, 1h")
     parser.add_argument("--log", type=Path, default=Path("best.log.jsonl"))
     parser.add_argument("--report", type=Path, default=Path("best.report.html"))
     parser.add_argument("--seed", type=int, default=0)
