@@ -30,6 +30,8 @@ class Launch:
     arguments: tuple[str, ...]
     """Parameters: workspaces, tensors (a and b: the first slice's stacks), tokens and tiles as
     int32, shifts as int64 (see `shift_of`)."""
+    dependent: bool = False
+    """Programmatic dependent launch: it may start before its predecessor ends, and waits itself."""
 
     @property
     def threads(self) -> int:
@@ -124,7 +126,10 @@ def pack(code: GeneratedLike, binary: bytes, resources: Mapping[str, float]) -> 
         code.tile_rows,
         tuple(tensor_shapes(Workload.parse(code.workload_key), code.tile_rows)),
         tuple(
-            Launch(k.name, k.grid, k.block, k.dynamic_smem_bytes, tuple(k.arguments))
+            Launch(
+                *(k.name, k.grid, k.block, k.dynamic_smem_bytes, tuple(k.arguments)),
+                dependent=bool(getattr(k, "dependent", False)),
+            )
             for k in code.kernels
         ),
         tuple(Buffer(w.name, w.dtype, w.elements) for w in code.workspaces),
