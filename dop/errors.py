@@ -47,6 +47,26 @@ class MissingDependencyError(DopError):
     """An optional package that the command needs is not installed."""
 
 
+class ShapeError(DopError):
+    """A tensor whose shape, strides or alignment an operator cannot take."""
+
+
+class DtypeError(DopError):
+    """A tensor whose element type an operator cannot take."""
+
+
+class DeviceError(DopError):
+    """Tensors on devices that do not go together, or a device that cannot be used."""
+
+
+class AdapterIdError(DopError):
+    """An adapter id or rank out of range; found in checked mode only."""
+
+
+class MissingKernelError(DopError):
+    """No ready kernel serves a call, and building one is not allowed or not possible."""
+
+
 class Failure(IntEnum):
     """Failure class of a measurement; the value is `error_no` in the log."""
 

@@ -1,0 +1,300 @@
+"""Segment plans: made once per forward pass, on the device, shared by all layers.
+
+All tables of a plan lie in one int32 buffer, so that a plan can be refilled in place between
+replays of a CUDA graph. Where each table lies depends on the numbers of tokens and slots only.
+
+    token_slot, token_rank, token_scale [tokens]     the row form: slot of each token, or -1
+    row_index [tokens]                               tokens sorted by slot, those without one last
+    slot_start [slots + 1]                           rows of slot s: row_index[start[s]:start[s+1]]
+    tile_slot, tile_row0, tile_rows, tile_rank, tile_scale [tiles]   for each of TILE_SIZES
+
+Tiles are runs of at most so many rows of one adapter, row_index[tile_row0:tile_row0+tile_rows];
+the number of tiles is a bound that holds for every composition (`tile_count`), and the tiles that
+a batch does not need have 0 rows. Scales are float32, stored by their bits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop.errors import ShapeError
+
+TILE_SIZES = (8, 16, 32, 64, 128)
+"""Rows per tile for which a plan holds tables."""
+
+ANY_RANK = 1 << 30
+"""Rank in a plan for which nobody gave ranks: no stack is as high."""
+
+ALIGN = 16
+"""Tables begin at multiples of 64 bytes."""
+
+ROW_TABLES = ("token_slot", "token_rank", "token_scale")
+TILE_TABLES = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale")
+SCALES = ("token_scale", "tile_scale")
+
+
+def tile_count(tokens: int, tile_rows: int, slots: int) -> int:
+    """Tiles that are enough for every batch of so many tokens and slots."""
+    return tokens // tile_rows + min(tokens, slots)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tables of a plan lie.
+
+    Attributes:
+        tokens: rows of the batch.
+        slots: adapters in a weight stack.
+        places: (offset, length) of each table in elements; a table of tiles is named with its
+            tile size, e.g. "tile_slot/16".
+        size: length of the buffer.
+    """
+
+    tokens: int
+    slots: int
+    places: dict[str, tuple[int, int]]
+    size: int
+
+
+@lru_cache(maxsize=16384)
+def layout(tokens: int, slots: int) -> Layout:
+    """Layout of the plans for so many tokens and slots."""
+    lengths = dict.fromkeys((*ROW_TABLES, "row_index"), tokens)
+    lengths["slot_start"] = slots + 1
+    for rows in TILE_SIZES:
+        tiles = tile_count(tokens, rows, slots)
+        lengths |= {f"{name}/{rows}": tiles for name in TILE_TABLES}
+    places, offset = {}, 0
+    for name, length in lengths.items():
+        places[name] = (offset, length)
+        offset += -(-length // ALIGN) * ALIGN
+    return Layout(tokens, slots, places, offset)
+
+
+def buffer_size(tokens: Any, slots: int) -> Any:
+    """Length of a plan's buffer; tokens may be symbolic."""
+
+    def padded(length: Any) -> Any:
+        return (length + ALIGN - 1) // ALIGN * ALIGN
+
+    used = torch.sym_min(tokens, slots)
+    tiles = sum(len(TILE_TABLES) * padded(tokens // rows + used) for rows in TILE_SIZES)
+    return 4 * padded(tokens) + padded(slots + 1) + tiles
+
+
+class SegmentPlan:
+    """Which adapter each row uses, in the forms that kernels read. Made by `segment_plan`.
+
+    Attributes:
+        buffer: int32 [layout.size], all tables.
+        tokens: rows of x and y.
+        slots: adapters in the weight stacks.
+        adapters: distinct adapters of the batch if the caller knew it, else None; a hint.
+        has_ranks: true ranks were given; without them every adapter has its stack's rank.
+        version: counts the fillings.
+        in_graph: it was last filled while a CUDA graph was captured, so its content may change
+            without a call.
+    """
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        tokens: int,
+        slots: int,
+        adapters: int | None = None,
+        has_ranks: bool = False,
+        in_graph: bool = False,
+    ) -> None:
+        self.buffer = buffer
+        self.tokens = tokens
+        self.slots = slots
+        self.adapters = adapters
+        self.has_ranks = has_ranks
+        self.in_graph = in_graph
+        self.version = 0
+        self.batch = (tokens, slots, adapters)
+        self.tables: dict[Any, Any] = {}
+        self.derived: dict[Any, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self.buffer.device
+
+    @property
+    def layout(self) -> Layout:
+        """Where each table lies in the buffer."""
+        return layout(self.tokens, self.slots)
+
+    def table(self, name: str, tile_rows: int = 0) -> Tensor:
+        """View of a table by name: int32, or float32 for scales.
+
+        Args:
+            name: e.g. "token_slot" or "tile_rows".
+            tile_rows: one of TILE_SIZES for tables of tiles.
+        """
+        key = f"{name}/{tile_rows}" if name in TILE_TABLES else name
+        offset, length = self.layout.places[key]
+        part = self.buffer[offset : offset + length]
+        return part.view(torch.float32) if name in SCALES else part
+
+    def __repr__(self) -> str:
+        hint = "" if self.adapters is None else f", adapters={self.adapters}"
+        ranks = ", ranks" if self.has_ranks else ""
+        return f"SegmentPlan(tokens={self.tokens}, slots={self.slots}{hint}{ranks}, {self.device})"
+
+
+def check_capacity(plan: SegmentPlan, tokens: int, slots: int, device: torch.device) -> None:
+    """Refuses to refill a plan that was made for another size.
+
+    Raises:
+        ShapeError: the plan holds another number of tokens or slots, or is on another device.
+    """
+    if (plan.tokens, plan.slots) != (tokens, slots) or plan.buffer.device != device:
+        raise ShapeError(
+            f"out is a plan of {plan.tokens} tokens and {plan.slots} slots on {plan.device}; "
+            f"given {tokens} tokens and {slots} slots on {device}.",
+            "Refill a plan of the same size (pad token_to_adapter with -1), or make a new one.",
+        )
+
+
+def fill(
+    buffer: Tensor,
+    token_to_adapter: Tensor,
+    slots: int,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> None:
+    """Fills a plan's buffer on its device, without waiting for it.
+
+    Args:
+        buffer: int32 [layout.size].
+        token_to_adapter: int32 or int64 [tokens]; what is outside 0..slots-1 is no adapter.
+        slots: adapters in the weight stacks.
+        ranks: int32 [slots] true ranks, or None.
+        scales: float32 [slots], or None for `scale` everywhere.
+        scale: the scale without `scales`.
+    """
+    if buffer.is_cuda:
+        kernel = _plan_kernel(buffer.device.index)
+        if kernel is not None:
+            kernel(buffer, token_to_adapter, slots, ranks, scales, scale)
+            return
+    fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
+
+
+@lru_cache(maxsize=None)
+def _plan_kernel(device: int) -> Any:
+    """The kernel that fills a plan in one launch, or None where there is none."""
+    try:
+        from dop.ops import generic
+    except ImportError:
+        return None
+    return generic.plan_kernel(device)
+
+
+def fill_by_torch(
+    buffer: Tensor,
+    token_to_adapter: Tensor,
+    slots: int,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> None:
+    """`fill` by torch's own operators: for CPUs, and what plan kernels are tested against."""
+    tokens = token_to_adapter.shape[0]
+    plan = SegmentPlan(buffer, tokens, slots)
+    ids = token_to_adapter.to(torch.int64)
+    known = (ids >= 0) & (ids < slots)
+    token_slot = torch.where(known, ids, -1)
+    ordered, order = torch.sort(torch.where(known, ids, slots), stable=True)
+    every = torch.arange(slots + 1, device=buffer.device)
+    start = torch.searchsorted(ordered, every)
+    plan.table("token_slot").copy_(token_slot)
+    plan.table("row_index").copy_(order)
+    plan.table("slot_start").copy_(start)
+    _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
+    counts = start[1:] - start[:-1]
+    for rows in TILE_SIZES:
+        per_slot = (counts + rows - 1) // rows
+        end = torch.cumsum(per_slot, 0)
+        tile = torch.arange(tile_count(tokens, rows, slots), device=buffer.device)
+        owner = torch.searchsorted(end, tile, right=True)
+        used = owner < slots
+        slot = torch.where(used, owner, 0)
+        nth = tile - (end - per_slot)[slot]
+        left = torch.where(used, counts[slot] - nth * rows, 0)
+        row0 = torch.where(used, start[slot] + nth * rows, 0)
+        plan.table("tile_slot", rows).copy_(slot)
+        plan.table("tile_row0", rows).copy_(row0)
+        plan.table("tile_rows", rows).copy_(left.clamp(max=rows))
+        _put(plan, "tile", rows, slot, ranks, scales, scale)
+
+
+def _put(
+    plan: SegmentPlan,
+    kind: str,
+    tile_rows: int,
+    slot: Tensor,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> None:
+    """Rank and scale of each token or tile. An adapter of rank 0 becomes one of rank 1 whose
+    scale is 0: kernels rely on a rank of at least 1."""
+    rank_table = plan.table(f"{kind}_rank", tile_rows)
+    scale_table = plan.table(f"{kind}_scale", tile_rows)
+    if ranks is None:
+        rank_table.fill_(ANY_RANK)
+    else:
+        true = ranks[slot]
+        rank_table.copy_(true.clamp(min=1))
+    if scales is None:
+        scale_table.fill_(scale)
+    else:
+        scale_table.copy_(scales[slot])
+    if ranks is not None:
+        scale_table.mul_(true > 0)
+
+
+_UPLOADED: dict[Any, Tensor] = {}
+_UPLOAD_LIMIT = 1024
+
+
+def upload(values: Sequence[int] | Sequence[float], kind: torch.dtype, where: Any) -> Tensor:
+    """Device tensor of a short host sequence, kept, so that a sequence is copied once only. The
+    copy is made from pinned memory and is not waited for."""
+    key = (tuple(values), kind, where)
+    found = _UPLOADED.get(key)
+    if found is None:
+        if len(_UPLOADED) >= _UPLOAD_LIMIT:
+            _UPLOADED.clear()
+        if where.type == "cuda":
+            host = torch.tensor(key[0], dtype=kind).pin_memory()
+            found = host.to(where, non_blocking=True)
+        else:
+            found = torch.tensor(key[0], dtype=kind, device=where)
+        _UPLOADED[key] = found
+    return found
+
+
+class Stamp:
+    """A tensor's identity and content version, to know whether it changed since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def holds(self, tensor: Tensor) -> bool:
+        """It is the same tensor with the same content; False if that cannot be known."""
+        if self._version is None or self._tensor() is not tensor:
+            return False
+        return bool(tensor._version == self._version)
