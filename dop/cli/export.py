@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,10 @@ _REGRET = typer.Option(
 )
 _FILE = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write.")
 _FOLDER = typer.Option(..., "--output", "-o", help="Folder to write.", show_default=False)
+_LOG_FIRST = typer.Argument(..., help="The tuning log.", show_default=False)
+_PACK = typer.Option(..., "--output", "-o", help="File to write, NAME.doppack.", show_default=False)
 _JSON = typer.Option(False, "--json", help="Print one JSON document.")
+_JOBS = typer.Option(0, "--jobs", "-j", min=0, help="Processes that build; 0: one per core.")
 
 
 @app.command()
@@ -54,15 +58,95 @@ def library(
     output: Path = _FOLDER,
     device: str | None = _DEVICE,
     regret: float = _REGRET,
+    jobs: int = typer.Option(1, "--jobs", "-j", min=0, help="Processes that build; 0: all cores."),
     as_json: bool = _JSON,
 ) -> None:
     """Write binaries (cubins, or a shared library) with an index; they load without TVM."""
+    from dop.export.build import default_processes
     from dop.export.library import export_library
 
     selection = _select(log, device, None, regret)
-    export_library(selection, output)
+    export_library(selection, output, processes=jobs or default_processes())
     size = sum(file.stat().st_size for file in output.iterdir())
     _report(selection, output, size, as_json)
+
+
+@app.command()
+def pack(
+    log: Path = _LOG_FIRST,
+    output: Path = _PACK,
+    dtype: str = typer.Option("fp16,bf16", help="Element types to ship."),
+    model: str | None = typer.Option(None, help="Ship only the layers of this model."),
+    tp: int = typer.Option(1, help="Shards of that model."),
+    ranks: str | None = typer.Option(None, "--ranks", help="Ship only these ranks, e.g. 8,16,64."),
+    device: str | None = _DEVICE,
+    regret: float = typer.Option(
+        10.0, min=0.0, help="Percent that a kernel may lose in a scenario to save another kernel."
+    ),
+    sources: bool = typer.Option(
+        True, help="Ship the CUDA sources too, from which other architectures are served."
+    ),
+    jobs: int = _JOBS,
+    as_json: bool = _JSON,
+) -> None:
+    """Write one compressed file that serving loads: put it into a folder of DOP_PACK_PATH."""
+    from dop.export.build import default_processes
+    from dop.export.make_pack import make_pack
+    from dop.export.select import read_measured
+    from dop.export.transfer import parse_dtypes
+
+    _check_pack(output, regret)
+    measured = read_measured(log, device=device, kind="cuda", keep=_keep(model, tp, ranks))
+    for warning in measured.warnings:
+        note(f"warning: {warning}")
+
+    def progress(done: int, count: int) -> None:
+        if done % 20 == 0 or done == count:
+            note(f"{done} of {count} kernels built")
+
+    packed = make_pack(
+        measured,
+        output,
+        dtypes=parse_dtypes(dtype),
+        max_regret=regret / 100,
+        processes=jobs or default_processes(),
+        sources=sources,
+        progress=progress,
+    )
+    for line in packed.notes:
+        note(f"note: {line}")
+    _report(packed.selection, output, packed.size_bytes, as_json, packed.notes)
+
+
+def _check_pack(output: Path, regret: float) -> None:
+    from dop.errors import ConfigError
+    from dop.export.pack import SUFFIX
+
+    _check_file(output)
+    if output.suffix != SUFFIX:
+        raise ExportError(f"{output} is no name of a pack.", f"Let it end in {SUFFIX}.")
+    if not regret >= 0:
+        raise ConfigError(f"a regret of {regret} percent.", "Give 0 or more.")
+
+
+def _keep(model: str | None, tp: int, ranks: str | None) -> Callable[[str], bool] | None:
+    """Whether a workload key is asked for, in whatever type it was tuned."""
+    from dop.config import model_shape, parse_ranks
+    from dop.workload import Workload
+
+    if model is None and ranks is None:
+        return None
+    wanted_ranks = set(parse_ranks(ranks)) if ranks is not None else None
+    shapes = set(model_shape(model).sharded(tp).values()) if model is not None else None
+
+    def keep(key: str) -> bool:
+        workload = Workload.parse(key)
+        shape = (workload.in_features, workload.out_features)
+        return (shapes is None or shape in shapes) and (
+            wanted_ranks is None or workload.rank in wanted_ranks
+        )
+
+    return keep
 
 
 def _check_file(output: Path) -> None:
@@ -79,7 +163,9 @@ def _select(log: Path, device: str | None, kind: str | None, regret: float) -> S
     return selection
 
 
-def _report(selection: Selection, output: Path, size_bytes: int, as_json: bool) -> None:
+def _report(
+    selection: Selection, output: Path, size_bytes: int, as_json: bool, notes: Sequence[str] = ()
+) -> None:
     found = {
         "output": output,
         "bytes": size_bytes,
@@ -87,6 +173,7 @@ def _report(selection: Selection, output: Path, size_bytes: int, as_json: bool) 
         "worst_regret": {k: t.worst_regret for k, t in selection.table.workloads.items()},
         "table": selection.table.to_json(),
         "provenance": selection.provenance.to_json(),
+        "notes": list(notes),
     }
     kernels, workloads = len(selection.kernels), len(selection.table.workloads)
     last = f"{output}: {kernels} kernels for {workloads} workloads, {size_bytes:,} bytes."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dop.errors import ExportError
+
+
+def sha256_hex(data: bytes) -> str:
+    """Hash by which an export names or checks a file."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -6,52 +6,58 @@ a plain C entry per kernel and `dop_sgmv.h` that declares them (CPU). `dop.expor
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dop.errors import DopError, ExportError
-from dop.export.files import write_folder
+from dop.errors import ExportError
+from dop.export.build import BuildJob, Generate, build_all, generated
+from dop.export.files import sha256_hex, write_folder
+from dop.export.index import FORMAT, INDEX, VERSION, describe
 from dop.export.select import Kernel, Selection
-from dop.measure.artifact import Artifact, GeneratedLike, pack
+from dop.measure.artifact import Artifact, pack
 
-if TYPE_CHECKING:
-    from dop.space.trace import Trace
-    from dop.target import Target
-    from dop.workload import Workload
-
-Generate = Callable[["Workload", "Trace", "Target"], GeneratedLike]
-
-INDEX = "index.json"
-FORMAT = "dop-library"
-VERSION = 1
 CPU_LIBRARY = "libdop_sgmv.so"
 CPU_HEADER = "dop_sgmv.h"
 
+Built = tuple[dict[str, bytes], dict[str, Artifact], dict[str, tuple[str, str]]]
+"""Files by name, artifacts by kernel, (file, C entry or "") by kernel."""
+
 
 def export_library(
-    selection: Selection, folder: Path, generate: Generate | None = None
+    selection: Selection,
+    folder: Path,
+    generate: Generate | None = None,
+    *,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Builds the kernels and writes the folder, whole or not at all; returns the index.
+
+    Args:
+        selection: what to ship.
+        folder: where to.
+        generate: stand-in for the code generator.
+        processes: that build at a time (CUDA).
 
     Raises:
         ExportError: a kernel cannot be built, or the folder cannot be written.
         MissingDependencyError: there is no compiler.
     """
-    codes = {kernel.name: _generated(kernel, selection, generate) for kernel in selection.kernels}
-    build = _build_cuda if selection.target.kind == "cuda" else _build_cpu
-    files, artifacts, places = build(selection, codes)
+    jobs = [job_of(kernel, selection) for kernel in selection.kernels]
+    if selection.target.kind == "cuda":
+        files, artifacts, places = _build_cuda(jobs, generate, processes)
+    else:
+        files, artifacts, places = _build_cpu(selection, jobs, generate)
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "kind": selection.target.kind,
         "provenance": selection.provenance.to_json(),
         "table": selection.table.to_json(),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "files": {name: sha256_hex(data) for name, data in files.items()},
         "kernels": [
-            _describe(kernel, artifacts[kernel.name], places[kernel.name])
+            described(kernel, artifacts[kernel.name], places[kernel.name])
             for kernel in selection.kernels
         ],
     }
@@ -60,36 +66,34 @@ def export_library(
     return index
 
 
-def _generated(kernel: Kernel, selection: Selection, generate: Generate | None) -> GeneratedLike:
-    if generate is None:
-        from dop.lowering.codegen import generate as generate_code
-
-        generate = generate_code
-    try:
-        return generate(kernel.workload, kernel.record.trace, selection.target)
-    except DopError as error:
-        raise ExportError(
-            f"{kernel.name} cannot be generated: {error.cause}",
-            "The log may come from another version of Dop.",
-        ) from error
+def job_of(kernel: Kernel, selection: Selection) -> BuildJob:
+    """What it takes to build a kernel of a selection."""
+    return BuildJob(kernel.name, kernel.workload, kernel.record.trace, selection.target)
 
 
-Built = tuple[dict[str, bytes], dict[str, Artifact], dict[str, tuple[str, str]]]
-"""Files by name, artifacts by kernel, (file, C entry or "") by kernel."""
+def described(kernel: Kernel, artifact: Artifact, place: tuple[str, str]) -> dict[str, Any]:
+    """A kernel's part of the index: its file, and its C entry or ""."""
+    scenarios = {
+        fit.scenario_key: {"seconds": fit.seconds, "floor_s": fit.floor_s} for fit in kernel.fits
+    }
+    return describe(kernel.name, kernel.trace_key, kernel.record.sketch, artifact, place, scenarios)
 
 
-def _build_cuda(selection: Selection, codes: Mapping[str, GeneratedLike]) -> Built:
-    from dop.measure.compile_cuda import compile_cuda
-
-    artifacts = {n: compile_cuda(code, selection.target.arch) for n, code in codes.items()}
+def _build_cuda(jobs: list[BuildJob], generate: Generate | None, processes: int) -> Built:
+    artifacts: dict[str, Artifact] = {}
+    for job, built in build_all(jobs, processes=processes, generate=generate):
+        if isinstance(built, ExportError):
+            raise built
+        artifacts[job.name] = built
     files = {f"{name}.cubin": artifact.binary for name, artifact in artifacts.items()}
-    return files, artifacts, {name: (f"{name}.cubin", "") for name in codes}
+    return files, artifacts, {name: (f"{name}.cubin", "") for name in artifacts}
 
 
-def _build_cpu(selection: Selection, codes: Mapping[str, GeneratedLike]) -> Built:
+def _build_cpu(selection: Selection, jobs: list[BuildJob], generate: Generate | None) -> Built:
     """One library for all kernels, so that they share one pool of threads."""
     from dop.measure.compile_cpu import link
 
+    codes = {job.name: generated(job, generate) for job in jobs}
     entries = {f"dop_{name}": code for name, code in codes.items()}
     library = link(entries, strip=True)
     artifacts = {name: pack(code, library, {}) for name, code in codes.items()}
@@ -98,38 +102,6 @@ def _build_cpu(selection: Selection, codes: Mapping[str, GeneratedLike]) -> Buil
         CPU_HEADER: _c_header(selection, artifacts).encode(),
     }
     return files, artifacts, {name: (CPU_LIBRARY, f"dop_{name}") for name in codes}
-
-
-def _describe(kernel: Kernel, artifact: Artifact, place: tuple[str, str]) -> dict[str, Any]:
-    file, entry = place
-    return {
-        "name": kernel.name,
-        "workload": kernel.workload.key,
-        "trace": kernel.trace_key,
-        "sketch": kernel.record.sketch,
-        "file": file,
-        "entry": entry,
-        "tile_rows": artifact.tile_rows,
-        "arguments": list(artifact.arguments),
-        "launches": [
-            {
-                "name": launch.name,
-                "grid": list(launch.grid),
-                "block": list(launch.block),
-                "dynamic_smem_bytes": launch.dynamic_smem_bytes,
-                "arguments": list(launch.arguments),
-            }
-            for launch in artifact.launches
-        ],
-        "workspaces": [
-            {"name": space.name, "dtype": space.dtype, "elements": space.elements}
-            for space in artifact.workspaces
-        ],
-        "scenarios": {
-            fit.scenario_key: {"seconds": fit.seconds, "floor_s": fit.floor_s}
-            for fit in kernel.fits
-        },
-    }
 
 
 _C_HEAD = """\

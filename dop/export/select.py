@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +30,15 @@ class Kernel:
         trace_key: `Trace.key`.
         record: one of its records.
         fits: the scenarios that the table gives to it.
+        transferred_from: key of the workload that the record is of, if it was tuned in another
+            dtype (see `dop.export.transfer`).
     """
 
     workload: Workload
     trace_key: str
     record: Record
     fits: tuple[Fit, ...]
+    transferred_from: str = ""
 
     @property
     def name(self) -> str:
@@ -69,12 +73,30 @@ def workload_name(workload: Workload) -> str:
     return f"{_SHORT[workload.dtype]}_r{workload.rank}_{workload.in_features}_{widths}"
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a log holds of one device.
+
+    Attributes:
+        log: the file.
+        entries: of the device and its newest target.
+        warnings: what a person should know, one line each.
+    """
+
+    log: Path
+    entries: tuple[Entry, ...]
+    device_name: str
+    target_key: str
+    warnings: tuple[str, ...]
+
+
 def select(
     log: Path,
     *,
     device: str | None = None,
     kind: str | None = None,
     max_regret: float = MAX_REGRET,
+    keep: Callable[[str], bool] | None = None,
 ) -> Selection:
     """The kernels of a log.
 
@@ -83,6 +105,7 @@ def select(
         device: name of the device; needed if the log holds several.
         kind: "cuda" or "cpu": consider only such devices.
         max_regret: see `dop.dispatch.cover`.
+        keep: says of a workload key whether to ship it; None: all.
 
     Raises:
         ConfigError: the regret is negative or no number.
@@ -91,6 +114,17 @@ def select(
     """
     if not max_regret >= 0:
         raise ConfigError(f"a regret of {max_regret:.0%}.", "Give 0 percent or more.")
+    return choose(read_measured(log, device=device, kind=kind, keep=keep), max_regret)
+
+
+def read_measured(
+    log: Path,
+    *,
+    device: str | None = None,
+    kind: str | None = None,
+    keep: Callable[[str], bool] | None = None,
+) -> Measured:
+    """The entries of one device of a log; arguments and errors as `select`."""
     if not log.exists():
         raise LogError(f"{log} does not exist.", "Run dop tune first, or check the path.")
     contents = read_log(log).require_entries()
@@ -105,7 +139,35 @@ def select(
         for other, count in others.items()
     ]
     mine = [e for e in entries if e.target_key == target_key]
-    built = build_table(mine, device=name, target_key=target_key, max_regret=max_regret)
+    if keep is not None:
+        mine = [e for e in mine if keep(e.workload_key)]
+        if not mine:
+            raise ExportError(
+                f"{log} holds no record of those workloads.", "See dop log stats for what it holds."
+            )
+    return Measured(log, tuple(mine), name, target_key, tuple(warnings))
+
+
+def choose(
+    measured: Measured, max_regret: float, banned: Collection[tuple[str, str]] = ()
+) -> Selection:
+    """Few kernels that serve everything that was measured.
+
+    Args:
+        measured: the records.
+        max_regret: see `dop.dispatch.cover`.
+        banned: (workload key, trace key) that cannot be built.
+
+    Raises:
+        ExportError: nothing usable is left.
+    """
+    entries = [e for e in measured.entries if (e.workload_key, e.trace_key) not in banned]
+    built = build_table(
+        entries,
+        device=measured.device_name,
+        target_key=measured.target_key,
+        max_regret=max_regret,
+    )
     kernels = []
     for key, table in built.table.workloads.items():
         workload = Workload.parse(key)
@@ -113,8 +175,8 @@ def select(
             fits = tuple(fit for fit in table.fits if fit.trace_key == trace)
             kernels.append(Kernel(workload, trace, built.entries[key, trace].record(), fits))
     target = target_of(kernels[0].record)
-    origin = provenance_of(log, mine)
-    return Selection(built.table, target, tuple(kernels), origin, tuple(warnings))
+    origin = provenance_of(measured.log, measured.entries)
+    return Selection(built.table, target, tuple(kernels), origin, measured.warnings)
 
 
 def _kind(entry: Entry) -> str:

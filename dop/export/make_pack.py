@@ -1,0 +1,185 @@
+"""`dop export pack`: from a tuned log to one compressed file that serving loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dop.errors import ExportError
+from dop.export.build import Generate, Outcome, build_all
+from dop.export.cuda_text import take_apart
+from dop.export.index import FORMAT, VERSION
+from dop.export.library import described, job_of
+from dop.export.pack import hashed_name, write_pack
+from dop.export.select import Kernel, Measured, Selection, choose
+from dop.export.transfer import in_dtypes, without
+from dop.measure.artifact import Artifact
+
+Key = tuple[str, str]
+"""Workload key and trace key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A pack that was written.
+
+    Attributes:
+        path: the file.
+        size_bytes: of it.
+        selection: what is in it.
+        binaries: distinct cubins.
+        cubin_bytes: of them, uncompressed.
+        notes: what a person should know, one line each.
+    """
+
+    path: Path
+    size_bytes: int
+    selection: Selection
+    binaries: int
+    cubin_bytes: int
+    notes: tuple[str, ...]
+
+
+def make_pack(
+    measured: Measured,
+    path: Path,
+    *,
+    dtypes: Sequence[str],
+    max_regret: float,
+    processes: int = 1,
+    sources: bool = True,
+    generate: Generate | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Packed:
+    """Chooses, builds and writes.
+
+    A kernel of the log that this version of Dop cannot build any more is passed over, and what
+    serves its batches is chosen anew; a kernel that cannot be built in the type it is transferred
+    to takes its workload out in that type. Both are noted.
+
+    Args:
+        measured: of a CUDA device.
+        path: the file to write.
+        dtypes: element types to ship, see `dop.export.transfer`.
+        max_regret: see `dop.dispatch.cover`.
+        processes: that build at a time.
+        sources: ship the CUDA sources too.
+        generate: stand-in for the code generator.
+        progress: is told (kernels built, kernels to build).
+
+    Raises:
+        ExportError: nothing can be shipped, or the file cannot be written.
+        MissingDependencyError: there is no compiler.
+    """
+    if not measured.target_key.startswith("cuda"):
+        raise ExportError(
+            f"{measured.device_name} is no CUDA device.", "Use dop export library for CPUs."
+        )
+    outcomes: dict[Key, Outcome] = {}
+    banned: dict[Key, str] = {}
+    while True:
+        selection = in_dtypes(choose(measured, max_regret, banned), dtypes)
+        _build(selection, outcomes, processes, generate, progress)
+        broken = _broken(selection, outcomes)
+        if not broken:
+            break
+        banned |= broken
+    notes = [f"{k[0]}: {k[1]} cannot be built and is passed over: {w}" for k, w in banned.items()]
+    selection, dropped = _transferable(selection, outcomes)
+    notes += dropped
+    artifacts = {k: a for k, a in outcomes.items() if isinstance(a, Artifact)}
+    index, files = _contents(selection, artifacts, notes, max_regret, sources)
+    size = write_pack(path, index, files)
+    cubins = {name: data for name, data in files.items() if name.endswith(".cubin")}
+    total = sum(map(len, cubins.values()))
+    return Packed(path, size, selection, len(cubins), total, tuple(notes))
+
+
+def _key(kernel: Kernel) -> Key:
+    return kernel.workload.key, kernel.trace_key
+
+
+def _build(
+    selection: Selection,
+    outcomes: dict[Key, Outcome],
+    processes: int,
+    generate: Generate | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Builds what has not been built yet."""
+    todo = {k.name: k for k in selection.kernels if _key(k) not in outcomes}
+    jobs = [job_of(kernel, selection) for kernel in todo.values()]
+    built = build_all(jobs, processes=processes, generate=generate)
+    for done, (job, outcome) in enumerate(built, 1):
+        outcomes[_key(todo[job.name])] = outcome
+        if progress is not None:
+            progress(done, len(jobs))
+
+
+def _broken(selection: Selection, outcomes: dict[Key, Outcome]) -> dict[Key, str]:
+    """Kernels that cannot be built in the very type that they were tuned in."""
+    found: dict[Key, str] = {}
+    for kernel in selection.kernels:
+        outcome = outcomes[_key(kernel)]
+        if isinstance(outcome, ExportError) and not kernel.transferred_from:
+            found[_key(kernel)] = outcome.cause
+    return found
+
+
+def _transferable(
+    selection: Selection, outcomes: dict[Key, Outcome]
+) -> tuple[Selection, list[str]]:
+    notes: dict[str, str] = {}
+    for kernel in selection.kernels:
+        outcome = outcomes[_key(kernel)]
+        if isinstance(outcome, ExportError):
+            key = kernel.workload.key
+            notes.setdefault(key, f"{key} is not shipped: {outcome.cause}")
+    for key in notes:
+        selection = without(selection, key)
+    if not selection.kernels:
+        raise ExportError("no kernel can be built.", next(iter(notes.values())))
+    return selection, list(notes.values())
+
+
+def _contents(
+    selection: Selection,
+    artifacts: dict[Key, Artifact],
+    notes: Sequence[str],
+    max_regret: float,
+    sources: bool,
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Index and files of the pack."""
+    files: dict[str, bytes] = {}
+    kernels = []
+    for kernel in selection.kernels:
+        artifact = artifacts[_key(kernel)]
+        file = hashed_name(artifact.binary, "cubin")
+        files[file] = artifact.binary
+        entry = described(kernel, artifact, (file, ""))
+        entry["min_arch"] = take_apart(artifact.source).min_arch
+        if kernel.transferred_from:
+            entry["transferred_from"] = kernel.transferred_from
+        if sources:
+            text = artifact.source.encode()
+            entry["source"] = hashed_name(text, "cu")
+            files[entry["source"]] = text
+        kernels.append(entry)
+    transferred = sorted({k.workload.key for k in selection.kernels if k.transferred_from})
+    provenance = {
+        **selection.provenance.to_json(),
+        "max_regret": max_regret,
+        "transferred": transferred,
+    }
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": "cuda",
+        "provenance": provenance,
+        "notes": list(notes),
+        "table": selection.table.to_json(),
+        "kernels": kernels,
+    }
+    return index, files
