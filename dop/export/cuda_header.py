@@ -26,7 +26,8 @@ MAX_WORKSPACES = 8
 _DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _POINTERS = (
     *("x", "a", "b", "y", "y_in"),
-    *("token_slot", "tile_slot", "tile_row0", "tile_rows", "row_index"),
+    *("token_slot", "token_rank", "token_scale", "row_index"),
+    *("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale"),
 )
 _NUMBERS = ("a1_shift", "a2_shift", "b1_shift", "b2_shift", "tokens", "tiles", "slots")
 

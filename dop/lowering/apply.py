@@ -15,6 +15,8 @@ implied by a step or rides on a pragma (PR):
 - PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
 - PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
   element), so that one lane's part of it is a box (regions of CA are boxes).
+- PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches
+  (lowering/cuda_launch.py).
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
@@ -99,6 +101,7 @@ class Application:
     stages: Stages = field(default_factory=Stages)
     placed: dict[str, str] = field(default_factory=dict)
     async_copy: bool = False
+    dependent_launch: int = 0
     blocks: dict[str, str] = field(default_factory=dict)
     copies: list[Callable[[], None]] = field(default_factory=list)
     products: list[Callable[[], None]] = field(default_factory=list)
@@ -109,7 +112,9 @@ class Application:
         """The unscheduled program in the form that the prologue asks for, and the number of
         prologue steps (they are done)."""
         rows, done = prologue(trace)
-        program = Program(workload, rows, _packing(trace), _wants_matrices(trace))
+        program = Program(
+            workload, rows, _packing(trace), _wants_matrices(trace), _runs_on_a_gpu(trace)
+        )
         func = from_source(program.source(), extra_vars={"T": T})
         # The slice of a group of columns is no affine number where widths differ; TVM's checks
         # would refuse to vectorize the sum over split-K parts for that alone.
@@ -292,6 +297,10 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         # The program was rendered so; a second, different one would be ignored silently.
         if step.value != app.program.pack:
             raise TraceError("the k axis is packed once.")
+    elif name == "dependent_launch":
+        if step.value not in (0, 1):
+            raise TraceError("dependent_launch is 0 or 1.")
+        app.dependent_launch = int(step.value)
     elif name == "transpose":
         schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)
     elif name in PRAGMAS:
@@ -323,6 +332,12 @@ def _wants_matrices(trace: Trace) -> bool:
     """Whether a step uses a matrix intrinsic."""
     tensorize = ANNOTATIONS.index("tensorize")
     return any(isinstance(s, AnnotationStep) and s.annotation == tensorize for s in trace.steps)
+
+
+def _runs_on_a_gpu(trace: Trace) -> bool:
+    """Whether a step binds a loop to blocks."""
+    kinds = (ANNOTATIONS[s.annotation] for s in trace.steps if isinstance(s, AnnotationStep))
+    return any(kind.startswith("blockIdx") for kind in kinds)
 
 
 def _packing(trace: Trace) -> tuple[int, int] | None:

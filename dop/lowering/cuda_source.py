@@ -28,6 +28,7 @@ def finish(source: str, program: Program, kernels: tuple[str, ...]) -> str:
     - Kernels return at once for tiles without rows (tokens without adapter): the grid depends on
       the token count only, so there are such tiles.
     - Offsets into weight stacks are computed in 64 bits.
+    - A caller without ranks or scales gives null pointers for their tables.
     - y and y_in are one array, so neither is __restrict__; every element is read and written by
       one thread only.
 
@@ -42,9 +43,28 @@ def finish(source: str, program: Program, kernels: tuple[str, ...]) -> str:
     # TVM's cp.async helper takes its source offset as an int.
     source = re.sub(r"\bint src_off\b", "long long src_off", source)
     source = re.sub(r"\* __restrict__ (y_ptr|y_in_ptr)", r"* \1", source)
+    source = _optional(source)
     table, empty = (slot, "< 0") if not program.tile_rows else ("tile_rows_ptr", "<= 0")
     for name in kernels:
         source = _guard(source, name, f"  if ({table}[blockIdx.x] {empty}) return;\n")
+    return source
+
+
+_OPTIONAL = {"rank": "1073741824", "scale": "1.0f"}
+"""What stands for a table that the caller did not give: no limit, no factor."""
+
+
+def _optional(source: str) -> str:
+    """Reads of the rank and scale tables, which may be null.
+
+    Raises:
+        BuildError: a table is read in another way than element by element.
+    """
+    for what, default in _OPTIONAL.items():
+        name = rf"(?:token|tile)_{what}_ptr"
+        source = re.sub(rf"\b({name})\[([^\[\]]*)\]", rf"(\1 ? \1[\2] : {default})", source)
+        if re.search(rf"\({name}\b(?! \?)|{name} [+-]", source):
+            raise BuildError(f"a table of {what}s is read as a vector.", "Use another width.")
     return source
 
 

@@ -6,7 +6,7 @@ The program is rendered as TVMScript text, so that a person can read what is sch
     gather_a    ag[s, t, r, k] = A_s[slot(t), r, k]
     shrink      v[s, t, i, r]  = sum_k xg * ag                      (fp32)
     gather_b    bg[t, n, r]    = B_s(n)[slot(t), n - offset, r]
-    expand      d[t, i, n]     = sum_r v[s(n), t, i, r] * bg        (fp32)
+    expand      d[t, i, n]     = sum_r scale(t) * [r < rank(t)] v[s(n), t, i, r] * bg   (fp32)
     accumulate  y[row(t, i), n] = y_in[row(t, i), n] + d
 
 Tokens, tiles and slots are symbolic: one binary serves every batch. Two forms:
@@ -16,10 +16,17 @@ Tokens, tiles and slots are symbolic: one binary serves every batch. Two forms:
 - tile form: tile t is up to `tile_rows` rows of one segment: `row_index[tile_row0[t] + i]` for
   i < `tile_rows[t]`; rows behind that read as zero and are not written.
 
+Rank and scale of the tile's adapter stand beside its slot (`token_rank`, `token_scale`, or
+`tile_...`), so that no load waits for another. Elements of v behind the adapter's rank count as
+zero, so what stands behind it in A and B has no influence (as long as it is finite). On a GPU
+(`clamp`) the loads behind it are turned back to the last element in use: an adapter of rank 8 in
+a stack of rank 64 moves the bytes of rank 8, and the loads stay unconditional.
+
 For tensor cores (`matrix`) the rank axis is padded with zeros to a multiple of 16, and two copies
 are stages of their own: v in the operands' type, and the rows of y that a tile updates:
 
-    shrink_in      vc[t, g, i, r] = v[s(g), t, i, r]   g: columns in groups no slice border cuts
+    shrink_in      vc[t, g, i, r] = scale(t) * [r < rank(t)] v[s(g), t, i, r]
+                   g: columns in groups that no slice border cuts
     accumulate_in  yc[t, i, n]    = y_in[row(t, i), n]
 
 The weight stacks of all slices are addressed from the first slice's: `a` is A_0 as a flat array and
@@ -38,8 +45,10 @@ from dop.workload import Workload
 Axes = dict[str, int | str]
 """Loops of a stage with their extents: a number or the name of a symbol."""
 
-TABLES_ROW = ("token_slot",)
-TABLES_TILE = ("tile_slot", "tile_row0", "tile_rows", "row_index")
+TABLES_ROW = ("token_slot", "token_rank", "token_scale")
+TABLES_TILE = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale", "row_index")
+FLOAT_TABLES = ("token_scale", "tile_scale")
+"""Tables of float32; the others hold int32."""
 
 
 def shift_names(slices: int) -> tuple[str, ...]:
@@ -56,12 +65,14 @@ class Program:
         tile_rows: rows of a tile; 0 for the row form.
         pack: (lanes, vector) if the k axis is written as (group, lane, element), else None.
         matrix: the form for tensor cores: padded rank, v converted in a stage of its own.
+        clamp: loads of A and B behind the adapter's rank are turned back to its last element.
     """
 
     workload: Workload
     tile_rows: int
     pack: tuple[int, int] | None = None
     matrix: bool = False
+    clamp: bool = False
 
     @property
     def rank(self) -> int:
@@ -103,7 +114,7 @@ class Program:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Index arguments, int32."""
+        """Table arguments in order, see FLOAT_TABLES for their types."""
         return TABLES_TILE if self.tile_rows else TABLES_ROW
 
     @property
@@ -126,6 +137,14 @@ class Program:
     def slot_table(self) -> str:
         """Name of the table that holds each tile's slot."""
         return self.tables[0]
+
+    @property
+    def _adapter_rank(self) -> str:
+        return f"{'tile' if self.tile_rows else 'token'}_rank[vt]"
+
+    @property
+    def _adapter_scale(self) -> str:
+        return f"{'tile' if self.tile_rows else 'token'}_scale[vt]"
 
     def source(self) -> str:
         """The program as TVMScript (without imports; T is tvm.script.tirx)."""
@@ -162,7 +181,8 @@ class Program:
         shapes = {"x": (f"tokens, {w.in_features}", dtype)}
         shapes |= {"a": ("a_size,", dtype), "b": ("b_size,", dtype)}
         for table in self.tables:
-            shapes[table] = ("tokens," if table == "row_index" else f"{t},", "int32")
+            kind = "float32" if table in FLOAT_TABLES else "int32"
+            shapes[table] = ("tokens," if table == "row_index" else f"{t},", kind)
         shapes["y_in"] = shapes["y"] = (f"tokens, {w.total_out}", dtype)
         matched = [
             f'{name} = T.match_buffer({name}_h, ({shapes[name][0]}), "{shapes[name][1]}")'
@@ -227,7 +247,8 @@ class Program:
         before = {s: f"vs < {s}" for s in range(1, w.slices)}
         loops, index, column = self._k
         sizes = [w.rank * w.in_features] * w.slices
-        value = self._stack("a", before, f"(vr * {w.in_features} + {column})", sizes)
+        row = f"T.min(vr, {self._adapter_rank} - 1)" if self.clamp else "vr"
+        value = self._stack("a", before, f"({row} * {w.in_features} + {column})", sizes)
         if self._k_guard:
             value = f'T.if_then_else({self._k_guard}, {value}, T.cast(0, "{w.dtype}"))'
         value = self._padded(value)
@@ -236,7 +257,7 @@ class Program:
 
     def _padded(self, value: str) -> str:
         """The element, or zero behind the last rank."""
-        if self.rank == self.workload.rank:
+        if self.clamp or self.rank == self.workload.rank:
             return value
         zero = f'T.cast(0, "{self.workload.dtype}")'
         return f"T.if_then_else(vr < {self.workload.rank}, {value}, {zero})"
@@ -259,7 +280,8 @@ class Program:
             "i": self.rows,
             "r": self.rank,
         }
-        value = f'T.cast(v[{slice_of}, vt, vi, vr], "{w.dtype}")'
+        v = self._masked(f"v[{slice_of}, vt, vi, vr]")
+        value = f'T.cast({v}, "{w.dtype}")'
         return _stage("shrink_in", axes, "SSSS", [f"vc[vt, vg, vi, vr] = {value}"])
 
     def _shrink(self) -> list[str]:
@@ -284,7 +306,14 @@ class Program:
         for s in range(1, w.slices):
             first = f"T.Select({before[s]}, {first}, {w.offsets[s]})"
         sizes = [width * w.rank for width in w.out_features]
-        value = self._padded(self._stack("b", before, f"((vn - {first}) * {w.rank} + vr)", sizes))
+        column = "vr"
+        if self.clamp:
+            # In whole groups of 8, so that loads along the rank stay vectors.
+            unit = math.gcd(8, w.rank)
+            group = f"T.min(vr // {unit}, ({self._adapter_rank} - 1) // {unit})"
+            column = f"{group} * {unit} + vr % {unit}"
+        offset = f"((vn - {first}) * {w.rank} + {column})"
+        value = self._padded(self._stack("b", before, offset, sizes))
         axes: Axes = {"t": self.tiles, "n": w.total_out, "r": self.rank}
         return _stage("gather_b", axes, "SSS", [f"bg[vt, vn, vr] = {value}"])
 
@@ -292,11 +321,22 @@ class Program:
         w = self.workload
         slice_of = " + ".join(f'(1 - T.cast(vn < {o}, "int32"))' for o in w.offsets[1:]) or "0"
         axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": self.rank}
-        v = f"v[{slice_of}, vt, vi, vr]"
+        v = self._masked(f"v[{slice_of}, vt, vi, vr]")
         if self.matrix:
             v = f'T.cast(vc[vt, vn // {self._group}, vi, vr], "float32")'
         product = f'{v} * T.cast(bg[vt, vn, vr], "float32")'
         return _stage("expand", axes, "SSSR", _sum("d[vt, vi, vn]", product))
+
+    def _masked(self, v: str) -> str:
+        """An element of v times the adapter's scale, or zero behind its rank.
+
+        The scale is here and not in accumulate, whose loads TVM may turn into vectors of eight
+        floats: it cannot broadcast a number to those.
+        """
+        inside = f"vr < {self._adapter_rank}"
+        if self.clamp:  # v is finite there: a factor, for TVM makes a branch of a choice of loads
+            return f'{v} * (T.cast({inside}, "float32") * {self._adapter_scale})'
+        return f"T.Select({inside}, {v} * {self._adapter_scale}, T.float32(0))"
 
     def _gather_y(self) -> list[str]:
         w = self.workload

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dop.measure.plan import SlotFacts
 from dop.scenario import NO_ADAPTER
 
 Floats = NDArray[np.floating]
@@ -84,7 +85,12 @@ def judge(errors: Errors, dtype: str) -> tuple[float, str]:
 
 
 def reference(
-    x: Floats, a: list[Floats], b: list[Floats], y: Floats, token_slot: NDArray[np.int32]
+    x: Floats,
+    a: list[Floats],
+    b: list[Floats],
+    y: Floats,
+    token_slot: NDArray[np.int32],
+    facts: SlotFacts | None = None,
 ) -> NDArray[np.float64]:
     """What y must hold after the call, in float64.
 
@@ -93,14 +99,17 @@ def reference(
         a, b: per slice [slots, rank, in] and [slots, out, rank].
         y: [tokens, sum of out] before the call.
         token_slot: [tokens], -1 for no adapter.
+        facts: rank and scale of each slot; None for full ranks and scale 1.
     """
     want = y.astype(np.float64)
     for slot in np.unique(token_slot[token_slot != NO_ADAPTER]):
         rows = np.flatnonzero(token_slot == slot)
-        inputs = x[rows].astype(np.float64)
+        inputs = x[rows].astype(np.float64) * (facts.scales[slot] if facts else 1.0)
+        rank = facts.ranks[slot] if facts else None
         column = 0
         for a_s, b_s in zip(a, b, strict=True):
-            update = inputs @ a_s[slot].astype(np.float64).T @ b_s[slot].astype(np.float64).T
+            shrunk = inputs @ a_s[slot, :rank].astype(np.float64).T
+            update = shrunk @ b_s[slot, :, :rank].astype(np.float64).T
             want[rows, column : column + update.shape[1]] += update
             column += update.shape[1]
     return want

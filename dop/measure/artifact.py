@@ -185,10 +185,11 @@ def tensor_shapes(workload: Workload, tile_rows: int) -> dict[str, tuple[str, ..
     shapes |= {f"a{s}": ("slots", rank, width) for s in slices}
     shapes |= {f"b{s}": ("slots", str(workload.out_features[s]), rank) for s in slices}
     if tile_rows:
-        shapes |= dict.fromkeys(("tile_slot", "tile_row0", "tile_rows"), ("tiles",))
+        tables = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale")
+        shapes |= dict.fromkeys(tables, ("tiles",))
         shapes["row_index"] = ("tokens",)
     else:
-        shapes["token_slot"] = ("tokens",)
+        shapes |= dict.fromkeys(("token_slot", "token_rank", "token_scale"), ("tokens",))
     shapes["y_in"] = shapes["y"] = ("tokens", str(workload.total_out))
     return shapes
 

@@ -85,12 +85,19 @@ def _entry(name: str, code: GeneratedLike) -> str:
         if tensor not in shapes:
             raise CompilerError(f"the code wants {argument!r}, which no caller provides.")
         sizes = [f"scalars[{SCALARS.index(d)}]" if d in SCALARS else d for d in shapes[tensor]]
-        kind, bits = _TYPES["int32" if len(sizes) == 1 else workload.dtype]
+        kind, bits = _TYPES[_element_type(tensor, len(sizes), workload)]
         lines += _tensor_lines(
             i, position[tensor], ["*".join(sizes)] if flat else sizes, kind, bits
         )
     lines += [f"  return {name}_packed(0, packed, {count}, &result) ? -1 : 0;", "}"]
     return "\n".join(lines) + "\n"
+
+
+def _element_type(tensor: str, dimensions: int, workload: Workload) -> str:
+    """Only tables have one dimension; those of scales hold floats."""
+    if dimensions > 1:
+        return workload.dtype
+    return "float32" if tensor.endswith("_scale") else "int32"
 
 
 def _tensor_lines(i: int, source: int, sizes: list[str], kind: int, bits: int) -> list[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dop.measure.plan import Table
+from dop.measure.plan import SlotFacts
 from dop.scenario import NO_ADAPTER, Scenario
 from dop.workload import Workload
 
@@ -42,7 +43,9 @@ def stack_slots(
     return max(MIN_SLOTS, *needs)
 
 
-def window_slots(scenario: Scenario, slots: int, count: int, seed: int = 0) -> list[Table]:
+def window_slots(
+    scenario: Scenario, slots: int, count: int, seed: int = 0
+) -> list[NDArray[np.int32]]:
     """Slot of each row, [tokens], for each of `count` windows.
 
     Adapters lie scattered over the stack and rows are shuffled, both by `seed`. Windows are
@@ -64,3 +67,10 @@ def awkward(tile_rows: int) -> Scenario:
     one row, single rows, and rows without adapter. 37 rows in the row form."""
     longest = 13 if tile_rows <= 6 else 2 * tile_rows + 1
     return Scenario("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE)
+
+
+def mixed_facts(workload: Workload, slots: int) -> SlotFacts:
+    """Ranks from 1 to the stack's and scales of both signs, by which candidates are checked."""
+    ranks = workload.rank - np.arange(slots) * 5 % workload.rank
+    scales = np.array([1.0, 0.5, -0.75, 2.0], np.float32)[np.arange(slots) % 4]
+    return SlotFacts(ranks.astype(np.int32), scales)

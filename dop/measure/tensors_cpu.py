@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dop.measure.accuracy import Errors, Floats, compare, reference
-from dop.measure.inputs import stack_slots, window_slots, windows
-from dop.measure.plan import Plan, make_plan
+from dop.measure.inputs import mixed_facts, stack_slots, window_slots, windows
+from dop.measure.plan import Plan, SlotFacts, Table, make_plan
 from dop.scenario import Scenario
 from dop.target import Target
 from dop.workload import Workload
@@ -59,6 +59,7 @@ class Batch:
         guarded: y with its guards, [GUARD + tokens * out + GUARD].
         before: y and guards before a call.
         want: y after it [tokens, out], computed in float64, stored as float32.
+        facts: ranks and scales of the slots; None for full ranks and scale 1.
     """
 
     scenario: Scenario
@@ -68,6 +69,7 @@ class Batch:
     guarded: Floats
     before: Floats
     want: Floats
+    facts: SlotFacts | None = None
     plans: dict[int, list[Plan]] = field(default_factory=dict)
 
     @property
@@ -78,7 +80,7 @@ class Batch:
     def plans_for(self, tile_rows: int) -> list[Plan]:
         """Plan of each window for a tile height."""
         if tile_rows not in self.plans:
-            plans = [make_plan(rows, tile_rows) for rows in self.rows]
+            plans = [make_plan(rows, tile_rows, facts=self.facts) for rows in self.rows]
             for plan in plans:
                 for name, table in plan.tables.items():
                     plan.tables[name] = _copy_aligned(table)
@@ -97,8 +99,8 @@ class Batch:
         return compare(self.y, self.want, before, self.rows[0], touched)
 
 
-def _copy_aligned(table: NDArray[np.int32]) -> NDArray[np.int32]:
-    out = aligned(table.shape, np.int32)
+def _copy_aligned(table: Table) -> Table:
+    out: Table = aligned(table.shape, table.dtype.type)
     out[...] = table
     return out
 
@@ -110,7 +112,7 @@ class Weights:
     a: list[Floats]
     b: list[Floats]
     slots: int
-    batches: dict[tuple[Scenario, int], Batch] = field(default_factory=dict)
+    batches: dict[tuple[Scenario, int, bool], Batch] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -142,12 +144,13 @@ class TensorCache:
         return held
 
     def batch(self, workload: Workload, scenario: Scenario, *, timed: bool) -> Batch:
-        """Tensors of a scenario; one window if it is only checked."""
+        """Tensors of a scenario; one window, with mixed ranks and scales, if it is only checked."""
         weights = self._held[workload.key]
+        facts = None if timed else mixed_facts(workload, weights.slots)
         count = windows(workload, scenario, self._cache_bytes, WINDOW_LIMIT) if timed else 1
-        key = (scenario, count)
+        key = (scenario, count, timed)
         if key not in weights.batches:
-            weights.batches[key] = _make_batch(workload, weights, scenario, count)
+            weights.batches[key] = _make_batch(workload, weights, scenario, count, facts)
         return weights.batches[key]
 
 
@@ -176,7 +179,13 @@ def _stacks(shapes: Sequence[tuple[int, ...]], kind: type, scale: float, seed: i
     ]
 
 
-def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count: int) -> Batch:
+def _make_batch(
+    workload: Workload,
+    weights: Weights,
+    scenario: Scenario,
+    count: int,
+    facts: SlotFacts | None,
+) -> Batch:
     kind = element_type(workload)
     tokens = scenario.tokens
     rows = window_slots(scenario, weights.slots, count)
@@ -184,8 +193,8 @@ def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count:
     before = _normal((tokens * workload.total_out + 2 * GUARD,), kind, 1.0, 22)
     guarded = aligned(before.shape, kind)
     y = before[GUARD:-GUARD].reshape(tokens, workload.total_out)
-    want = reference(x, weights.a, weights.b, y, rows[0])
-    return Batch(scenario, weights.slots, rows, x, guarded, before, want.astype(np.float32))
+    want = reference(x, weights.a, weights.b, y, rows[0], facts).astype(np.float32)
+    return Batch(scenario, weights.slots, rows, x, guarded, before, want, facts)
 
 
 def pointers(arrays: Sequence[NDArray]) -> ctypes.Array[ctypes.c_void_p]:  # type: ignore[type-arg]

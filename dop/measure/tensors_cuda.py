@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dop.measure.accuracy import Errors
-from dop.measure.inputs import stack_slots, window_slots, windows
-from dop.measure.plan import PLAN_ADAPTERS, Plan, Table, make_plan
+from dop.measure.inputs import mixed_facts, stack_slots, window_slots, windows
+from dop.measure.plan import PLAN_ADAPTERS, Plan, SlotFacts, Table, make_plan
 from dop.scenario import NO_ADAPTER, Scenario
 from dop.workload import Workload
 
@@ -23,6 +24,8 @@ WINDOW_LIMIT = 32
 BUDGET_BYTES = 40 << 30
 TABLE_STEP = 16
 """Tables start at multiples of 64 bytes."""
+FACTS = ("_rank", "_scale")
+"""How the names of tables end that a caller may leave out."""
 BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
 DEVICE = "cuda"
 
@@ -36,17 +39,19 @@ def element_type(workload: Workload) -> torch.dtype:
 
 @dataclass
 class WindowTables:
-    """A plan per window, on the GPU: tables by name, [windows, padded length]."""
+    """A plan per window, on the GPU: tables by name, [windows, padded length]; those of ranks and
+    scales only if the batch has any."""
 
     plan: Plan
     tables: dict[str, torch.Tensor]
 
     def pointers(self, window: int) -> dict[str, int]:
-        """Address of each table of a window."""
-        return {
+        """Address of each table of a window; 0 for one that is not given."""
+        given = {
             name: table.data_ptr() + window * table.stride(0) * 4
             for name, table in self.tables.items()
         }
+        return dict.fromkeys(self.plan.tables, 0) | given
 
 
 @dataclass
@@ -60,10 +65,11 @@ class Batch:
         before: y and guards before a call.
         want: y after it, [tokens, out], computed in float64, stored as float32.
         used: rows with an adapter, or None if all are.
+        facts: ranks and scales of the slots; None for full ranks and scale 1.
     """
 
     scenario: Scenario
-    rows: list[Table]
+    rows: list[NDArray[np.int32]]
     x: torch.Tensor
     guarded: torch.Tensor
     before: torch.Tensor
@@ -72,6 +78,7 @@ class Batch:
     used: torch.Tensor | None
     update_rms: float
     scale: float
+    facts: SlotFacts | None
     plans: dict[int, WindowTables] = field(default_factory=dict)
 
     @property
@@ -87,8 +94,12 @@ class Batch:
         """
         if tile_rows not in self.plans:
             most = max(self.scenario.adapters, PLAN_ADAPTERS)
-            plans = [make_plan(rows, tile_rows, max_adapters=most) for rows in self.rows]
-            tables = {name: _upload([p.tables[name] for p in plans]) for name in plans[0].tables}
+            plans = [
+                make_plan(rows, tile_rows, max_adapters=most, facts=self.facts)
+                for rows in self.rows
+            ]
+            names = [n for n in plans[0].tables if self.facts or not n.endswith(FACTS)]
+            tables = {name: _upload([p.tables[name] for p in plans]) for name in names}
             self.plans[tile_rows] = WindowTables(plans[0], tables)
         return self.plans[tile_rows]
 
@@ -117,7 +128,7 @@ def _upload(tables: Sequence[Table]) -> torch.Tensor:
     length = -(-max(len(t) for t in tables) // TABLE_STEP) * TABLE_STEP
     padded = np.zeros((len(tables), max(length, TABLE_STEP)), np.int32)
     for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
+        row[: len(table)] = table.view(np.int32)
     return torch.from_numpy(padded).to(DEVICE)
 
 
@@ -128,7 +139,7 @@ class Weights:
     a: list[torch.Tensor]
     b: list[torch.Tensor]
     slots: int
-    batches: dict[tuple[Scenario, int], Batch] = field(default_factory=dict)
+    batches: dict[tuple[Scenario, int, bool], Batch] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -166,12 +177,13 @@ class TensorCache:
         return held
 
     def batch(self, workload: Workload, scenario: Scenario, *, timed: bool) -> Batch:
-        """Tensors of a scenario; one window if it is only checked."""
+        """Tensors of a scenario; one window, with mixed ranks and scales, if it is only checked."""
         weights = self._held[workload.key]
+        facts = None if timed else mixed_facts(workload, weights.slots)
         count = windows(workload, scenario, self._cache_bytes, WINDOW_LIMIT) if timed else 1
-        key = (scenario, count)
+        key = (scenario, count, timed)
         if key not in weights.batches:
-            weights.batches[key] = _make_batch(workload, weights, scenario, count)
+            weights.batches[key] = _make_batch(workload, weights, scenario, count, facts)
         return weights.batches[key]
 
 
@@ -189,26 +201,39 @@ def _make_weights(workload: Workload, slots: int) -> Weights:
 
 
 def reference(
-    x: torch.Tensor, weights: Weights, y: torch.Tensor, token_slot: Table
+    x: torch.Tensor,
+    weights: Weights,
+    y: torch.Tensor,
+    token_slot: NDArray[np.int32],
+    facts: SlotFacts | None = None,
 ) -> torch.Tensor:
     """What y must hold after the call, in float64; x [tokens, in], y [tokens, out]."""
     want = y.double()
     for slot in np.unique(token_slot[token_slot != NO_ADAPTER]).tolist():
         rows = torch.from_numpy(np.flatnonzero(token_slot == slot)).to(x.device)
-        inputs = x[rows].double()
+        inputs = x[rows].double() * (float(facts.scales[slot]) if facts else 1.0)
+        rank = int(facts.ranks[slot]) if facts else None
         pairs = zip(weights.a, weights.b, strict=True)
-        updates = [inputs @ a[slot].double().T @ b[slot].double().T for a, b in pairs]
+        updates = [
+            inputs @ a[slot, :rank].double().T @ b[slot, :, :rank].double().T for a, b in pairs
+        ]
         want[rows] += torch.cat(updates, dim=1)
     return want
 
 
-def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count: int) -> Batch:
+def _make_batch(
+    workload: Workload,
+    weights: Weights,
+    scenario: Scenario,
+    count: int,
+    facts: SlotFacts | None,
+) -> Batch:
     kind, tokens = element_type(workload), scenario.tokens
     rows = window_slots(scenario, weights.slots, count)
     x = _normal((tokens, workload.in_features), kind, 1.0)
     before = _normal((tokens * workload.total_out + 2 * GUARD,), kind, 1.0)
     y = before[GUARD:-GUARD].view(tokens, workload.total_out)
-    want = reference(x, weights, y, rows[0])
+    want = reference(x, weights, y, rows[0], facts)
     used = torch.from_numpy(rows[0] != NO_ADAPTER).to(x.device)
     update_rms = float((want - y.double())[used].square().mean().sqrt())
     scale = float(want[used].abs().max()) if bool(used.any()) else 1.0
@@ -223,4 +248,5 @@ def _make_batch(workload: Workload, weights: Weights, scenario: Scenario, count:
         None if bool(used.all()) else used,
         0.0 if math.isnan(update_rms) else update_rms,
         scale,
+        facts,
     )

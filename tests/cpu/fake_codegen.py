@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dop.errors import BuildError, ConstraintError, TraceError
+from dop.measure.plan import ROW_TABLES, TILE_TABLES
 from dop.space.step import PragmaStep
 from dop.space.trace import Trace
 from dop.target import Target
@@ -39,7 +40,12 @@ static int body(int task, struct group *g, void *data) {
   float *x = T(0)->data, *y = T(Y)->data;
   int32_t *slot = T(3)->data;
 #if TM
-  int32_t *row0 = T(4)->data, *rows = T(5)->data, *index = T(6)->data;
+  int32_t *row0 = T(4)->data, *rows = T(5)->data, *index = T(8)->data;
+  int32_t *ranks = T(6)->data;
+  float *scales = T(7)->data;
+#else
+  int32_t *ranks = T(4)->data;
+  float *scales = T(5)->data;
 #endif
   float *v = __TVMBackendAllocWorkspace(1, 0, sizeof(float) * R, 2, 32);
   for (int64_t t = task; t < tiles; t += g->num_task) {
@@ -67,8 +73,8 @@ static int body(int task, struct group *g, void *data) {
         }
         for (int64_t o = 0; o < outs[s]; ++o, ++column) {
           float sum = 0;
-          for (int r = 0; r < R; ++r) sum += v[r] * b[o * R + r];
-          y[row * n + column] += sum;
+          for (int r = 0; r < R && r < ranks[t]; ++r) sum += v[r] * b[o * R + r];
+          y[row * n + column] += scales[t] * sum;
         }
       }
     }
@@ -135,7 +141,7 @@ def generate(workload: Workload, steps: Trace, target: Target) -> Code:
     assert isinstance(step, PragmaStep)
     _fail_build(step.name, step.value)
     tile_rows = int(step.value) if step.name == "tile_rows" else 0  # type: ignore[arg-type]
-    tables = ("tile_slot", "tile_row0", "tile_rows", "row_index") if tile_rows else ("token_slot",)
+    tables = TILE_TABLES if tile_rows else ROW_TABLES
     names = ("x", "a", "b", *tables, "y_in", "y")
     shifts = tuple(f"{stack}{s}_shift" for stack in "ab" for s in range(1, workload.slices))
     fault = RUN_FAULTS.get(step.name, "").replace("VALUE", str(step.value))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dop.errors import ConfigError
 from dop.measure.inputs import awkward, stack_slots, window_slots, windows
-from dop.measure.plan import PLAN_ADAPTERS, make_plan, tile_bound
+from dop.measure.plan import ANY_RANK, PLAN_ADAPTERS, SlotFacts, make_plan, tile_bound
 from dop.scenario import Scenario, named
 from dop.workload import Workload
 
@@ -27,7 +27,9 @@ def test_tiles_cover_every_adapter_row_once(slots, tile_rows, padded):
         assert all(slots[row] == slot for row in members)
         seen += members
     assert sorted(seen) == [row for row, slot in enumerate(slots) if slot >= 0]
-    assert all(table.dtype == np.int32 for table in t.values())
+    floats = {name for name, table in t.items() if table.dtype == np.float32}
+    assert floats == {"tile_scale"}
+    assert all(table.dtype == np.int32 for name, table in t.items() if name not in floats)
 
 
 @given(SLOTS, st.integers(1, 17))
@@ -100,3 +102,17 @@ def test_awkward_batch_has_odd_segments_full_tiles_and_bare_rows(tile_rows):
     assert max(scenario.segments) > 2 * tile_rows
     if tile_rows == 0:
         assert scenario.tokens == 37
+
+
+@given(SLOTS, st.integers(0, 17))
+def test_ranks_and_scales_stand_beside_their_slot(slots, tile_rows):
+    facts = SlotFacts(np.arange(1, 11, dtype=np.int32), np.arange(10, dtype=np.float32) / 4)
+    plan = make_plan(slots, tile_rows, max_adapters=10, facts=facts)
+    kind = "tile" if tile_rows else "token"
+    ranks, scales = plan.tables[f"{kind}_rank"], plan.tables[f"{kind}_scale"]
+    slot = plan.tables[f"{kind}_slot"]
+    used = plan.tables["tile_rows"] > 0 if tile_rows else slot >= 0
+    assert (ranks[used] == facts.ranks[slot[used]]).all()
+    assert (scales[used] == facts.scales[slot[used]]).all()
+    assert (ranks[~used] == ANY_RANK).all()
+    assert (scales[~used] == 1).all()

@@ -15,6 +15,7 @@ from dop.measure.accuracy import reference
 from dop.measure.artifact import SCALARS, evaluate, pack, tensor_shapes
 from dop.measure.base import Job, Measurer
 from dop.measure.compile_cpu import CompilerError, compile_cpu, link
+from dop.measure.inputs import mixed_facts
 from dop.measure.local import LocalMeasurer, build_all
 from dop.measure.plan import make_plan
 from dop.measure.replay import RecordedMeasurer
@@ -40,7 +41,7 @@ def artifact(tile_rows):
 def inputs(token_slot, tile_rows, slots=6):
     """Tensors by name, in one arena per stack as the code wants it."""
     rng = np.random.default_rng(3)
-    plan = make_plan(token_slot, tile_rows)
+    plan = make_plan(token_slot, tile_rows, facts=mixed_facts(WORKLOAD, slots))
     shapes = tensor_shapes(WORKLOAD, tile_rows)
     sizes = dict(zip(SCALARS, (plan.tokens, plan.tiles, slots), strict=True))
     arena = aligned((1 << 18,), np.float32)
@@ -49,7 +50,7 @@ def inputs(token_slot, tile_rows, slots=6):
         numbers = tuple(sizes[d] if d in sizes else int(d) for d in shape)
         count = int(np.prod(numbers))
         if name in plan.tables:
-            table = aligned((count,), np.int32)
+            table = aligned((count,), plan.tables[name].dtype.type)
             table[:] = plan.tables[name]
             named_arrays[name] = table
         else:
@@ -68,7 +69,8 @@ def test_a_library_computes_sgmv(tile_rows, threads):
     arrays, scalars = inputs(token_slot, tile_rows)
     before = arrays["y"].copy()
     a, b = [arrays["a0"], arrays["a1"]], [arrays["b0"], arrays["b1"]]
-    want = reference(arrays["x"], a, b, before, np.array(token_slot, np.int32))
+    facts = mixed_facts(WORKLOAD, len(a[0]))
+    want = reference(arrays["x"], a, b, before, np.array(token_slot, np.int32), facts)
     built = artifact(tile_rows)
     with Library(built.binary, [-1] * threads) as library:
         assert library.threads == threads

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.errors import BuildError
+from dop.measure.plan import ROW_TABLES, TILE_TABLES
 from dop.space.step import PragmaStep
 from dop.space.trace import Trace
 from dop.target import Target
@@ -21,11 +22,15 @@ typedef ELEMENT E;
 #define COUNT tile_rows[t]
 #define ROW(i) row_index[tile_row0[t] + (i)]
 #define SLOT tile_slot[t]
+#define RANK (tile_rank ? min(tile_rank[t], R) : R)
+#define SCALE (tile_scale ? tile_scale[t] : 1.f)
 #define ROWS TM
 #else
 #define COUNT (token_slot[t] >= 0)
 #define ROW(i) t
 #define SLOT token_slot[t]
+#define RANK (token_rank ? min(token_rank[t], R) : R)
+#define SCALE (token_scale ? token_scale[t] : 1.f)
 #define ROWS 1
 #endif
 __device__ const int outs[] = {OUTS};
@@ -50,10 +55,10 @@ extern "C" __global__ void expand(ARGS) {
       for (int n = threadIdx.x; n < outs[s]; n += blockDim.x) {
         const E *w = b + b_shift[s] * (16 / sizeof(E)) + ((long long)SLOT * outs[s] + n) * R;
         float sum = 0;
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < RANK; ++r)
           sum += v[(((long long)t * ROWS + i) * S + s) * R + r] * (float)w[r];
         long long at = (long long)ROW(i) * N + begin + n;
-        y[at] = (E)((float)y_in[at] + sum);
+        y[at] = (E)((float)y_in[at] + SCALE * sum);
       }
 }
 """
@@ -108,6 +113,10 @@ class Code:
     kind: str = "cuda"
 
 
+def _element(table: str) -> str:
+    return "float" if table.endswith("_scale") else "int"
+
+
 def trace(what: str = "tile_rows", value: int = 0) -> Trace:
     return Trace((PragmaStep(0, 0, what, value),))
 
@@ -119,7 +128,7 @@ def generate(workload: Workload, steps: Trace, target: Target) -> Code:
     if what == "build_error":
         raise BuildError("TVM refused the program: planted.")
     tile_rows = int(step.value) if what == "tile_rows" else 0  # type: ignore[arg-type]
-    tables = ("tile_slot", "tile_row0", "tile_rows", "row_index") if tile_rows else ("token_slot",)
+    tables = TILE_TABLES if tile_rows else ROW_TABLES
     s = workload.slices
     shifts = tuple(f"{stack}{i}_shift" for stack in "ab" for i in range(1, s))
     rows = max(tile_rows, 1)
@@ -128,7 +137,7 @@ def generate(workload: Workload, steps: Trace, target: Target) -> Code:
     changes = {
         "FAULT": FAULTS.get(what, ""),
         "V_SIZE": f"{'tiles' if tile_rows else 'tokens'} * {rows * s * workload.rank}",
-        "TABLES": "".join(f"const int *{name}, " for name in tables),
+        "TABLES": "".join(f"const {_element(name)} *{name}, " for name in tables),
         "A_SHIFTS": ", ".join(["0", *(f"a{i}_shift" for i in range(1, s))]),
         "B_SHIFTS": ", ".join(["0", *(f"b{i}_shift" for i in range(1, s))]),
         "SHIFTS": "".join(f"long long {name}, " for name in shifts),

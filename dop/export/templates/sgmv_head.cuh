@@ -1,7 +1,8 @@
 #pragma once
 // SGMV: the multi-LoRA operator, tuned. Made by Dop; do not edit.
 //
-//   y[t] += (x[t] @ A[slot(t)].T) @ B[slot(t)].T     for every token t; slot -1: y[t] is not touched
+//   y[t] += scale(t) * (x[t] @ A[slot(t)].T) @ B[slot(t)].T
+//   for every token t; slot -1: y[t] is not touched
 //
 @PROVENANCE@
 //
@@ -22,6 +23,9 @@
 //   it launches depends only on the shape, tokens, slots, max_adapters and the hint, so a CUDA
 //   graph captured once is right for every later batch of that size; token_slot's content may
 //   change between replays. Make one call before capturing: it sets kernel attributes.
+// - Adapters of lower rank than their stack's: token_rank (device, int32 [tokens]: rank of each
+//   token's adapter) makes a call read and count the first ranks only. token_scale (float [tokens])
+//   multiplies the update. Both may stay null: full ranks, scale 1.
 // - Kernels that take row tiles need tables made from token_slot. Make them once per forward pass
 //   and share them between layers (`tile_rows_of`, `tile_bound`, `make_tables`, Problem::tables);
 //   without them every call makes its own in the workspace.
@@ -59,6 +63,8 @@ struct Tables {
   int* tile_row0 = nullptr;       ///< [tiles] first position in row_index
   int* tile_rows = nullptr;       ///< [tiles] rows in use; 0: an empty tile
   int* row_index = nullptr;       ///< [tokens] tokens sorted by slot, those without adapter last
+  int* tile_rank = nullptr;       ///< [tiles] rank of the tile's adapter, or null: full ranks
+  float* tile_scale = nullptr;    ///< [tiles] scale of the tile's adapter, or null: 1
 };
 
 struct Problem {
@@ -70,6 +76,8 @@ struct Problem {
   const void* a[3] = {nullptr, nullptr, nullptr};  ///< per slice [slots, rank, in_features]
   const void* b[3] = {nullptr, nullptr, nullptr};  ///< per slice [slots, out_features[s], rank]
   const int* token_slot = nullptr;                 ///< [tokens], device; -1: no adapter
+  const int* token_rank = nullptr;                 ///< [tokens], device, 1 or more; null: full ranks
+  const float* token_scale = nullptr;              ///< [tokens], device; null: 1
   double rows_per_segment = 0;    ///< hint: tokens per adapter in the batch; 0: not known
   int max_adapters = 0;           ///< adapters that a batch can hold; 0: as many as slots. A batch
                                   ///< with more gives wrong results; a smaller bound is faster.
@@ -85,6 +93,8 @@ struct Call {
   const void *x, *a, *b;
   void *y, *y_in;
   const int *token_slot, *tile_slot, *tile_row0, *tile_rows, *row_index;
+  const int *token_rank, *tile_rank;       // null: full ranks
+  const float *token_scale, *tile_scale;   // null: 1
   long long a1_shift, a2_shift, b1_shift, b2_shift;
   int tokens, tiles, slots;
   void* workspace[kMaxWorkspaces];
@@ -138,6 +148,7 @@ inline cudaError_t allow_smem(const void* kernel, int smem, bool (&done)[kMaxDev
 // ---- tables of row tiles -------------------------------------------------------------------
 
 constexpr int kPlanWarps = 32;
+constexpr int kAnyRank = 1 << 30;  // an adapter that fills its stack
 
 inline size_t counter_ints(int slots) { return (size_t)(slots + 1) * (kPlanWarps + 3); }
 
@@ -149,8 +160,9 @@ __device__ __forceinline__ int plan_key(int slot, int slots) {
 // owns the w-th range of tokens and counters of its own, so no atomics: the tables are the same in
 // every run, and equal to make_tables_host's.
 static __global__ void __launch_bounds__(kPlanWarps * 32)
-    plan_kernel(const int* token_slot, int tokens, int slots, int rows, int tiles, int* tile_slot,
-                int* tile_row0, int* tile_rows, int* row_index, int* counters) {
+    plan_kernel(const int* token_slot, const int* token_rank, const float* token_scale, int tokens,
+                int slots, int rows, int tiles, int* tile_slot, int* tile_row0, int* tile_rows,
+                int* row_index, int* tile_rank, float* tile_scale, int* counters) {
   constexpr int kThreads = kPlanWarps * 32;
   __shared__ int sum_rows[kThreads], sum_tiles[kThreads];
   const int thread = (int)threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -226,6 +238,8 @@ static __global__ void __launch_bounds__(kPlanWarps * 32)
       tile_slot[mine] = key;
       tile_row0[mine] = position;
       tile_rows[mine] = min(segment_rows[key] - row, rows);
+      if (tile_rank) tile_rank[mine] = token_rank ? token_rank[token] : kAnyRank;
+      if (tile_scale) tile_scale[mine] = token_scale ? token_scale[token] : 1.0f;
     }
   }
 }
@@ -244,14 +258,17 @@ inline int tile_bound(int tokens, int rows, int adapters) {
 inline size_t make_tables_bytes(int slots) { return detail::counter_ints(slots) * sizeof(int); }
 
 /// Fills the arrays of `out` (rows, tiles and pointers set by the caller) from token_slot, on the
-/// device, by one kernel of one block; deterministic. Meant for up to 65536 tokens.
+/// device, by one kernel of one block; deterministic. Meant for up to 65536 tokens. Ranks and
+/// scales [tokens] may be null.
 static inline cudaError_t make_tables(const int* token_slot, int tokens, int slots,
-                                      const Tables& out, void* scratch, cudaStream_t stream) {
+                                      const Tables& out, void* scratch, cudaStream_t stream,
+                                      const int* token_rank = nullptr,
+                                      const float* token_scale = nullptr) {
   if (tokens < 0 || slots < 0 || out.rows < 1 || out.tiles < 0) return cudaErrorInvalidValue;
   if (tokens == 0 && out.tiles == 0) return cudaSuccess;
   detail::plan_kernel<<<1, detail::kPlanWarps * 32, 0, stream>>>(
-      token_slot, tokens, slots, out.rows, out.tiles, out.tile_slot, out.tile_row0, out.tile_rows,
-      out.row_index, (int*)scratch);
+      token_slot, token_rank, token_scale, tokens, slots, out.rows, out.tiles, out.tile_slot,
+      out.tile_row0, out.tile_rows, out.row_index, out.tile_rank, out.tile_scale, (int*)scratch);
   return cudaPeekAtLastError();
 }
 

@@ -102,6 +102,14 @@ static inline size_t arrange(const Problem& p, const Kernel& kernel, char* base,
         *arrays[i] = (int*)at(base, end);
         end += padded((long long)(i < 3 ? made.tiles : p.tokens) * (long long)sizeof(int));
       }
+      if (p.token_rank) {
+        made.tile_rank = (int*)at(base, end);
+        end += padded((long long)made.tiles * (long long)sizeof(int));
+      }
+      if (p.token_scale) {
+        made.tile_scale = (float*)at(base, end);
+        end += padded((long long)made.tiles * (long long)sizeof(float));
+      }
       scratch = at(base, end);
       end += padded((long long)make_tables_bytes(p.slots));
       ready = &made;
@@ -111,6 +119,8 @@ static inline size_t arrange(const Problem& p, const Kernel& kernel, char* base,
     call.tile_row0 = ready->tile_row0;
     call.tile_rows = ready->tile_rows;
     call.row_index = ready->row_index;
+    call.tile_rank = ready->tile_rank;
+    call.tile_scale = ready->tile_scale;
   }
   return end + kernel.workspace(call, at(base, end));
 }
@@ -126,6 +136,8 @@ static inline Call call_of(const Problem& p) {
   call.b = p.b[0];
   call.y = call.y_in = p.y;
   call.token_slot = p.token_slot;
+  call.token_rank = p.token_rank;
+  call.token_scale = p.token_scale;
   call.tokens = p.tokens;
   call.slots = p.slots;
   if (p.shape.slices > 1) {
@@ -214,7 +226,8 @@ static inline cudaError_t sgmv(const Problem& p, void* workspace, cudaStream_t s
   if (!p.token_slot && (!kernel->tile_rows || made.rows)) return cudaErrorInvalidValue;
   if (made.rows) {
     const cudaError_t error =
-        make_tables(p.token_slot, p.tokens, p.slots, made, scratch, stream);
+        make_tables(p.token_slot, p.tokens, p.slots, made, scratch, stream, p.token_rank,
+                    p.token_scale);
     if (error != cudaSuccess) return error;
   }
   return kernel->launch(call, stream);
