@@ -1,0 +1,223 @@
+"""Segment plans of a serving engine's step: made once per step, read by every layer.
+
+An engine knows on the host which slot each token of a step uses, and pads the tokens of a CUDA
+graph to a captured size that it chooses later. `StepPlans` therefore keeps a token -> slot map of
+a fixed capacity whose tail says "no adapter", and plans built from the whole map: the first T
+entries of their tables are right for every T that is at least the number of real tokens, so one
+set of addresses serves every captured size, and padded rows are never touched.
+
+The memory is allocated once. A refill copies the map and launches the plan kernel; nothing is read
+back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from dop.ops.plan import Layout, SegmentPlan
+
+NO_ADAPTER = -1
+
+SMALL_TOKENS = 512
+"""Tokens of the small plan: what engines capture as CUDA graphs by default."""
+
+
+@dataclass(slots=True)
+class _Level:
+    """A plan of one capacity and its state."""
+
+    capacity: int
+    slots: torch.Tensor
+    plan: Any = None
+    fresh: bool = False
+    captured: bool = False
+    views: dict[int, Any] = field(default_factory=dict)
+
+
+class StepPlans:
+    """The plans of one engine's model: a small one for decode, one for the largest step.
+
+    Args:
+        capacity: most tokens of a step.
+        slots: number of adapter slots in the weight stacks.
+        rank: rank of the stacks; ranks of slots start there.
+        device: where the stacks are.
+        small: capacity of the small plan.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        slots: int,
+        rank: int,
+        device: torch.device | str,
+        small: int = SMALL_TOKENS,
+    ) -> None:
+        self.slots = slots
+        self.rank = rank
+        self.device = torch.device(device)
+        self.tokens = 0
+        self.adapters = 0
+        self.rank_list = [rank] * slots
+        self._pinned = self.device.type == "cuda"
+        self._ranks = torch.full((slots,), rank, dtype=torch.int32, device=self.device)
+        self._scale: torch.Tensor | float = 1.0
+        self._host = torch.full((capacity,), NO_ADAPTER, dtype=torch.int32)
+        sizes = [small, capacity] if small < capacity else [capacity]
+        self._levels = [_Level(size, self._empty_map(size)) for size in sizes]
+
+    def _empty_map(self, size: int) -> torch.Tensor:
+        return torch.full((size,), NO_ADAPTER, dtype=torch.int32, device=self.device)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of a step."""
+        return self._levels[-1].capacity
+
+    def set_rank(self, slot: int, rank: int) -> None:
+        """Note the true rank of the adapter in a slot; it counts from the next `update`."""
+        self.rank_list[slot] = min(max(rank, 1), self.rank)
+
+    def use_scales(self, scales: torch.Tensor) -> None:
+        """Scale of every slot, float32 [slots] at a fixed address, read at every refill."""
+        self._scale = scales
+
+    def update(self, slots: torch.Tensor, adapters: int | None = None) -> None:
+        """Take in a step: `slots` is int32 [tokens] on the host, -1 for no adapter.
+
+        `adapters` is the number of distinct adapters, if the caller knows it.
+
+        Raises:
+            ValueError: more tokens than the capacity.
+        """
+        tokens = slots.numel()
+        if tokens > self.capacity:
+            raise ValueError(f"{tokens} tokens in a plan of {self.capacity}")
+        self.tokens = tokens
+        self.adapters = _distinct(slots) if adapters is None else adapters
+        self._host[:tokens] = slots
+        self._host[tokens:] = NO_ADAPTER
+        self._copy(self._ranks, torch.tensor(self.rank_list, dtype=torch.int32))
+        filled = False
+        for level in self._levels:
+            level.fresh = False
+            level.views.clear()
+            if level.capacity >= tokens and (level.captured or not filled):
+                self._refill(level)
+                filled = True
+
+    def plan(self, tokens: int) -> SegmentPlan:
+        """The plan for a launch over `tokens` rows (padded rows included).
+
+        Raises:
+            ValueError: fewer rows than the step has tokens, or more than the capacity.
+        """
+        level = next((each for each in self._levels if each.capacity >= tokens), None)
+        if level is None or tokens < self.tokens:
+            raise ValueError(f"{tokens} rows for a step of {self.tokens}, capacity {self.capacity}")
+        view = level.views.get(tokens)
+        if view is None:
+            if not level.fresh:
+                self._refill(level)
+            view = level.views[tokens] = narrow(level.plan, tokens)
+        if not level.captured and _capturing(self.device):
+            level.captured = True
+        return view
+
+    def _refill(self, level: _Level) -> None:
+        from dop.ops import segment_plan
+
+        self._copy(level.slots, self._host[: level.capacity])
+        level.plan = segment_plan(
+            level.slots,
+            slots=self.slots,
+            ranks=self._ranks,
+            scale=self._scale,
+            adapters=self.adapters or None,
+            out=level.plan,
+        )
+        level.fresh = True
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Host to device without waiting; pinned memory is fresh each time, as torch keeps it
+        until the copy has run."""
+        target.copy_(source.pin_memory() if self._pinned else source, non_blocking=True)
+
+
+def narrow(plan: SegmentPlan, tokens: int) -> SegmentPlan:
+    """A plan's tables as those of its first `tokens` tokens; later ones must have no adapter.
+
+    Every table begins with what a plan of fewer tokens holds: tokens in order, rows that have an
+    adapter first, tiles in use first.
+    """
+    if tokens == plan.tokens:
+        return plan
+    view = _narrow_class()(
+        plan.buffer, tokens, plan.slots, plan.adapters, plan.has_ranks, plan.in_graph
+    )
+    view.whole = plan.tokens
+    view.version = plan.version
+    narrowed: SegmentPlan = view
+    return narrowed
+
+
+@lru_cache(maxsize=1)
+def _narrow_class() -> Any:
+    from dop.ops.plan import SegmentPlan
+
+    class NarrowPlan(SegmentPlan):
+        """A plan of fewer tokens in the buffer of one for `whole` tokens."""
+
+        whole: int
+
+        @property
+        def layout(self) -> Layout:
+            return _narrow_layout(self.whole, self.tokens, self.slots)
+
+    return NarrowPlan
+
+
+@lru_cache(maxsize=4096)
+def _narrow_layout(whole: int, tokens: int, slots: int) -> Layout:
+    from dop.ops.plan import Layout, layout
+
+    long, short = layout(whole, slots), layout(tokens, slots)
+    places = {name: (long.places[name][0], n) for name, (_, n) in short.places.items()}
+    return Layout(tokens, slots, places, long.size)
+
+
+def _distinct(slots: torch.Tensor) -> int:
+    found = torch.unique(slots)
+    return int((found >= 0).sum())
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def slots_of_runs(ids: Sequence[int], slot_of: dict[int, int]) -> torch.Tensor:
+    """int32 slot of every token from its adapter id (0 or less: none); ids come in long runs.
+
+    Raises:
+        KeyError: an id has no slot.
+    """
+    slots: list[int] = []
+    lengths: list[int] = []
+    last: object = None
+    for adapter in ids:
+        if adapter == last:
+            lengths[-1] += 1
+            continue
+        last = adapter
+        slots.append(slot_of[int(adapter)] if adapter > 0 else NO_ADAPTER)
+        lengths.append(1)
+    if not slots:
+        return torch.empty(0, dtype=torch.int32)
+    runs = torch.tensor(slots, dtype=torch.int32)
+    return torch.repeat_interleave(runs, torch.tensor(lengths))

@@ -1,0 +1,286 @@
+"""The LoRA wrapper that vLLM's layers call: linears through dop.ops, the rest as vLLM has it.
+
+Importing this module patches vLLM in two more places (`install`), so it is imported only when
+vLLM asks for the wrapper class:
+
+- vLLM 0.24 sends packed projections (qkv, gate_up) to the kernels for fully sharded LoRA even
+  where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
+- Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
+  even if the tokens' adapters are those of the step before: the adapter may be in another slot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch.library import Library
+from vllm.lora.layers import base_linear, column_parallel_linear
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from dop import ops
+from dop.errors import DopError
+from dop.integrations import vllm_metadata
+from dop.integrations.step_plan import StepPlans, slots_of_runs
+from dop.integrations.vllm import LOG
+
+_LIBRARY = Library("dop_vllm", "FRAGMENT")
+_WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+_MAX_SLICES = 3
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
+    """PunicaWrapperGPU whose `add_lora_linear` runs on dop.ops where dop covers the layer."""
+
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        capacity = -(-max_num_batched_tokens // 64) * 64
+        self._plans = StepPlans(capacity, self.max_loras, self.lora_config.max_lora_rank, device)
+        self._known_meta = vllm_metadata.is_known(self.token_mapping_meta)
+        self._no_adapter = True
+        # By address of a layer's first stack: why it stays with vLLM's kernels, or "".
+        self._layers: dict[int, str] = {}
+        self._said: set[str] = set()
+        # Slots whose adapter is known to have no weights for the output head.
+        self._headless: set[int] = set()
+        self._sampled: set[int] = set()
+        handle = next(_HANDLES)
+        # A tensor, not a number: compiled code that is cached on disk would keep the number.
+        self._handle = torch.tensor([handle], dtype=torch.int64)
+        _WRAPPERS[handle] = self
+
+    def update_metadata(
+        self,
+        mapping: Any,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """Once per step, outside of CUDA graphs: fills every table that kernels read."""
+        index = vllm_metadata.SlotIndex(lora_index_to_id)
+        slot_of = index.slot_of
+        tokens = slots_of_runs(mapping.index_mapping, slot_of)
+        samples = slots_of_runs(mapping.prompt_mapping, slot_of)
+        if self._known_meta:
+            self.is_prefill = mapping.is_prefill
+            self._update_base_metadata(mapping, index, max_loras, vocab_size)
+            vllm_metadata.fill(self.token_mapping_meta, tokens)
+            vllm_metadata.fill(self.prompt_mapping_meta, samples)
+        else:
+            super().update_metadata(mapping, index, max_loras, vocab_size, **kwargs)
+        self._sampled = set(samples.tolist()) - {-1}
+        used = set(tokens.tolist()) - {-1}
+        self._no_adapter = not used
+        self._plans.update(tokens, len(used))
+
+    def note_adapter(self, slot: int, rank: int, has_head: bool) -> None:
+        """An adapter entered a slot: its true rank, and whether it changes the output head."""
+        self._plans.set_rank(slot, rank)
+        (self._headless.discard if has_head else self._headless.add)(slot)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """y += x A^T B^T per row's adapter, in place; traced by torch.compile as one opaque op."""
+        torch.ops.dop_vllm.add_lora_linear(
+            y,
+            x,
+            list(lora_a_stacked),
+            list(lora_b_stacked),
+            self._handle,
+            scale,
+            kwargs.get("add_inputs", True),
+        )
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """vLLM's own, left out if no adapter of the step has weights for the output head.
+
+        vLLM reads the head's zeros for every active adapter: 4 MB each for 128k tokens at rank 16.
+        """
+        fixed = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+        if not fixed and self._sampled <= self._headless:
+            return
+        super().add_lora_logits(
+            y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs
+        )
+
+    def launch(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: list[torch.Tensor],
+        b: list[torch.Tensor],
+        scale: float,
+        add_inputs: bool,
+    ) -> None:
+        """What the opaque op does: dop.ops, or vLLM's kernels for a layer dop does not cover."""
+        if self._no_adapter:
+            return
+        layer = b[0].data_ptr()
+        known = self._layers.get(layer)
+        reason = uncovered(y, x, a, b) if known is None else known
+        if not reason:
+            try:
+                # Without add_inputs the caller gives zeros: rows without adapter keep them.
+                ops.add_lora(y, x, a, b, self._plans.plan(x.shape[0]), scale=scale)
+            except DopError as error:
+                reason = " ".join(str(error).split())
+        if reason != known:
+            self._layers[layer] = reason
+            self._say(reason, a, b)
+        if not reason:
+            return
+        slices = tuple(part.shape[-2] for part in b)
+        super().add_lora_linear(y, x, tuple(a), tuple(b), scale, slices, add_inputs=add_inputs)
+
+    def _say(self, reason: str, a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+        """Log once per shape who serves it."""
+        widths = "+".join(str(part.shape[-2]) for part in b)
+        shape = f"{a[0].shape[-1]}->{widths}, rank {a[0].shape[-2]}, {a[0].dtype}"
+        if (text := f"{shape}: {reason}") in self._said:
+            return
+        self._said.add(text)
+        if reason:
+            LOG.warning("dop: %s LoRA of such layers runs on vLLM's own kernels.", text)
+        else:
+            LOG.info("dop: serves LoRA of %s", shape)
+
+
+def uncovered(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor]
+) -> str:
+    """Why dop.ops does not serve a layer, as a sentence; empty if it does."""
+    if not 1 <= len(a) <= _MAX_SLICES:
+        return f"{len(a)} packed projections, dop has kernels for up to {_MAX_SLICES}."
+    kinds = {x.dtype, y.dtype, *(part.dtype for part in (*a, *b))}
+    if len(kinds) != 1 or x.dtype not in _DTYPES:
+        return f"mixed or unsupported types {sorted(map(str, kinds))}."
+    if any(left.shape[-2] != right.shape[-1] for left, right in zip(a, b, strict=True)):
+        return "fully sharded LoRA: A and B of a layer have different ranks."
+    if x.dim() != 2 or not (x.is_contiguous() and y.is_contiguous()):
+        return "activations that are not contiguous rows."
+    return ""
+
+
+def _add_lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    handle: torch.Tensor,
+    scale: float,
+    add_inputs: bool,
+) -> None:
+    _WRAPPERS[int(handle.item())].launch(y, x, a, b, scale, add_inputs)
+
+
+def _add_lora_linear_fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    handle: torch.Tensor,
+    scale: float,
+    add_inputs: bool,
+) -> None:
+    return
+
+
+def install() -> None:
+    """Patch vLLM's packed projections and adapter activation (module docstring); once."""
+    if hasattr(LoRAModelManager.activate_adapter, "stock"):
+        return
+    direct_register_custom_op(
+        op_name="add_lora_linear",
+        op_func=_add_lora_linear,
+        mutates_args=["y"],
+        fake_impl=_add_lora_linear_fake,
+        target_lib=_LIBRARY,
+    )
+    LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
+    packed = getattr(column_parallel_linear, "_mcp_apply", None)
+    if packed is not None:
+        column_parallel_linear._mcp_apply = _packed_apply(packed)
+
+
+def _packed_apply(stock: Any) -> Any:
+    def _mcp_apply(x: Any, bias: Any, layer: Any) -> Any:
+        if layer.lora_config.fully_sharded_loras or not isinstance(
+            layer.punica_wrapper, DopPunicaWrapper
+        ):
+            return stock(x, bias, layer)
+        return base_linear.BaseLinearLayerWithLoRA.apply(layer, x, bias)
+
+    return _mcp_apply
+
+
+def _activation(stock: Any) -> Any:
+    def activate_adapter(manager: Any, lora_id: int) -> bool:
+        fresh = bool(stock(manager, lora_id))
+        if fresh:
+            note_activation(manager, lora_id)
+        return fresh
+
+    activate_adapter.stock = stock  # type: ignore[attr-defined]
+    return activate_adapter
+
+
+def note_activation(manager: Any, lora_id: int) -> None:
+    """Tell the wrappers of a LoRA manager which adapter is in which slot now."""
+    manager._last_mapping = None
+    slot = manager.lora_index_to_id.index(lora_id)
+    try:
+        rank, has_head = describe(manager, lora_id)
+    except (AttributeError, TypeError, KeyError, IndexError):  # another version's structures
+        rank, has_head = manager.lora_config.max_lora_rank, True
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if isinstance(wrapper, DopPunicaWrapper):
+            wrapper.note_adapter(slot, rank, has_head)
+
+
+def describe(manager: Any, lora_id: int) -> tuple[int, bool]:
+    """Largest rank among an adapter's linears, and whether it has weights for the output head."""
+    model = manager._registered_adapters[lora_id]
+    rank, has_head = 0, False
+    for name, module in manager.modules.items():
+        weights = manager._get_lora_layer_weights(model, name)
+        if not weights:
+            continue
+        if isinstance(module, LogitsProcessorWithLoRA):
+            has_head = True
+        elif isinstance(module, base_linear.BaseLinearLayerWithLoRA):
+            parts = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+            rank = max([rank, *(part.shape[0] for part in parts if part is not None)])
+    return rank, has_head
+
+
+install()
