@@ -7,8 +7,8 @@ implied by a step or rides on a pragma (PR):
 - AN tensorize with a multiplication makes the loop's subtree a block of its own at once and
   replaces it at the end, when its operands are fragments; with a load or store of fragments the
   copy's buffer in scope "warp" gets the layout of fragments, at the end too. Any AN tensorize puts
-  the program into its form for matrices (lowering/program.py), where the second CHR of shrink and
-  a CHR of accumulate find their stages rendered.
+  the program into its form for matrices (lowering/program.py), where the second CHR of shrink
+  finds its stage rendered. A CHR of accumulate, the old values of y, always does.
 - PR decompose_reduction: the loop in front of which the accumulator is cleared.
 - PR pipeline_depth: software pipeline over the loop with that many stages; copies into shared
   memory become asynchronous (cp.async).
@@ -62,8 +62,6 @@ from dop.workload import Workload
 
 PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
 PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
-RENDERED_COPIES = ("shrink_in", "accumulate_in")
-"""Copies that the program's form for matrices has from the start; CHR gives them their scope."""
 
 MAX_TILE_ROWS = 256
 
@@ -113,7 +111,8 @@ class Application:
         prologue steps (they are done)."""
         rows, done = prologue(trace)
         program = Program(
-            workload, rows, _packing(trace), _wants_matrices(trace), _runs_on_a_gpu(trace)
+            *(workload, rows, _packing(trace), _wants_matrices(trace)),
+            *(_runs_on_a_gpu(trace), _stages_y(trace)),
         )
         func = from_source(program.source(), extra_vars={"T": T})
         # The slice of a group of columns is no affine number where widths differ; TVM's checks
@@ -340,6 +339,16 @@ def _runs_on_a_gpu(trace: Trace) -> bool:
     return any(kind.startswith("blockIdx") for kind in kinds)
 
 
+def _stages_y(trace: Trace) -> bool:
+    """Whether a CHR of accumulate asks for the old values of y in a stage of their own."""
+    stages = Stages()
+    for step in trace.steps:
+        if isinstance(step, CacheReadStep) and stages.name(step.stage) == "accumulate":
+            return True
+        stages = stages.after(step)
+    return False
+
+
 def _packing(trace: Trace) -> tuple[int, int] | None:
     """Lanes and vector that the trace's pack_k asks for."""
     for step in trace.steps:
@@ -404,7 +413,8 @@ def _cache_read(app: Application, step: CacheReadStep) -> None:
         schedule.set_scope(app.block(step.stage), 0, step.scope)
         return
     new = new_stage(app.stages, step)
-    if new is not None and new[1] in RENDERED_COPIES and app.program.matrix:
+    rendered = {"shrink_in": app.program.matrix, "accumulate_in": app.program.reads_y_early}
+    if new is not None and rendered.get(new[1], False):
         schedule.set_scope(schedule.get_sblock(new[1]), 0, step.scope)
         return
     if len(step.reader_stages) != 1:

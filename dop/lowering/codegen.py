@@ -41,6 +41,8 @@ class KernelLaunch:
         block: threads along x, y, z.
         dynamic_smem_bytes: dynamic shared memory.
         arguments: tensors, workspaces and scalars in the order of the kernel's parameters.
+        dependent: programmatic dependent launch: the kernel may start before its predecessor in
+            the stream ends, and waits for it itself.
     """
 
     name: str
@@ -48,6 +50,7 @@ class KernelLaunch:
     block: tuple[int, int, int]
     dynamic_smem_bytes: int
     arguments: tuple[str, ...]
+    dependent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,23 +135,26 @@ def evaluate(expression: str, *, tokens: int, tiles: int) -> int:
 
 
 def _generate_cuda(app: Application, target: Target) -> Generated:
+    from dop.lowering.cuda_launch import order_start
     from dop.lowering.cuda_source import finish, signatures
 
     host, device = _lower(app, target)
     text = str(_code(device, "target.build.cuda").inspect_source("cuda"))
     launches, workspaces = _launches(host)
     known = {*app.program.arguments, *(w.name for w in workspaces), *SCALARS}
-    kernels = []
+    found = []
     for name, parameters in signatures(text):
         unknown = [p for p in parameters if p not in known]
         if unknown or name not in launches:
             raise BuildError(f"kernel {name} wants {unknown}, which no launch provides.")
-        grid, block, smem = launches[name]
-        kernels.append(KernelLaunch(name, grid, block, smem, parameters))
+        found.append((name, parameters))
     order = list(launches)
-    kernels.sort(key=lambda k: order.index(k.name))
-    program = app.program
-    source = finish(text, program, tuple(k.name for k in kernels))
+    found.sort(key=lambda kernel: order.index(kernel[0]))
+    program, names = app.program, tuple(name for name, _ in found)
+    spaces = tuple(w.name for w in workspaces)
+    source = finish(text, program, names)
+    source, dependent = order_start(source, names, spaces, app.dependent_launch)
+    kernels = [KernelLaunch(n, *launches[n], p, n in dependent) for n, p in found]
     return Generated(
         "cuda",
         program.workload.key,

@@ -23,7 +23,8 @@ zero, so what stands behind it in A and B has no influence (as long as it is fin
 a stack of rank 64 moves the bytes of rank 8, and the loads stay unconditional.
 
 For tensor cores (`matrix`) the rank axis is padded with zeros to a multiple of 16, and two copies
-are stages of their own: v in the operands' type, and the rows of y that a tile updates:
+are stages of their own: v in the operands' type, and the rows of y that a tile updates. The second
+one exists without tensor cores too where a trace stages y (`stage_y`):
 
     shrink_in      vc[t, g, i, r] = scale(t) * [r < rank(t)] v[s(g), t, i, r]
                    g: columns in groups that no slice border cuts
@@ -66,6 +67,7 @@ class Program:
         pack: (lanes, vector) if the k axis is written as (group, lane, element), else None.
         matrix: the form for tensor cores: padded rank, v converted in a stage of its own.
         clamp: loads of A and B behind the adapter's rank are turned back to its last element.
+        stage_y: the old values of y are read in a stage of their own.
     """
 
     workload: Workload
@@ -73,6 +75,12 @@ class Program:
     pack: tuple[int, int] | None = None
     matrix: bool = False
     clamp: bool = False
+    stage_y: bool = False
+
+    @property
+    def reads_y_early(self) -> bool:
+        """Whether there is a stage accumulate_in."""
+        return self.matrix or self.stage_y
 
     @property
     def rank(self) -> int:
@@ -166,7 +174,7 @@ class Program:
             self._gather_b(),
             self._convert_v() if self.matrix else [],
             self._expand(),
-            self._gather_y() if self.matrix else [],
+            self._gather_y() if self.reads_y_early else [],
             self._accumulate(),
         ):
             lines += [f"    {line}" for line in stage]
@@ -199,6 +207,7 @@ class Program:
         if self.matrix:
             groups = w.total_out // self._group
             inner["vc"] = (f"{t}, {groups}, {self.rows}, {self.rank}", dtype)
+        if self.reads_y_early:
             inner["yc"] = (f"{t}, {self.rows}, {w.total_out}", dtype)
         allocated = [
             f'{name} = T.sblock_alloc_buffer(({shape}), "{kind}")'
@@ -348,7 +357,7 @@ class Program:
 
     def _accumulate(self) -> list[str]:
         w, row = self.workload, self._row
-        y = "yc[vt, vi, vn]" if self.matrix else f"y_in[{row}, vn]"
+        y = "yc[vt, vi, vn]" if self.reads_y_early else f"y_in[{row}, vn]"
         total = f'T.cast({y}, "float32") + d[vt, vi, vn]'
         body = [f'y[{row}, vn] = T.cast({total}, "{w.dtype}")']
         if self.tile_rows:

@@ -69,6 +69,42 @@ def _call(name: str, *arguments: object) -> None:
     check(name, getattr(library, name)(*arguments))
 
 
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+COMPUTE_CAPABILITY_MAJOR = 75
+HOPPER = 9
+
+
+class _Attribute(ctypes.Structure):
+    """A CUlaunchAttribute: its kind, and the value in a union of 64 bytes."""
+
+    _fields_ = [("kind", ctypes.c_int), ("_pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """A CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("smem_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@cache
+def _dependent_attribute() -> _Attribute | None:
+    """The attribute of a dependent launch, or None if the current device has no such launches."""
+    device, major = ctypes.c_int(), ctypes.c_int()
+    _call("cuCtxGetDevice", ctypes.byref(device))
+    which = COMPUTE_CAPABILITY_MAJOR
+    _call("cuDeviceGetAttribute", ctypes.byref(major), which, device)
+    if major.value < HOPPER:
+        return None
+    return _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+
+
 class Function:
     """A kernel in a loaded module."""
 
@@ -95,12 +131,23 @@ class Function:
         smem_bytes: int,
         stream: int,
         parameters: ctypes.Array[ctypes.c_void_p],
+        dependent: bool = False,
     ) -> None:
         """Launches on a stream (a CUstream as an integer).
 
         Args:
             parameters: pointers to the kernel's parameters (see `pack_parameters`).
+            dependent: may start before its predecessor ends, where the device can do so.
         """
+        attribute = _dependent_attribute() if dependent else None
+        if attribute is not None:
+            attributes = ctypes.pointer(attribute)
+            config = _Config(
+                (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), smem_bytes, stream
+            )
+            config.attributes, config.attribute_count = attributes, 1
+            _call("cuLaunchKernelEx", ctypes.byref(config), self.handle, parameters, None)
+            return
         code = self._launch(
             self.handle, *grid, *block, smem_bytes, Handle(stream), parameters, None
         )

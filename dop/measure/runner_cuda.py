@@ -227,8 +227,8 @@ def _is_poisoned(stream: int) -> str:
 def _launch(kernels: list[_Kernel], stream: int) -> None:
     for k in kernels:
         if 0 not in k.grid:
-            smem = k.launch.dynamic_smem_bytes
-            k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters)
+            smem, dependent = k.launch.dynamic_smem_bytes, k.launch.dependent
+            k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters, dependent)
 
 
 class _Spaces:

@@ -6,8 +6,15 @@ from dop.space.rules.cpu_columns import ColumnBlocks
 from dop.space.rules.cpu_lane_sums import InlineA, InlineX, RowLaneSums
 from dop.space.rules.cpu_shuffled_b import InlineB, WrittenOutSums
 from dop.space.rules.cpu_turned_b import TurnedB, VectorColumns
-from dop.space.rules.cuda_columns import Columns, DirectB, ExpandInColumns
-from dop.space.rules.cuda_lanes import ExpandInLanes, LaneB, LaneColumns
+from dop.space.rules.cuda_columns import (
+    Columns,
+    DirectB,
+    EarlyB,
+    ExpandInColumns,
+    ExpandInWideColumns,
+    WideColumns,
+)
+from dop.space.rules.cuda_lanes import EarlyLaneB, ExpandInLanes, LaneB, LaneColumns
 from dop.space.rules.cuda_one_kernel import (
     BlockColumns,
     ExpandInSteps,
@@ -29,12 +36,17 @@ from dop.space.rules.tokens import RowForm, TileForm
 RULES: tuple[Rule, ...] = (
     RowForm(),
     TileForm("row_tiles", (2, 4, 8), 4, "cuda"),
+    WideColumns(),
+    ExpandInWideColumns(),
+    EarlyB(),
     Columns(),
     ExpandInColumns(),
     DirectB(),
+    LaneColumns("early_lanes", True),
     LaneColumns(),
     ExpandInLanes(),
     LaneB(),
+    EarlyLaneB(),
     SplitKShrink(),
     DirectA(),
     DirectX(),

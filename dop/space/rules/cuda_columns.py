@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
+from dop.space.rules.launches import dependent_launch
 from dop.space.rules.numbers import ceil_div, powers_of_two, vector_width
 from dop.space.sketch import Annotation
 
@@ -32,7 +33,8 @@ class Columns:
         threads = new.param("expand.threads", "warps", (64, 128, 256, 512), 128)
         vector = new.param("expand.vector", "vector", (1, 2, 4), 1)
         source = new.split("accumulate", 2, [steps, threads, vector], state.workload.total_out)
-        new.notes["expand_split"] = source
+        new.notes["expand_split"] = new.notes["expand_steps"] = source
+        new.notes["thread_level"] = 1  # of the split's lengths
         new.reorder("accumulate", 0, 2, 4, 3, 1, 5)
         new.annotate("accumulate", 0, "blockIdx.x")
         new.annotate("accumulate", BLOCK, "blockIdx.y")
@@ -57,6 +59,109 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class WideColumns:
+    """accumulate: each thread owns a few neighbouring columns, all of them at once.
+
+    One step only, so that everything a thread needs (B, y) can be asked for before v is there.
+    """
+
+    name: str = "wide_columns"
+    stage: str = "accumulate"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if state.target.kind != "cuda" or "matrix" in state.notes:
+            return []
+        new = state.fork(self.name)
+        threads = new.param("expand.threads", "warps", (32, 64, 96, 128, 192, 256, 512), 128)
+        vector = new.param("expand.vector", "vector", (1, 2, 4, 8), 1)
+        width = new.workload.total_out
+        source = new.split("accumulate", 2, [threads, vector], width)
+        new.notes["expand_split"] = new.notes["early_b"] = source
+        new.notes["thread_level"] = 0  # of the split's lengths
+        # t, i, block, thread, vector -> t, block, thread, i, vector
+        new.reorder("accumulate", 0, 2, 3, 1, 4)
+        new.annotate("accumulate", 0, "blockIdx.x")
+        new.annotate("accumulate", BLOCK, "blockIdx.y")
+        new.annotate("accumulate", THREAD, "threadIdx.x")
+        new.annotate("accumulate", 4, "vectorize")
+        new.annotate("accumulate", 3, "unroll")
+        # The old values of y first of all: t, block; own loops: t, i, n
+        new.cache_read("accumulate", "local", "accumulate")
+        new.compute_at("accumulate_in", "accumulate", BLOCK)
+        new.follow_split("accumulate_in", 4, source, 2)
+        # t, block, t, i, n, thread, vector
+        new.reorder("accumulate_in", 0, 1, 5, 2, 3, 4, 6)
+        new.annotate("accumulate_in", 2, "threadIdx.x")
+        new.annotate("accumulate_in", 6, "vectorize")
+        new.annotate("accumulate_in", 4, "unroll")
+        dependent_launch(new)
+
+        def columns(a: Annotation) -> int:
+            return a["expand.threads"] * a["expand.vector"]
+
+        new.limit("threads per block", new.target.max_threads, lambda a: a["expand.threads"])
+        new.limit("columns of a block", width + 32, columns)
+        new.estimate("expand.columns", columns)
+        new.estimate("expand.blocks_per_tile", lambda a: ceil_div(width, columns(a)))
+        new.estimate("expand.idle_columns", lambda a: -width % columns(a) / width)
+        return [new]
+
+
+@dataclass(frozen=True)
+class ExpandInWideColumns:
+    """expand: a thread's sums, in registers."""
+
+    name: str = "registers"
+    stage: str = "expand"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if state.target.kind != "cuda" or "early_b" not in state.notes:
+            return []
+        new = state.fork(self.name)
+        new.cache_read("expand", "local", "accumulate")
+        new.compute_at("expand", "accumulate", THREAD)
+        # own loops behind t, block, thread: t, i, n, r
+        for loop in (4, 5, 6):
+            new.annotate("expand", loop, "unroll")
+        return [new]
+
+
+@dataclass(frozen=True)
+class EarlyB:
+    """gather_b: the rows of B go to registers before anything waits for v.
+
+    The stage stands in front of the sum over v's parts, with thread loops of its own; what a
+    thread loads is what it multiplies later, so the values stay in its registers.
+    """
+
+    name: str = "early_b"
+    stage: str = "gather_b"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if state.target.kind != "cuda" or "early_b" not in state.notes:
+            return []
+        new = state.fork(self.name)
+        w = new.workload
+        widest = vector_width(w.rank, w.element_bytes)
+        new.cache_read("gather_b", "local", "expand")
+        new.compute_at("gather_b", "accumulate", BLOCK)
+        # behind t, block: t, n, r -> thread, t, n, group, element
+        new.follow_split("gather_b", 3, new.notes["early_b"], 2)
+        new.split("gather_b", 6, [widest], w.rank)
+        # t, block, t, n, thread, vector, group, element
+        new.reorder("gather_b", 0, 1, 4, 2, 3, 5, 6, 7)
+        new.annotate("gather_b", 2, "threadIdx.x")
+        new.annotate("gather_b", 7, "vectorize")
+        new.annotate("gather_b", 6, "unroll")
+        new.annotate("gather_b", 5, "unroll")
+        new.pragma("expand", 4, "decompose_reduction")
+        half = w.rank * w.element_bytes // 4
+        new.estimate("expand.b_registers", lambda a: half * a["expand.vector"])
+        new.limit("registers for B", 160, lambda a: half * a["expand.vector"])
+        return [new]
+
+
+@dataclass(frozen=True)
 class ExpandInColumns:
     """expand: accumulate in registers inside the step loop of the columns."""
 
@@ -64,7 +169,7 @@ class ExpandInColumns:
     stage: str = "expand"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if state.target.kind != "cuda" or "expand_split" not in state.notes:
+        if state.target.kind != "cuda" or "expand_steps" not in state.notes:
             return []
         new = state.fork(self.name)
         new.cache_read("expand", "local", "accumulate")
@@ -83,7 +188,7 @@ class DirectB:
     stage: str = "gather_b"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if state.target.kind != "cuda" or "expand_split" not in state.notes:
+        if state.target.kind != "cuda" or "expand_steps" not in state.notes:
             return []
         new = state.fork(self.name)
         w = new.workload

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
+from dop.space.rules.launches import dependent_launch
 from dop.space.rules.numbers import ceil_div, vector_width
 from dop.space.sketch import Annotation
 
@@ -25,9 +26,14 @@ def lanes_of(state: SketchState) -> int:
 
 @dataclass(frozen=True)
 class LaneColumns:
-    """accumulate: a group of lanes owns as many neighbouring columns as it has lanes."""
+    """accumulate: a group of lanes owns as many neighbouring columns as it has lanes.
+
+    Attributes:
+        early: B and y are asked for before v is there (see EarlyLaneB).
+    """
 
     name: str = "lanes"
+    early: bool = False
     stage: str = "accumulate"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -47,6 +53,8 @@ class LaneColumns:
         new.annotate("accumulate", 2, "threadIdx.y")
         new.annotate("accumulate", 3, "threadIdx.x")
         new.annotate("accumulate", 4, "unroll")
+        if self.early:
+            self._early_y(new)
         width = new.workload.total_out
 
         def threads(a: Annotation) -> int:
@@ -58,6 +66,19 @@ class LaneColumns:
         new.estimate("expand.columns", threads)
         new.estimate("expand.blocks_per_tile", lambda a: ceil_div(width, threads(a)))
         return [new]
+
+    @staticmethod
+    def _early_y(new: SketchState) -> None:
+        new.cache_read("accumulate", "local", "accumulate")
+        new.compute_at("accumulate_in", "accumulate", 1)
+        # behind t, block: t, i, n -> t, i, group, lane
+        new.follow_split("accumulate_in", 4, new.notes["split_lanes"], 1)
+        new.reorder("accumulate_in", 0, 1, 4, 5, 2, 3)
+        new.annotate("accumulate_in", 2, "threadIdx.y")
+        new.annotate("accumulate_in", 3, "threadIdx.x")
+        new.annotate("accumulate_in", 5, "unroll")
+        dependent_launch(new)
+        new.notes["early_lanes"] = 1
 
 
 @dataclass(frozen=True)
@@ -101,10 +122,38 @@ class LaneB:
     def apply(self, state: SketchState) -> list[SketchState]:
         if state.target.kind != "cuda" or "split_lanes" not in state.notes:
             return []
+        if "early_lanes" in state.notes:
+            return []
         new = state.fork(self.name)
         new.cache_read("gather_b", "local", "expand_rf")
         new.compute_at("gather_b", "expand_rf", 3)
         # behind t, block, group, lane: t, n, element
+        new.annotate("gather_b", 6, "vectorize")
+        new.annotate("gather_b", 5, "unroll")
+        new.pragma("expand_rf", 4, "decompose_reduction")
+        return [new]
+
+
+@dataclass(frozen=True)
+class EarlyLaneB:
+    """gather_b: each lane's pieces of B before anything waits for v; a stage with thread loops of
+    its own in front of the sum over v's parts."""
+
+    name: str = "early_b"
+    stage: str = "gather_b"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if state.target.kind != "cuda" or "early_lanes" not in state.notes:
+            return []
+        new = state.fork(self.name)
+        new.cache_read("gather_b", "local", "expand_rf")
+        new.compute_at("gather_b", "accumulate", 1)
+        # behind t, block: t, n, r -> t, group, column, lane, element
+        new.split("gather_b", 4, [lanes_of(new)], inner=False)
+        new.follow_split("gather_b", 3, new.notes["split_lanes"], 1)
+        new.reorder("gather_b", 0, 1, 3, 5, 2, 4, 6)
+        new.annotate("gather_b", 2, "threadIdx.y")
+        new.annotate("gather_b", 3, "threadIdx.x")
         new.annotate("gather_b", 6, "vectorize")
         new.annotate("gather_b", 5, "unroll")
         new.pragma("expand_rf", 4, "decompose_reduction")

@@ -92,7 +92,8 @@ class SplitKShrink:
             new.annotate("shrink", 4, "threadIdx.x")
             new.annotate("shrink", 5, "unroll")
         else:
-            new.follow_fused_split("shrink", 2, [new.notes["expand_split"]], 1)
+            level = new.notes["thread_level"]
+            new.follow_fused_split("shrink", 2, [new.notes["expand_split"]], level)
             new.annotate("shrink", 3, "threadIdx.x")
             new.annotate("shrink", 4, "unroll")
 
