@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
 
 from dop.errors import ConfigError
 
@@ -14,7 +15,7 @@ MIXES = ("distinct", "uniform", "skewed", "identical")
 NO_ADAPTER = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scenario:
     """One batch composition.
 
@@ -43,7 +44,7 @@ class Scenario:
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ConfigError(f"weight {self.weight}.", "Give a positive, finite weight.")
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Rows of the batch."""
         return sum(self.segments) + self.bare_rows
@@ -53,7 +54,7 @@ class Scenario:
         """Number of adapters in use."""
         return len(self.segments)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Short name in the log, e.g. "T32/uniform/6"; recorded ones carry their lengths."""
         if self.mix == "recorded":

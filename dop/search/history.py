@@ -111,6 +111,27 @@ class History:
                 open_ones.append((min(ratios), place, entry.candidate, missing))
         return [(c, missing) for _, _, c, missing in sorted(open_ones, key=lambda o: o[:2])]
 
+    def contested(
+        self, rivals: int, within: float
+    ) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
+        """The best and its close rivals in each scenario, with the scenarios where they are close.
+
+        Args:
+            rivals: most candidates per scenario.
+            within: slower than this times the best is no rival.
+
+        Returns:
+            Those close in the most scenarios first.
+        """
+        close: dict[PointKey, list[Scenario]] = {}
+        for scenario in self.scenarios:
+            limit = within * self.best_s(scenario.key)
+            for key, _ in self._fastest(scenario.key, rivals):
+                if self._entries[key].seconds[scenario.key] <= limit:
+                    close.setdefault(key, []).append(scenario)
+        ranked = sorted(close, key=lambda key: -len(close[key]))
+        return [(self._entries[key].candidate, tuple(close[key])) for key in ranked]
+
     def elites(self, count: int) -> list[Candidate]:
         """The best candidates, up to `count` per scenario, each once, best ones first."""
         found: dict[PointKey, Candidate] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from dop.errors import TraceError
 from dop.space.step import Json, Step, parse_step
@@ -13,11 +14,23 @@ from dop.space.step import Json, Step, parse_step
 MAX_STEPS = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """Steps in the order in which they are applied."""
 
     steps: tuple[Step, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: the search keeps traces in sets, and their steps are many."""
+        return hash(self.steps)
+
+    def __reduce__(self) -> tuple[type[Trace], tuple[tuple[Step, ...]]]:
+        """Without what is cached: another process hashes text differently."""
+        return Trace, (self.steps,)
 
     def to_json(self) -> list[list[Json]]:
         """The steps as they are written to a log.
@@ -46,7 +59,7 @@ class Trace:
                 raise TraceError(f"step {position}: {error.cause}", error.action) from error
         return Trace(tuple(steps))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Short identity of the trace: equal traces have equal keys."""
         text = json.dumps(self.to_json(), separators=(",", ":"))
