@@ -285,3 +285,35 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         effort_of("max")
     assert effort_of("quick") is QUICK
     assert effort_of("full") is FULL
+
+
+class _SlowSpells(FakeMeasurer):
+    """Every third first look at a pair takes three times as long as it should."""
+
+    def _answer(self, job, scenario, key):
+        answer = super()._answer(job, scenario, key)
+        looks = self.measured.count((job.workload.key, key, scenario.key))
+        if answer.ok and looks == 1 and len(self.measured) % 3 == 0:
+            return dataclasses.replace(answer, seconds=tuple(3 * s for s in answer.seconds))
+        return answer
+
+
+def test_close_rivals_are_measured_again_on_a_cpu(tmp_path):
+    host = dataclasses.replace(SM_90, kind="cpu")
+    family = Family(synthetic.WORKLOAD, host, SCENARIOS)
+    measurer = _SlowSpells(SPACE)
+    result = run(tmp_path / "log.jsonl", 24, measurer, families=[family])
+    again = {pair for pair, count in pairs(tmp_path / "log.jsonl").items() if count == 2}
+    assert again
+    for task in result.tasks:
+        key = task.scenario.key
+        entries = [e for e in read_log(tmp_path / "log.jsonl").entries if e.scenario_key == key]
+        best = min(entries, key=lambda e: e.median_s)
+        assert task.best_s == best.median_s
+        assert (synthetic.WORKLOAD.key, best.trace_key, key) in again
+    assert len(again) < len(measurer.measured) / 2
+
+
+def test_nothing_is_measured_again_on_a_gpu(tmp_path):
+    run(tmp_path / "log.jsonl", 24)
+    assert max(pairs(tmp_path / "log.jsonl").values()) == 1
