@@ -5,8 +5,8 @@ replays of a CUDA graph. Where each table lies depends on the numbers of tokens 
 
     token_slot, token_rank, token_scale [tokens]     the row form: slot of each token, or -1
     row_index [tokens]                               tokens sorted by slot, those without one last
-    slot_start [slots + 1]                           rows of slot s: row_index[start[s]:start[s+1]]
     tile_slot, tile_row0, tile_rows, tile_rank, tile_scale [tiles]   for each of TILE_SIZES
+    scratch                                          of the plan kernel
 
 Tiles are runs of at most so many rows of one adapter, row_index[tile_row0:tile_row0+tile_rows];
 the number of tiles is a bound that holds for every composition (`tile_count`), and the tiles that
@@ -15,16 +15,16 @@ a batch does not need have 0 rows. Scales are float32, stored by their bits.
 
 from __future__ import annotations
 
-import weakref
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dop.errors import ShapeError
+from dop.errors import DopError, ShapeError
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows per tile for which a plan holds tables."""
@@ -34,6 +34,9 @@ ANY_RANK = 1 << 30
 
 ALIGN = 16
 """Tables begin at multiples of 64 bytes."""
+
+SCRATCH_TABLES = 2
+"""Room behind the tables, in tables of tokens."""
 
 ROW_TABLES = ("token_slot", "token_rank", "token_scale")
 TILE_TABLES = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale")
@@ -67,7 +70,6 @@ class Layout:
 def layout(tokens: int, slots: int) -> Layout:
     """Layout of the plans for so many tokens and slots."""
     lengths = dict.fromkeys((*ROW_TABLES, "row_index"), tokens)
-    lengths["slot_start"] = slots + 1
     for rows in TILE_SIZES:
         tiles = tile_count(tokens, rows, slots)
         lengths |= {f"{name}/{rows}": tiles for name in TILE_TABLES}
@@ -75,7 +77,7 @@ def layout(tokens: int, slots: int) -> Layout:
     for name, length in lengths.items():
         places[name] = (offset, length)
         offset += -(-length // ALIGN) * ALIGN
-    return Layout(tokens, slots, places, offset)
+    return Layout(tokens, slots, places, buffer_size(tokens, slots))
 
 
 def buffer_size(tokens: Any, slots: int) -> Any:
@@ -84,9 +86,19 @@ def buffer_size(tokens: Any, slots: int) -> Any:
     def padded(length: Any) -> Any:
         return (length + ALIGN - 1) // ALIGN * ALIGN
 
-    used = torch.sym_min(tokens, slots)
+    used = torch.sym_min(tokens, slots)  # type: ignore[no-untyped-call]
     tiles = sum(len(TILE_TABLES) * padded(tokens // rows + used) for rows in TILE_SIZES)
-    return 4 * padded(tokens) + padded(slots + 1) + tiles
+    return (len(ROW_TABLES) + 1 + SCRATCH_TABLES) * padded(tokens) + tiles
+
+
+_BATCHES: dict[Any, int] = {}
+
+
+def batch_number(tokens: int, slots: int, adapters: int | None) -> int:
+    """A small number for what a launch depends on."""
+    key = (tokens, slots, adapters)
+    found = _BATCHES.get(key)
+    return _BATCHES.setdefault(key, len(_BATCHES)) if found is None else found
 
 
 class SegmentPlan:
@@ -99,6 +111,8 @@ class SegmentPlan:
         adapters: distinct adapters of the batch if the caller knew it, else None; a hint.
         has_ranks: true ranks were given; without them every adapter has its stack's rank.
         version: counts the fillings.
+        batch: a small number; plans for the same tokens, slots and adapters share it.
+        words: addresses of the tables as launches take them, by tile rows.
         in_graph: it was last filled while a CUDA graph was captured, so its content may change
             without a call.
     """
@@ -119,9 +133,18 @@ class SegmentPlan:
         self.has_ranks = has_ranks
         self.in_graph = in_graph
         self.version = 0
-        self.batch = (tokens, slots, adapters)
-        self.tables: dict[Any, Any] = {}
+        self.batch = batch_number(tokens, slots, adapters)
+        self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
+
+    def refilled(self, adapters: int | None, has_ranks: bool, *, in_graph: bool) -> None:
+        """Notes that the tables are new."""
+        if adapters != self.adapters:
+            self.adapters = adapters
+            self.batch = batch_number(self.tokens, self.slots, adapters)
+        self.has_ranks = has_ranks
+        self.in_graph = in_graph
+        self.version += 1
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +172,26 @@ class SegmentPlan:
         hint = "" if self.adapters is None else f", adapters={self.adapters}"
         ranks = ", ranks" if self.has_ranks else ""
         return f"SegmentPlan(tokens={self.tokens}, slots={self.slots}{hint}{ranks}, {self.device})"
+
+
+def table_words(plan: SegmentPlan, tile_rows: int) -> bytes:
+    """Addresses of the plan's tables in the order that launches hold them: ROW_TABLES, or
+    TILE_TABLES and row_index."""
+    base = plan.buffer.data_ptr()
+    places = plan.layout.places
+    if tile_rows:
+        keys = [*(f"{name}/{tile_rows}" for name in TILE_TABLES), "row_index"]
+    else:
+        keys = list(ROW_TABLES)
+    return struct.pack(f"={len(keys)}Q", *(base + 4 * places[key][0] for key in keys))
+
+
+def plain_words(plan: SegmentPlan, tile_rows: int) -> bytes:
+    """`table_words`, remembered."""
+    words = plan.words.get(tile_rows)
+    if words is None:
+        words = plan.words[tile_rows] = table_words(plan, tile_rows)
+    return words
 
 
 def check_capacity(plan: SegmentPlan, tokens: int, slots: int, device: torch.device) -> None:
@@ -184,21 +227,36 @@ def fill(
         scale: the scale without `scales`.
     """
     if buffer.is_cuda:
-        kernel = _plan_kernel(buffer.device.index)
+        kernel = _plan_kernel()
         if kernel is not None:
-            kernel(buffer, token_to_adapter, slots, ranks, scales, scale)
+            ids = token_to_adapter.contiguous()
+            kernel(
+                buffer.data_ptr(),
+                ids.data_ptr(),
+                ids_are_64_bit=ids.dtype == torch.int64,
+                tokens=ids.shape[0],
+                slots=slots,
+                ordinal=buffer.device.index,
+                stream=torch._C._cuda_getCurrentRawStream(buffer.device.index),
+                ranks=0 if ranks is None else ranks.data_ptr(),
+                max_rank=ANY_RANK,
+                scales=0 if scales is None else scales.data_ptr(),
+                scale=scale,
+            )
             return
     fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
 
 
-@lru_cache(maxsize=None)
-def _plan_kernel(device: int) -> Any:
-    """The kernel that fills a plan in one launch, or None where there is none."""
+@cache
+def _plan_kernel() -> Any:
+    """What fills a plan in one launch; None in an installation without the shipped binaries."""
     try:
-        from dop.ops import generic
-    except ImportError:
+        from dop.ops.generic import loader, plan
+
+        loader.index()
+    except (ImportError, DopError):
         return None
-    return generic.plan_kernel(device)
+    return plan.fill_plan
 
 
 def fill_by_torch(
@@ -220,7 +278,6 @@ def fill_by_torch(
     start = torch.searchsorted(ordered, every)
     plan.table("token_slot").copy_(token_slot)
     plan.table("row_index").copy_(order)
-    plan.table("slot_start").copy_(start)
     _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
     counts = start[1:] - start[:-1]
     for rows in TILE_SIZES:
@@ -284,17 +341,3 @@ def upload(values: Sequence[int] | Sequence[float], kind: torch.dtype, where: An
             found = torch.tensor(key[0], dtype=kind, device=where)
         _UPLOADED[key] = found
     return found
-
-
-class Stamp:
-    """A tensor's identity and content version, to know whether it changed since."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._version = None if tensor.is_inference() else tensor._version
-
-    def holds(self, tensor: Tensor) -> bool:
-        """It is the same tensor with the same content; False if that cannot be known."""
-        if self._version is None or self._tensor() is not tensor:
-            return False
-        return bool(tensor._version == self._version)

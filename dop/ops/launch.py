@@ -1,0 +1,362 @@
+"""Launching kernels of a call with as little host work as possible.
+
+A *block* is everything about the launches of one kernel choice that does not change from call to
+call: grids, functions, workspaces and an argument area in which only addresses are rewritten. It
+belongs to one thread and one stream, so two threads never share an area or a workspace.
+
+The argument area, in words of 8 bytes; kernels get the addresses of the words they take:
+
+    0  x  y_in  y                     written in every call
+    3  a  b  a1_shift a2_shift b1_shift b2_shift        `Stacks.words`
+    9  the plan's tables              `table_words`
+    15 tokens  tiles  slots  constants  workspaces      written once
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop.errors import ExportError, MissingKernelError
+from dop.measure import cuda_driver
+from dop.measure.artifact import Buffer, Launch, evaluate
+from dop.ops.checks import Shape
+from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
+
+WORD = 8
+XY, STACK_WORDS, TABLE_WORDS, FIXED_WORDS = 0, 3, 9, 15
+STACK_NAMES = ("a", "b", "a1_shift", "a2_shift", "b1_shift", "b2_shift")
+TILE_ORDER = (*TILE_TABLES, "row_index")
+STACKS_AT = slice(STACK_WORDS * WORD, TABLE_WORDS * WORD)
+TABLES_AT = slice(TABLE_WORDS * WORD, FIXED_WORDS * WORD)
+
+ELEMENT_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+SPACE_ALIGN = 256
+DEFAULT_SMEM = 48 << 10
+CAPTURE_RELAXED = 2
+SERIALIZATION_ATTRIBUTE = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+_CONFIG = struct.Struct("=7I4xQQI4x")
+"""CUlaunchConfig: grid, block, shared memory, stream, attributes, their number."""
+_ATTRIBUTE = struct.Struct("=I4xi60x")
+
+pack_xy = struct.Struct("=3Q").pack_into
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceKernel:
+    """A kernel choice that can be loaded: one or more launches and a binary.
+
+    Attributes:
+        name: for people.
+        origin: where it comes from: a pack's path, "nvrtc", "generic".
+        reason: why it was chosen, one line.
+        tile_rows: rows per tile of the tables it takes; 0 for the row form.
+        launches: in order; arguments are x, y_in, y, a, b, shifts, tables, tokens, tiles, slots,
+            workspaces and names of `constants`.
+        workspaces: what the launches share.
+        image: gives the cubin (or fatbin).
+        constants: further int32 arguments by name, e.g. widths of a kernel for any shape.
+    """
+
+    name: str
+    origin: str
+    reason: str
+    tile_rows: int
+    launches: tuple[Launch, ...]
+    workspaces: tuple[Buffer, ...]
+    image: Callable[[], bytes]
+    constants: Mapping[str, int] = field(default_factory=dict)
+
+
+class Block:
+    """Launches of one kernel choice for one batch size, thread and stream.
+
+    Attributes:
+        kernel: what it launches.
+        x_shape, y_shape, dtype: what fits.
+        tile_rows: tables it wants.
+        stream: CUstream; 0 for the default one.
+        start: launches one of `calls`.
+        area: the argument area; `view` its bytes.
+        calls: per launch (config, function, parameters), as ctypes passes them on fastest.
+    """
+
+    __slots__ = ("area", "calls", "dtype", "keep", "kernel", "start", "stream", "tile_rows",
+                 "view", "x_shape", "y_shape")  # fmt: skip
+
+    def __init__(
+        self,
+        kernel: DeviceKernel,
+        functions: Sequence[int],
+        shape: Shape,
+        batch: tuple[int, int],
+        stream: int,
+        workspace: Tensor | None,
+    ) -> None:
+        """
+        Args:
+            kernel: the choice.
+            functions: CUfunction of each launch.
+            shape: shapes of the call site.
+            batch: tokens and slots of the plan.
+            stream: CUstream.
+            workspace: uint8, at least `workspace_bytes`; None if that is 0.
+        """
+        tokens, slots = batch
+        self.stream, self.start = stream, driver().launch
+        self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
+        self.x_shape = torch.Size((tokens, shape.in_features))
+        self.y_shape = torch.Size((tokens, shape.total_out))
+        tiles = tile_count(tokens, kernel.tile_rows, slots) if kernel.tile_rows else tokens
+        numbers = {"tokens": tokens, "tiles": tiles, "slots": slots, **kernel.constants}
+        base = 0 if workspace is None else workspace.data_ptr()
+        spaces, _ = workspace_places(kernel, tokens, tiles)
+        numbers |= {name: base + offset for name, offset in spaces.items()}
+        places = argument_places(kernel.tile_rows, tuple(numbers))
+        self.area = (ctypes.c_char * (WORD * (FIXED_WORDS + len(numbers))))()
+        self.view = memoryview(self.area).cast("B")
+        struct.pack_into(
+            f"={len(numbers)}q", self.area, FIXED_WORDS * WORD, *map(_signed, numbers.values())
+        )
+        self.keep: list[Any] = [workspace]
+        calls = []
+        for launch, function in zip(kernel.launches, functions, strict=True):
+            grid = [evaluate(extent, tokens=tokens, tiles=tiles) for extent in launch.grid]
+            if min(grid) > 0:
+                parameters = self._parameters(launch, places)
+                calls.append((self._config(launch, grid, stream), function, parameters))
+        self.calls = [tuple(ctypes.c_void_p(word) for word in call) for call in calls]
+
+    def _parameters(self, launch: Launch, places: Mapping[str, int]) -> int:
+        base = ctypes.addressof(self.area)
+        unknown = [name for name in launch.arguments if name not in places]
+        if unknown:
+            raise ExportError(
+                f"kernel {launch.name} of {self.kernel.origin} wants {', '.join(unknown)}, which "
+                "nobody provides.",
+                "Export it again with this version of Dop.",
+            )
+        words = [base + WORD * places[name] for name in launch.arguments]
+        array = (ctypes.c_void_p * max(1, len(words)))(*words)
+        self.keep.append(array)
+        return ctypes.addressof(array)
+
+    def _config(self, launch: Launch, grid: Sequence[int], stream: int) -> int:
+        room = (ctypes.c_char * (_CONFIG.size + _ATTRIBUTE.size))()
+        address = ctypes.addressof(room)
+        attributes = address + _CONFIG.size if launch.dependent else 0
+        figures = (*grid, *launch.block, launch.dynamic_smem_bytes)
+        _CONFIG.pack_into(room, 0, *figures, stream, attributes, int(launch.dependent))
+        _ATTRIBUTE.pack_into(room, _CONFIG.size, SERIALIZATION_ATTRIBUTE, 1)
+        self.keep.append(room)
+        return address
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 and word > 0 else word
+
+
+@lru_cache(maxsize=4096)
+def argument_places(tile_rows: int, numbers: tuple[str, ...]) -> dict[str, int]:
+    """Word of each argument in the area."""
+    names = ["x", "y_in", "y", *STACK_NAMES]
+    places = {name: i for i, name in enumerate(names)}
+    tables = TILE_ORDER if tile_rows else ROW_TABLES
+    places |= {name: TABLE_WORDS + i for i, name in enumerate(tables)}
+    return places | {name: FIXED_WORDS + i for i, name in enumerate(numbers)}
+
+
+def workspace_places(kernel: DeviceKernel, tokens: int, tiles: int) -> tuple[dict[str, int], int]:
+    """Offset of each workspace, and the bytes of all."""
+    places, offset = {}, 0
+    for space in kernel.workspaces:
+        places[space.name] = offset
+        size = evaluate(space.elements, tokens=tokens, tiles=tiles) * ELEMENT_BYTES[space.dtype]
+        offset += -(-size // SPACE_ALIGN) * SPACE_ALIGN
+    return places, offset
+
+
+def workspace_bytes(kernel: DeviceKernel, tokens: int, slots: int) -> int:
+    """Bytes of a call's workspaces."""
+    tiles = tile_count(tokens, kernel.tile_rows, slots) if kernel.tile_rows else tokens
+    return workspace_places(kernel, tokens, tiles)[1]
+
+
+class Room:
+    """The workspace of one thread on one stream. It grows; what was handed out stays valid, since
+    blocks hold the tensor that they were given."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def at_least(self, size: int, device: torch.device) -> Tensor | None:
+        """A uint8 tensor of that size or more; None for 0 bytes."""
+        if size == 0:
+            return None
+        if self._held is None or self._held.numel() < size:
+            grown = max(size, 2 * self._held.numel() if self._held is not None else 0)
+            self._held = torch.empty(grown, dtype=torch.uint8, device=device)
+        return self._held
+
+
+class PerThread(threading.local):
+    """Blocks and workspaces of a thread."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[Any, Block] = {}
+        self.rooms: dict[Any, Room] = {}
+
+
+LOCAL = PerThread()
+BLOCK_LIMIT = 8192
+
+
+class Driver:
+    """The few driver functions that launching needs; tests put another one in its place."""
+
+    def __init__(self) -> None:
+        library = cuda_driver.driver()
+        if library is None:
+            raise MissingKernelError(
+                "there is no NVIDIA driver (libcuda.so.1).", "Use CPU tensors on this machine."
+            )
+        self._library: Any = library
+        self.launch: Callable[..., int] = (
+            library.cuLaunchKernelEx
+            if hasattr(library, "cuLaunchKernelEx")
+            else self._launch_the_old_way
+        )
+
+    def _launch_the_old_way(self, config: Any, function: Any, parameters: Any, extra: Any) -> int:
+        """For drivers before CUDA 12: no attributes, so no dependent launch."""
+        figures = _CONFIG.unpack(ctypes.string_at(config.value, _CONFIG.size))
+        stream = ctypes.c_void_p(figures[7])
+        code = self._library.cuLaunchKernel(function, *figures[:7], stream, parameters, extra)
+        return int(code)
+
+    def ensure_context(self, device: int) -> None:
+        """Makes torch's context of the device current in this thread if none is."""
+        context = ctypes.c_void_p()
+        cuda_driver.check("cuCtxGetCurrent", self._library.cuCtxGetCurrent(ctypes.byref(context)))
+        if not context:
+            cuda_driver.check(
+                "cuDevicePrimaryCtxRetain",
+                self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+            )
+            cuda_driver.check("cuCtxSetCurrent", self._library.cuCtxSetCurrent(context))
+
+    def load(self, image: bytes, launches: Sequence[Launch]) -> list[int]:
+        """Functions of a binary, loaded at once and for good, also while a graph is captured."""
+        with self._relaxed():
+            module = ctypes.c_void_p()
+            code = self._library.cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(image))
+            cuda_driver.check("cuModuleLoadData", code)
+            return [self._function(module, launch) for launch in launches]
+
+    @contextmanager
+    def _relaxed(self) -> Any:
+        """Lets this thread load code while a stream is being captured."""
+        mode = ctypes.c_int(CAPTURE_RELAXED)
+        self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    def _function(self, module: ctypes.c_void_p, launch: Launch) -> int:
+        function = cuda_driver.Function(module, launch.name)
+        # Asking for an attribute loads the code now: drivers load lazily otherwise.
+        function.attribute(cuda_driver.NUM_REGS)
+        if launch.dynamic_smem_bytes > DEFAULT_SMEM:
+            function.allow_dynamic_smem(launch.dynamic_smem_bytes)
+        assert function.handle.value is not None
+        return function.handle.value
+
+
+@lru_cache(maxsize=1)
+def driver() -> Driver:
+    """The driver of this process.
+
+    Raises:
+        MissingKernelError: there is none.
+    """
+    return Driver()
+
+
+_LOADED: dict[Any, list[int]] = {}
+_LOAD_LOCK = threading.Lock()
+
+
+def functions_of(kernel: DeviceKernel, device: int) -> list[int]:
+    """Functions of a kernel on a device, loaded when first wanted; equal binaries once."""
+    found = _LOADED.get((kernel, device))
+    if found is not None:
+        return found
+    with _LOAD_LOCK:
+        image = kernel.image()
+        names = tuple(launch.name for launch in kernel.launches)
+        key = (hashlib.sha256(image).digest(), names, device)
+        if key not in _LOADED:
+            _LOADED[key] = driver().load(image, kernel.launches)
+        _LOADED[kernel, device] = _LOADED[key]
+        return _LOADED[key]
+
+
+def new_block(
+    kernel: DeviceKernel, shape: Shape, batch: tuple[int, int], stream: int, *, capturing: bool
+) -> Block:
+    """A block of this thread with a workspace: the thread's own for the stream, or while a graph
+    is captured one from torch's allocator, which then belongs to the graph."""
+    driver().ensure_context(shape.device)
+    functions = functions_of(kernel, shape.device)
+    size = workspace_bytes(kernel, *batch)
+    where = torch.device("cuda", shape.device) if shape.device >= 0 else torch.device("cpu")
+    room = Room() if capturing else LOCAL.rooms.setdefault((shape.device, stream), Room())
+    return Block(kernel, functions, shape, batch, stream, room.at_least(size, where))
+
+
+def remember(key: Any, block: Block) -> None:
+    """Keeps a block for the next call of this thread."""
+    if len(LOCAL.blocks) >= BLOCK_LIMIT:
+        LOCAL.blocks.clear()
+    LOCAL.blocks[key] = block
+
+
+def launch(block: Block, x: int, y: int, stack_words: bytes, words: bytes) -> None:
+    """Launches a block's kernels: the slow way, for what is not hot.
+
+    Args:
+        block: of this thread.
+        x, y: device addresses.
+        stack_words: `Stacks.words`.
+        words: `table_words` or `derived_words`.
+
+    Raises:
+        CudaError: the driver refused.
+    """
+    pack_xy(block.area, XY, x, y, y)
+    block.view[STACKS_AT] = stack_words
+    at = TABLE_WORDS * WORD
+    block.view[at : at + len(words)] = words
+    for config, function, parameters in block.calls:
+        code = block.start(config, function, parameters, None)
+        if code:
+            cuda_driver.check("cuLaunchKernelEx", code)
+
+
+def forget() -> None:
+    """Drops this thread's blocks and workspaces; loaded code stays."""
+    LOCAL.blocks.clear()
+    LOCAL.rooms.clear()

@@ -1,0 +1,242 @@
+"""Where kernels come from, and which one serves a batch.
+
+Sources in order; the first that knows the call's shapes, and runs on its GPU, decides:
+
+1. packs and libraries in the folders of DOP_PACK_PATH,
+2. packs that are installed with Dop (dop/packs/<device>/),
+3. NVRTC: kernels built from the generated CUDA that a pack of another GPU carries,
+4. the generic kernels: every shape, rank and GPU from sm_80 on.
+
+The choice depends on shapes, tokens and the hint `adapters` only, never on what is on the device:
+a CUDA graph that was captured with it is right for every later batch of that size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from dop import packs
+from dop.errors import ConfigError, DopError, MissingKernelError
+from dop.export.index import KernelInfo
+from dop.export.load import CudaLibrary
+from dop.ops.checks import Shape, device_name
+from dop.ops.launch import DeviceKernel
+from dop.ops.plan import TILE_SIZES
+from dop.ops.switches import JIT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a batch, and why.
+
+    Attributes:
+        workload_key: the call's shapes.
+        device: e.g. "cuda:0 (NVIDIA H100)".
+        tokens, adapters: the batch; adapters None if not known.
+        kernel: the choice; None for torch's own operators on the CPU.
+        reason: one line.
+        passed_over: sources that were asked before, and why they did not serve.
+    """
+
+    workload_key: str
+    device: str
+    tokens: int
+    adapters: int | None
+    kernel: DeviceKernel | None
+    reason: str
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel."""
+        return "torch" if self.kernel is None else self.kernel.name
+
+    @property
+    def origin(self) -> str:
+        """Where the kernel comes from."""
+        return "torch" if self.kernel is None else self.kernel.origin
+
+    def __str__(self) -> str:
+        hint = "an unknown number of" if self.adapters is None else str(self.adapters)
+        lines = [
+            f"{self.workload_key}, {self.tokens} tokens, {hint} adapters, {self.device}:",
+            f"  {self.name} from {self.origin}: {self.reason}",
+            *(f"  passed over: {line}" for line in self.passed_over),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class Search:
+    """A search for a kernel: what is wanted, and why sources could not give it."""
+
+    shape: Shape
+    tokens: int
+    slots: int
+    adapters: int | None
+    misses: list[str] = field(default_factory=list)
+
+
+Source = Callable[[Search], "DeviceKernel | None"]
+
+_CHOICES: dict[Any, Choice] = {}
+_LOCK = threading.Lock()
+_CHOICE_LIMIT = 65536
+
+
+def choose(shape: Shape, tokens: int, slots: int, adapters: int | None) -> Choice:
+    """The choice for a call on a GPU; remembered.
+
+    Raises:
+        MissingKernelError: no source has a kernel.
+    """
+    key = (shape, tokens, slots, adapters, bool(JIT))
+    found = _CHOICES.get(key)
+    if found is None:
+        with _LOCK:
+            if len(_CHOICES) >= _CHOICE_LIMIT:
+                _CHOICES.clear()
+            found = _CHOICES[key] = _search(Search(shape, tokens, slots, adapters))
+    return found
+
+
+def _search(search: Search) -> Choice:
+    for source in SOURCES:
+        kernel = source(search)
+        if kernel is not None:
+            return Choice(
+                search.shape.key,
+                f"{device_name(search.shape.device)} ({gpu(search.shape.device)[0]})",
+                search.tokens,
+                search.adapters,
+                kernel,
+                kernel.reason,
+                tuple(search.misses),
+            )
+    raise MissingKernelError(
+        f"no kernel for {search.shape.key} on {device_name(search.shape.device)} "
+        f"({', '.join(gpu(search.shape.device))}); searched: {'; '.join(search.misses)}.",
+        "Install a pack for this GPU or set DOP_PACK_PATH"
+        + ("." if JIT else ", or allow building kernels (DOP_JIT=1)."),
+    )
+
+
+@cache
+def gpu(device: int) -> tuple[str, str]:
+    """Name and architecture of a GPU, e.g. ("NVIDIA H100", "sm_90")."""
+    facts = torch.cuda.get_device_properties(device)
+    return str(facts.name), f"sm_{facts.major}{facts.minor}"
+
+
+def from_packs(search: Search) -> DeviceKernel | None:
+    """Sources 1 and 2."""
+    name, arch = gpu(search.shape.device)
+    key = search.shape.key
+    for match in packs.find(name, arch, key):
+        if match.how == packs.Match.SOURCE:
+            search.misses.append(f"{match.entry.path} has no binaries for {arch}")
+            continue
+        library = match.library()
+        info = library.choose(key, search.tokens, search.adapters)
+        if info.tile_rows and info.tile_rows not in TILE_SIZES:
+            search.misses.append(
+                f"{info.name} of {library.path} wants tiles of {info.tile_rows} rows"
+            )
+            continue
+        return pack_kernel(library, info, search, match.note)
+    if not search.misses:
+        folders = ", ".join(str(folder) for folder in packs.folders())
+        search.misses.append(f"no pack with this shape in {folders}")
+    return None
+
+
+_KERNELS: dict[Any, DeviceKernel] = {}
+
+
+def pack_kernel(
+    library: CudaLibrary, info: KernelInfo, search: Search, note: str = ""
+) -> DeviceKernel:
+    """A pack's kernel as launching wants it; one object per kernel, so that it is loaded once."""
+    key = (library.path, info.name)
+    if key not in _KERNELS:
+        hint = search.adapters
+        batch = "unknown segments" if hint is None else f"{search.tokens / hint:g} rows a segment"
+        _KERNELS[key] = DeviceKernel(
+            info.name,
+            str(library.path),
+            f"tuned on {library.table.device_name}: the table's choice for {search.tokens} tokens "
+            f"with {batch} ({info.sketch or info.trace_key})" + (note and f"; {note}"),
+            info.tile_rows,
+            info.launches,
+            info.workspaces,
+            lambda: library.binary(info),
+        )
+    return _KERNELS[key]
+
+
+def from_nvrtc(search: Search) -> DeviceKernel | None:
+    """Source 3: dop.ops.nvrtc.kernel(search) -> DeviceKernel or None."""
+    build = _optional("dop.ops.nvrtc", "kernel")
+    if build is None:
+        search.misses.append("NVRTC is not available")
+        return None
+    if not JIT:
+        search.misses.append("building kernels is not allowed (DOP_JIT=0)")
+        return None
+    try:
+        found: DeviceKernel | None = build(search)
+    except DopError as error:
+        search.misses.append(f"NVRTC: {error}")
+        return None
+    return found
+
+
+def from_generic(search: Search) -> DeviceKernel | None:
+    """Source 4: dop.ops.generic.kernel(search) -> DeviceKernel or None."""
+    build = _optional("dop.ops.generic", "kernel")
+    if build is None:
+        search.misses.append("this installation has no generic kernels")
+        return None
+    found: DeviceKernel | None = build(search)
+    return found
+
+
+@cache
+def _optional(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+SOURCES: list[Source] = [from_packs, from_nvrtc, from_generic]
+
+
+def forget() -> None:
+    """Forgets choices and opened packs, for instance after DOP_PACK_PATH changed."""
+    with _LOCK:
+        _CHOICES.clear()
+        packs.refresh()
+
+
+def parse_device(device: Any) -> int:
+    """Index of a CUDA device, -1 for the CPU.
+
+    Raises:
+        ConfigError: it is another kind of device.
+    """
+    if isinstance(device, int):
+        return device
+    where = torch.device(device)
+    if where.type == "cpu":
+        return -1
+    if where.type != "cuda":
+        raise ConfigError(f"device {where} is not supported.", "Use cuda or cpu.")
+    return torch.cuda.current_device() if where.index is None else where.index
