@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COMMANDS = ("tune", "replay", "explain", "report", "env")
 """Verbs that are one function of the module's name."""
 
-GROUPS = ("log", "export")
+GROUPS = ("log", "export", "engine")
 """Verbs with verbs of their own: the module's `app`."""
 
 TUNE_PACKAGES = frozenset(
