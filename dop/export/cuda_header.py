@@ -191,7 +191,8 @@ def _launch(index: int, launch: KernelLaunch, workspaces: Sequence[str]) -> Iter
         yield "  if (error != cudaSuccess) return error;"
     yield f"  void* arguments{index}[] = {{{', '.join(arguments)}}};"
     yield f"  error = sgmv::detail::launch({function}, {grid}, {block},"
-    yield f"                               {launch.dynamic_smem_bytes}, arguments{index}, stream);"
+    flags = f"{launch.dynamic_smem_bytes}, {str(launch.dependent).lower()}"
+    yield f"                               {flags}, arguments{index}, stream);"
     yield "  if (error != cudaSuccess) return error;"
 
 

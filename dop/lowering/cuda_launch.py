@@ -25,12 +25,12 @@ from dop.errors import BuildError
 WAIT = "  dop_wait_for_predecessor();\n"
 RELEASE = "  dop_release_successor();\n"
 HELPERS = """\
-__device__ __forceinline__ void dop_wait_for_predecessor() {
+__device__ void dop_wait_for_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void dop_release_successor() {
+__device__ void dop_release_successor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif

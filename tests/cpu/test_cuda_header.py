@@ -88,6 +88,7 @@ def fake_generate(workload, trace, target):
         block=(64, 1, 1),
         dynamic_smem_bytes=smem,
         arguments=names,
+        dependent=smem == 1024,
     )
     return SimpleNamespace(
         kind="cuda",

@@ -124,12 +124,30 @@ inline size_t padded(long long bytes) { return ((size_t)bytes + 255) / 256 * 256
 
 inline char* at(char* base, size_t offset) { return base ? base + offset : nullptr; }
 
+// A dependent launch may start before its predecessor ends; its kernel waits for what it needs.
 inline cudaError_t launch(const void* kernel, long long gx, long long gy, long long gz, int bx,
-                          int by, int bz, int smem, void** arguments, cudaStream_t stream) {
+                          int by, int bz, int smem, bool dependent, void** arguments,
+                          cudaStream_t stream) {
   if (gx < 1 || gy < 1 || gz < 1) return cudaSuccess;
   if (gx > 2147483647LL || gy > 65535 || gz > 65535) return cudaErrorInvalidConfiguration;
-  dim3 grid((unsigned)gx, (unsigned)gy, (unsigned)gz);
-  return cudaLaunchKernel(kernel, grid, dim3(bx, by, bz), arguments, (size_t)smem, stream);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)gx, (unsigned)gy, (unsigned)gz);
+  config.blockDim = dim3(bx, by, bz);
+  config.dynamicSmemBytes = (size_t)smem;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (dependent) {
+    int device = 0, major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) return error;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = major >= 9 ? 1 : 0;
+  }
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 constexpr int kMaxDevices = 64;
