@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from dop.cli import export_engines
 from dop.cli.output import emit, note
 from dop.errors import ExportError
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(export_engines.vllm)
+app.command()(export_engines.sglang)
+
 _LOG = typer.Option(..., "--log", help="The tuning log.", show_default=False)
 _DEVICE = typer.Option(None, help="Name of the device, if the log holds several.")
 _REGRET = typer.Option(
@@ -29,6 +33,7 @@ _FILE = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write
 _FOLDER = typer.Option(..., "--output", "-o", help="Folder to write.", show_default=False)
 _LOG_FIRST = typer.Argument(..., help="The tuning log.", show_default=False)
 _PACK = typer.Option(..., "--output", "-o", help="File to write, NAME.doppack.", show_default=False)
+_CATALOG = typer.Argument(..., help="The folder.", show_default=False)
 _JSON = typer.Option(False, "--json", help="Print one JSON document.")
 _JOBS = typer.Option(0, "--jobs", "-j", min=0, help="Processes that build; 0: one per core.")
 
@@ -80,9 +85,7 @@ def pack(
     tp: int = typer.Option(1, help="Shards of that model."),
     ranks: str | None = typer.Option(None, "--ranks", help="Ship only these ranks, e.g. 8,16,64."),
     device: str | None = _DEVICE,
-    regret: float = typer.Option(
-        10.0, min=0.0, help="Percent that a kernel may lose in a scenario to save another kernel."
-    ),
+    regret: float = _REGRET,
     sources: bool = typer.Option(
         True, help="Ship the CUDA sources too, from which other architectures are served."
     ),
@@ -116,6 +119,17 @@ def pack(
     for line in packed.notes:
         note(f"note: {line}")
     _report(packed.selection, output, packed.size_bytes, as_json, packed.notes)
+
+
+@app.command()
+def catalog(folder: Path = _CATALOG, as_json: bool = _JSON) -> None:
+    """Write catalog.json for a folder of packs; the shipped ones need it."""
+    from dop.packs.catalog import write_catalog
+
+    entries = write_catalog(folder)
+    lines = [f"{e.path}: {len(e.workloads)} workloads, {e.size_bytes:,} bytes" for e in entries]
+    total = sum(entry.size_bytes for entry in entries)
+    emit(entries, as_json, "\n".join([*lines, f"{len(entries)} packs, {total:,} bytes."]))
 
 
 def _check_pack(output: Path, regret: float) -> None:

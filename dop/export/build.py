@@ -56,6 +56,14 @@ def generated(job: BuildJob, generate: Generate | None = None) -> GeneratedLike:
             f"{job.name} cannot be generated: {error.cause}",
             "The log may come from another version of Dop.",
         ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # TVM raises many kinds; each means that it refused the program
+        text = " ".join(str(error).split())[:160]
+        raise ExportError(
+            f"{job.name} cannot be generated: {type(error).__name__}: {text}.",
+            "The log may come from another version of Dop.",
+        ) from error
 
 
 def build_cuda(job: BuildJob, generate: Generate | None = None) -> Artifact:

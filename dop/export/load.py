@@ -34,33 +34,54 @@ def load(path: str | os.PathLike[str]) -> CpuLibrary | CudaLibrary:
         ExportError: it is no library, is damaged, or was made for another machine.
     """
     where = Path(path)
-    if is_pack(where):
-        return load_pack(where)
-    index = _read_index(where)
-    files = {name: _verified(where, name, digest) for name, digest in index.files.items()}
-    if index.kind == "cpu":
-        return CpuLibrary(where, index)
-    return CudaLibrary(where, index, files.__getitem__)
+    if not is_pack(where):
+        index = read_index(where)
+        for name, digest in index.files.items():
+            _verified(where, name, digest)
+        if index.kind == "cpu":
+            return CpuLibrary(where, index)
+    return load_cuda(where)
 
 
-def load_pack(path: Path) -> CudaLibrary:
-    """The library in a pack; raises as `load`."""
-    pack = PackFile(path)
-    if pack.index.kind != "cuda":
+def load_cuda(path: Path) -> CudaLibrary:
+    """The CUDA library in a folder or a pack; every file is checked when it is first wanted.
+
+    Raises:
+        ExportError: it is no library of CUDA kernels, or its index is damaged.
+    """
+    read: Callable[[str], bytes]
+    if is_pack(path):
+        pack = PackFile(path)
+        index, read = pack.index, pack.read
+    else:
+        index = read_index(path)
+        files = index.files
+
+        def read(name: str) -> bytes:
+            return _verified(path, name, files[name])
+
+    if index.kind != "cuda":
         raise ExportError(f"{path} holds no CUDA kernels.", "Use dop export library for a CPU.")
-    return CudaLibrary(path, pack.index, pack.read)
+    return CudaLibrary(path, index, read)
 
 
-def _read_index(where: Path) -> Index:
+def read_index(path: Path) -> Index:
+    """The index of a folder or a pack.
+
+    Raises:
+        ExportError: it is no library, or its index is damaged.
+    """
+    if is_pack(path):
+        return PackFile(path).index
     try:
-        data = json.loads((where / INDEX).read_text(encoding="utf-8"))
+        data = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except OSError as error:
         raise ExportError(
-            f"{where} is no exported library: {error.strerror}.", "Run dop export library."
+            f"{path} is no exported library: {error.strerror}.", "Run dop export library."
         ) from error
     except ValueError as error:
-        raise ExportError(f"{where / INDEX} is not JSON.", "Export it again.") from error
-    return parse_index(data, where / INDEX)
+        raise ExportError(f"{path / INDEX} is not JSON.", "Export it again.") from error
+    return parse_index(data, path / INDEX)
 
 
 def _verified(where: Path, name: str, digest: str) -> bytes:

@@ -159,6 +159,7 @@ def _contents(
         file = hashed_name(artifact.binary, "cubin")
         files[file] = artifact.binary
         entry = described(kernel, artifact, (file, ""))
+        del entry["scenarios"]  # the table holds them
         entry["min_arch"] = take_apart(artifact.source).min_arch
         if kernel.transferred_from:
             entry["transferred_from"] = kernel.transferred_from
@@ -179,7 +180,18 @@ def _contents(
         "kind": "cuda",
         "provenance": provenance,
         "notes": list(notes),
-        "table": selection.table.to_json(),
+        "table": _rounded(selection.table.to_json()),
         "kernels": kernels,
     }
     return index, files
+
+
+def _rounded(data: object) -> object:
+    """Numbers to six digits: no clock measured more, and the index stays small."""
+    if isinstance(data, float):
+        return float(f"{data:.6g}")
+    if isinstance(data, dict):
+        return {key: _rounded(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_rounded(item) for item in data]
+    return data
