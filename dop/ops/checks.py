@@ -108,7 +108,7 @@ class Stacks:
             if len(parts) != len(tensors):
                 return False
             for (ref, address), tensor in zip(parts, tensors, strict=True):
-                if ref() is not tensor or address != tensor.data_ptr():
+                if ref() is not tensor or address != tensor.data_ptr():  # type: ignore[union-attr]
                     return False
         return True
 

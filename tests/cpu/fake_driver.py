@@ -1,0 +1,158 @@
+"""A CUDA driver made of Python: launches read their parameters from memory as a GPU would, and
+compute on CPU tensors. What `dop.ops.launch` packs is thereby tested without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from contextlib import nullcontext
+
+import torch
+
+from dop.measure.artifact import Buffer, Launch
+from dop.ops import api, launch, sources
+from dop.ops.launch import DeviceKernel
+from dop.ops.sources import Choice
+
+STREAM = 77
+KINDS = {torch.float32: ctypes.c_float, torch.int32: ctypes.c_int32}
+
+
+def at(address: int, count: int, kind: torch.dtype) -> torch.Tensor:
+    """Tensor over memory."""
+    assert address % 4 == 0
+    if count == 0:
+        return torch.empty(0, dtype=kind)
+    array = (KINDS[kind] * count).from_address(address)
+    return torch.frombuffer(array, dtype=kind, count=count)
+
+
+class FakeDriver:
+    """Counts launches; `code` is what a launch answers."""
+
+    def __init__(self, shape_sizes) -> None:
+        self.sizes = shape_sizes  # slices, rank, in, outs, slots of the stacks
+        self.functions: list[Launch] = []
+        self.launches: list[tuple] = []
+        self.loads = 0
+        self.code = 0
+
+    def ensure_context(self, device: int) -> None:
+        pass
+
+    def load(self, image: bytes, launches) -> list[int]:
+        assert image == b"cubin"
+        self.loads += 1
+        first = len(self.functions)
+        self.functions += launches
+        return [first + i + 1 for i in range(len(launches))]
+
+    def launch(self, config, function, parameters, extra) -> int:
+        assert extra is None
+        if self.code:
+            return self.code
+        what = self.functions[function.value - 1]
+        *grid_block_smem, stream, attributes, count = struct.unpack(
+            "=7I4xQQI4x", ctypes.string_at(config.value, 56)
+        )
+        if count:
+            kind, allowed = struct.unpack("=I4xi", ctypes.string_at(attributes, 12))
+            assert (kind, allowed, count) == (6, 1, 1)
+        self.launches.append((what.name, tuple(grid_block_smem), stream, bool(count)))
+        words = (ctypes.c_void_p * len(what.arguments)).from_address(parameters.value)
+        raw = {n: ctypes.string_at(words[i], 8) for i, n in enumerate(what.arguments)}
+        getattr(self, what.name)({n: struct.unpack("=q", r)[0] for n, r in raw.items()})
+        return 0
+
+    def _tiles(self, p):
+        """(rows, slot, rank, scale) of each tile or token."""
+        if "tile_slot" in p:
+            index = at(p["row_index"], p["tokens"], torch.int32)
+            names = ("tile_slot", "tile_row0", "tile_rows", "tile_rank")
+            tables = [at(p[n], p["tiles"], torch.int32) for n in names]
+            scale = at(p["tile_scale"], p["tiles"], torch.float32)
+            for t, (slot, row0, rows, rank) in enumerate(zip(*map(torch.Tensor.tolist, tables))):
+                yield t, index[row0 : row0 + rows].long(), slot, rank, float(scale[t])
+            return
+        slot, rank = (at(p[n], p["tokens"], torch.int32) for n in ("token_slot", "token_rank"))
+        scale = at(p["token_scale"], p["tokens"], torch.float32)
+        for t in range(p["tokens"]):
+            if slot[t] >= 0:
+                yield t, torch.tensor([t]), int(slot[t]), int(rank[t]), float(scale[t])
+
+    def _stack(self, p, side, s):
+        slices, rank, width, outs, slots = self.sizes
+        address = p[side] + (16 * p[f"{side}{s}_shift"] if s else 0)
+        size = (slots, rank, width) if side == "a" else (slots, outs[s], rank)
+        return at(address, slots * size[1] * size[2], torch.float32).view(size)
+
+    def shrink(self, p) -> None:
+        slices, rank, width, _, _ = self.sizes
+        x = at(p["x"], p["tokens"] * width, torch.float32).view(-1, width)
+        v = at(p["v"], p["tokens"] * slices * rank, torch.float32).view(-1, slices, rank)
+        v.fill_(float("nan"))
+        for _, rows, slot, true, _ in self._tiles(p):
+            true = min(true, rank)
+            for s in range(slices):
+                v[rows, s, :true] = x[rows] @ self._stack(p, "a", s)[slot, :true].T
+
+    def expand(self, p) -> None:
+        slices, rank, _, outs, _ = self.sizes
+        assert p["y"] == p["y_in"]
+        assert p["answer"] == 42
+        y = at(p["y"], p["tokens"] * sum(outs), torch.float32).view(-1, sum(outs))
+        v = at(p["v"], p["tokens"] * slices * rank, torch.float32).view(-1, slices, rank)
+        for _, rows, slot, true, scale in self._tiles(p):
+            true = min(true, rank)
+            parts = [
+                v[rows, s, :true] @ self._stack(p, "b", s)[slot, :, :true].T for s in range(slices)
+            ]
+            y[rows] += scale * torch.cat(parts, dim=1)
+
+
+TABLES = {
+    0: ("token_slot", "token_rank", "token_scale"),
+    16: ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale", "row_index"),
+}
+
+
+def kernel(tile_rows: int, slices: int) -> DeviceKernel:
+    shifts = tuple(f"{side}{s}_shift" for side in "ab" for s in range(1, slices))
+    common = (*TABLES[tile_rows], "tokens", "tiles", *shifts)
+    tiles = "tiles" if tile_rows else "tokens"
+    launches = (
+        Launch("shrink", (tiles, "8", "1"), (128, 1, 1), 64 << 10, ("x", "a", "v", *common)),
+        Launch(
+            "expand",
+            ("tokens * 2", "1", "1"),
+            (256, 1, 1),
+            0,
+            ("v", "b", "y_in", "y", "answer", *common),
+            dependent=True,
+        ),
+    )
+    spaces = (
+        Buffer("other", "bfloat16", "tokens * 3"),
+        Buffer("v", "float32", "tokens * 3 * 64"),
+    )
+    return DeviceKernel(
+        f"tiles{tile_rows}", "test", "", tile_rows, launches, spaces, lambda: b"cubin",
+        {"answer": 42},
+    )  # fmt: skip
+
+
+def install(monkeypatch, sizes, tile_rows: int) -> FakeDriver:
+    """Puts the fake in the driver's place, for CPU tensors."""
+    driver = FakeDriver(sizes)
+    chosen = kernel(tile_rows, sizes[0])
+    launch.forget()
+    monkeypatch.setattr(launch, "driver", lambda: driver)
+    monkeypatch.setattr(launch, "_LOADED", {})
+    monkeypatch.setattr(api, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(api, "_capturing", lambda: False)
+    monkeypatch.setattr(api, "_current_device", lambda: -1)
+    monkeypatch.setattr(api, "_device_guard", lambda device: nullcontext())
+    monkeypatch.setattr(api, "on_gpu", lambda device: True)
+    choice = Choice("key", "fake", 0, None, chosen, "")
+    monkeypatch.setattr(sources, "choose", lambda *_: choice)
+    return driver
