@@ -80,7 +80,7 @@ def tune_engine(
     for place, task in enumerate(tasks):
         share = (end - time.monotonic()) / (len(tasks) - place)
         run = _TaskRun(task, target, tokens, effort, seed)
-        run.restore(r for r in known if r.task == task and r.device == target.device_name)
+        run.restore(r for r in known if r.task.key == task.key and r.device == target.device_name)
         run.go(runner, path, trials, share)
         outcomes.append(run.outcome())
         on_task(outcomes[-1])
