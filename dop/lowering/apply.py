@@ -62,6 +62,17 @@ from dop.workload import Workload
 
 PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
 PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
+HINTS = ("block_order", "load_ahead", "streaming", "cluster")
+"""Pragmas that a tile's intrinsic reads, see lowering/tile_kernels.py."""
+
+TILE_INTRINSICS = tuple(
+    f"{tile}_{kind}"
+    for tile in ("register_update", "pipelined_product")
+    for kind in ("f16", "bf16")
+)
+"""Intrinsics that stand for a kernel's whole tile. TVM checks the schedule down to their loop;
+what is inside is CUDA of our own (lowering/tile_kernels.py)."""
+
 
 MAX_TILE_ROWS = 256
 
@@ -100,6 +111,8 @@ class Application:
     placed: dict[str, str] = field(default_factory=dict)
     async_copy: bool = False
     dependent_launch: int = 0
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    hints: dict[tuple[str, str], int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     copies: list[Callable[[], None]] = field(default_factory=list)
     products: list[Callable[[], None]] = field(default_factory=list)
@@ -255,6 +268,9 @@ def _tensorize(app: Application, step: AnnotationStep, loop: Any) -> None:
     from dop.lowering.intrinsics import layout, register
 
     schedule, name = app.schedule, app.stages.name(step.stage)
+    if step.intrinsic in TILE_INTRINSICS:
+        _tile(app, step)
+        return
     intrinsic, copy = register(step.intrinsic), layout(step.intrinsic)
     if copy is None:
         schedule.blockize(loop)
@@ -273,6 +289,13 @@ def _tensorize(app: Application, step: AnnotationStep, loop: Any) -> None:
     app.copies.append(replace_copy)
 
 
+def _tile(app: Application, step: AnnotationStep) -> None:
+    """A kernel's whole tile becomes an intrinsic: it reads its numbers off the loops around it."""
+    extents = [app.schedule.get(loop).extent for loop in app.loops(step.stage)]
+    numbers = tuple(int(getattr(extent, "value", 0)) for extent in extents)
+    app.tiles[step.intrinsic.rpartition("_")[0]] = numbers
+
+
 def _replace_product(app: Application, name: str, intrinsic: str) -> None:
     """The multiplication, and the clearing of its accumulator where that was decomposed."""
     from dop.lowering.intrinsics import register
@@ -286,6 +309,8 @@ def _replace_product(app: Application, name: str, intrinsic: str) -> None:
 
 def _pragma(app: Application, step: PragmaStep) -> None:
     schedule, name = app.schedule, step.name
+    if isinstance(step.value, int):
+        app.hints[app.stages.name(step.stage), name] = step.value
     if name == "decompose_reduction":
         schedule.decompose_reduction(app.block(step.stage), app.loop(step.stage, step.iter))
         stage = app.stages.name(step.stage)
@@ -302,6 +327,9 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         app.dependent_launch = int(step.value)
     elif name == "transpose":
         schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)
+    elif name in HINTS:
+        if not isinstance(step.value, int):
+            raise TraceError(f"{name} wants a number.")
     elif name in PRAGMAS:
         value = int(step.value) if isinstance(step.value, int) else str(step.value)
         schedule.annotate(app.loop(step.stage, step.iter), f"pragma_{name}", value)

@@ -20,7 +20,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from dop.errors import BuildError
+from dop.errors import BuildError, TraceError
 from dop.lowering.apply import Application, _reason, apply_trace
 from dop.lowering.program import shift_names
 from dop.space.trace import Trace
@@ -105,7 +105,7 @@ def generate(workload: Workload, trace: Trace, target: Target) -> Generated:
         if target.kind == "cuda":
             return _generate_cuda(app, target)
         return _generate_cpu(app, target)
-    except BuildError:
+    except (BuildError, TraceError):
         raise
     except Exception as error:  # TVM raises many kinds; each means that it refused the program
         raise BuildError(f"TVM refused the program: {_reason(error)}") from error
@@ -138,6 +138,8 @@ def _generate_cuda(app: Application, target: Target) -> Generated:
     from dop.lowering.cuda_launch import order_start
     from dop.lowering.cuda_source import finish, signatures
 
+    if app.tiles:
+        return _generate_tiles(app)
     host, device = _lower(app, target)
     text = str(_code(device, "target.build.cuda").inspect_source("cuda"))
     launches, workspaces = _launches(host)
@@ -162,6 +164,31 @@ def _generate_cuda(app: Application, target: Target) -> Generated:
         source,
         tuple(kernels),
         workspaces,
+        b"",
+        program.arguments,
+    )
+
+
+def _generate_tiles(app: Application) -> Generated:
+    """Code of a trace whose kernels' tiles are intrinsics."""
+    from dop.lowering.cuda_source import signatures
+    from dop.lowering.tile_kernels import read_tiles
+
+    tiles, program = read_tiles(app), app.program
+    source = tiles.source
+    shrink, expand = tiles.shrink, tiles.expand
+    (first, given), (second, wanted) = signatures(source)
+    kernels = (
+        KernelLaunch(first, shrink.grid, shrink.block, shrink.smem_bytes, given),
+        KernelLaunch(second, expand.grid, expand.block, 0, wanted, tiles.dependent),
+    )
+    return Generated(
+        "cuda",
+        program.workload.key,
+        program.tile_rows,
+        source,
+        kernels,
+        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
         b"",
         program.arguments,
     )

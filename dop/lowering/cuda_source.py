@@ -8,7 +8,8 @@ from dop.errors import BuildError
 from dop.lowering.program import Program
 
 _HEAD = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\)\s*(\{|;)'
+    r'extern "C" __global__ void (?:__cluster_dims__\([^)]*\) )?(?:__launch_bounds__\(\d+\) )?'
+    r"(\w+)\(([^)]*)\)\s*(\{|;)"
 )
 
 

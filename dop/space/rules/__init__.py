@@ -24,12 +24,14 @@ from dop.space.rules.cuda_one_kernel import (
     StreamX,
 )
 from dop.space.rules.cuda_shrink import DirectA, DirectX, SplitKShrink
+from dop.space.rules.tensor_core_cluster import ClusterA, ClusterSplitK, ClusterX
 from dop.space.rules.tensor_core_expand import (
     MatrixColumns,
     MatrixExpand,
     MatrixTiles,
     StagedB,
 )
+from dop.space.rules.tensor_core_registers import RegisterB, RegisterColumns, RegisterProduct
 from dop.space.rules.tensor_core_shrink import MatrixSplitK, PipelinedX, StagedA
 from dop.space.rules.tokens import RowForm, TileForm
 
@@ -63,6 +65,13 @@ RULES: tuple[Rule, ...] = (
     MatrixSplitK(),
     StagedA(),
     PipelinedX(),
+    MatrixTiles("wide_tiles", wide=True),
+    RegisterColumns(),
+    RegisterProduct(),
+    RegisterB(),
+    ClusterSplitK(),
+    ClusterA(),
+    ClusterX(),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),
     TileForm("single_rows", (1,), 1, "cpu"),
     TileForm("many_rows", (16, 32, 64), 32, "cpu"),

@@ -85,9 +85,13 @@ def fragments(state: SketchState, stage: str, row_loop: int, intrinsic: str) -> 
 
 @dataclass(frozen=True)
 class MatrixTiles:
-    """tokens: tiles of whole matrix rows of one segment."""
+    """tokens: tiles of whole matrix rows of one segment.
+
+    `wide` is for the form that keeps everything in registers: it wants more rows per tile.
+    """
 
     name: str = "matrix_tiles"
+    wide: bool = False
     stage: str = "tokens"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -96,12 +100,15 @@ class MatrixTiles:
         if state.target.kind != "cuda" or not fits:
             return []
         new = state.fork(self.name)
-        rows = new.param("tokens.tile_rows", "tile", (16, 32, 64, 128), 16)
+        default = 64 if self.wide else 16
+        rows = new.param("tokens.tile_rows", "tile", (16, 32, 64, 128), default)
         source = new.split("gather_x", TOKEN_AXIS["gather_x"], [rows])
         for stage, axis in TOKEN_AXIS.items():
             if stage != "gather_x":
                 new.follow_split(stage, axis, source, 1)
         new.notes["matrix"] = 1
+        if self.wide:
+            new.notes["wide"] = 1
         return [new]
 
 
@@ -115,9 +122,10 @@ class MatrixColumns:
     def apply(self, state: SketchState) -> list[SketchState]:
         common = math.gcd(*state.workload.out_features)
         choices = dividing(common, (32, 64, 128, 256, 512))
-        if "matrix" not in state.notes or not choices:
+        if "matrix" not in state.notes or "wide" in state.notes or not choices:
             return []
         new = state.fork(self.name)
+        new.notes["staged"] = 1
         columns = new.param("expand.columns", "tile", choices, 128)
         new.param(ROW_WARPS.name, "warps", (1, 2, 4), 1)
         new.param(COLUMN_WARPS.name, "warps", (1, 2, 4, 8), 4)
@@ -182,7 +190,7 @@ class MatrixExpand:
     stage: str = "expand"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "matrix" not in state.notes:
+        if "staged" not in state.notes:
             return []
         new = state.fork(self.name)
         kind = INTRINSIC_TYPES[new.workload.dtype]
@@ -212,7 +220,7 @@ class StagedB:
     stage: str = "gather_b"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "matrix" not in state.notes:
+        if "staged" not in state.notes:
             return []
         new = state.fork(self.name)
         w = new.workload

@@ -60,7 +60,7 @@ class MatrixSplitK:
     def apply(self, state: SketchState) -> list[SketchState]:
         w = state.workload
         parts = dividing(w.in_features // 64, (1, 2, 4, 7, 8, 14, 16, 28, 32))
-        if "matrix" not in state.notes or w.in_features % 64 or not parts:
+        if "staged" not in state.notes or w.in_features % 64 or not parts:
             return []
         new = state.fork(self.name)
         rank = padded_rank(new)
@@ -182,7 +182,7 @@ class StagedA:
     stage: str = "gather_a"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "matrix" not in state.notes:
+        if "staged" not in state.notes:
             return []
         new = state.fork(self.name)
         kind = INTRINSIC_TYPES[new.workload.dtype]
@@ -208,7 +208,7 @@ class PipelinedX:
     stage: str = "gather_x"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "matrix" not in state.notes:
+        if "staged" not in state.notes:
             return []
         new = state.fork(self.name)
         kind = INTRINSIC_TYPES[new.workload.dtype]

@@ -1,0 +1,317 @@
+"""Block-level intrinsic: v of a tile for all slices, one product with a cp.async pipeline.
+
+A block multiplies the tile's rows of x with A's rows of all slices over one of `split_k` parts of
+k. Both come through shared memory, `stages` steps of `depth` elements deep, rows of 128 bytes and
+more with their 16-byte pieces swizzled so that ldmatrix meets no bank conflict. The parts of a tile
+are one thread-block cluster (sm_90): its blocks add their sums through distributed shared memory,
+in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop.workload import Workload
+
+
+@dataclass(frozen=True)
+class PipelinedShrink:
+    """Numbers of the intrinsic.
+
+    Attributes:
+        tile_rows: rows of a tile.
+        split_k: parts of k, the size of the cluster; 1, 2, 4 or 8.
+        depth: elements of k per step, 64 or 128.
+        stages: steps in flight, 2 or more.
+        row_warps, rank_warps: warps along rows and along ranks of all slices.
+    """
+
+    workload: Workload
+    tile_rows: int
+    split_k: int
+    depth: int
+    stages: int
+    row_warps: int
+    rank_warps: int
+
+    @property
+    def padded_rank(self) -> int:
+        """Ranks of a row of v."""
+        return -(-self.workload.rank // 16) * 16
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all slices."""
+        return self.workload.slices * self.padded_rank
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.row_warps * self.rank_warps
+
+    @property
+    def grid(self) -> tuple[str, str, str]:
+        """Blocks."""
+        return ("tiles", str(self.split_k), "1")
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads."""
+        return (32, self.rank_warps, self.row_warps)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory: the pipeline, whose place the sums take later."""
+        pipeline = 2 * self.stages * self.depth * (self.tile_rows + self.ranks)
+        sums = 4 * self.tile_rows * (self.ranks + 4) if self.split_k > 1 else 0
+        return max(pipeline, sums)
+
+    @property
+    def v_elements(self) -> str:
+        """Elements of v."""
+        return f"tiles * {self.workload.slices * self.tile_rows * self.padded_rank}"
+
+    def source(self, name: str) -> str:
+        """The kernel (its helpers are `HELPERS`)."""
+        w, threads = self.workload, self.threads
+        pieces = self.depth // 8
+        values = {
+            "NAME": name,
+            "THREADS": threads,
+            "CLUSTER": f"__cluster_dims__(1, {self.split_k}, 1) " if self.split_k > 1 else "",
+            "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
+            "SHIFT_OF": _shift_of(w),
+            "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
+            "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
+            "TM": self.tile_rows,
+            "K": w.in_features,
+            "RANK": w.rank,
+            "PADDED": self.padded_rank,
+            "RANKS": self.ranks,
+            "SPLIT": self.split_k,
+            "DEPTH": self.depth,
+            "PIECES": pieces,
+            "X_PIECES": self.tile_rows * pieces,
+            "A_PIECES": self.ranks * pieces,
+            "STAGES": self.stages,
+            "STEPS": w.in_features // (self.split_k * self.depth),
+            "RANK_WARPS": self.rank_warps,
+            "MI": self.tile_rows // (16 * self.row_warps),
+            "NI": self.ranks // (16 * self.rank_warps),
+            "X_COPIES": -(-self.tile_rows * pieces // threads),
+            "A_COPIES": -(-self.ranks * pieces // threads),
+        }
+        text = _KERNEL
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", str(value))
+        return text
+
+
+def _shift_of(w: Workload) -> str:
+    """The slice's distance from the first one's stack, in elements, as a choice by `slice`."""
+    text = "0LL"
+    for s in range(1, w.slices):
+        text = f"(slice == {s} ? a{s}_shift * 8 : {text})"
+    return text
+
+
+HELPERS = """\
+__device__ __forceinline__ unsigned dop_shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ void dop_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void dop_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void dop_copy(unsigned to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(at)
+               : "memory");
+}
+__device__ __forceinline__ float4 dop_read_peer(unsigned at, int block) {
+  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(there) : "memory");
+#endif
+  return value;
+}
+__device__ __forceinline__ void dop_cluster_sync() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dop_dependents_may_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+"""
+
+_KERNEL = """\
+extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
+    const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
+    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
+    const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+  extern __shared__ __align__(128) unsigned char dop_shared[];
+  const int tile = blockIdx.x, part = blockIdx.y;
+  const int rows = tile_rows_ptr[tile];
+  dop_dependents_may_start();
+  if (rows <= 0) return;
+  const int lane = threadIdx.x, row_warp = threadIdx.z, rank_warp = threadIdx.y;
+  const int thread = (row_warp * @RANK_WARPS@ + rank_warp) * 32 + lane;
+  const int row0 = tile_row0_ptr[tile];
+  const int rank = tile_rank_ptr ? min(tile_rank_ptr[tile], @RANK@) : @RANK@;
+  const long long slot = tile_slot_ptr[tile];
+  const unsigned x_shared = dop_shared_address(dop_shared);
+  const unsigned a_shared = x_shared + @STAGES@ * @TM@ * @DEPTH@ * 2;
+  // What this thread copies: 16-byte pieces of rows of x and of A.
+  const @TYPE@* x_from[@X_COPIES@];
+  const @TYPE@* a_from[@A_COPIES@];
+  int x_bytes[@X_COPIES@], a_bytes[@A_COPIES@];
+  unsigned x_to[@X_COPIES@], a_to[@A_COPIES@];
+#pragma unroll
+  for (int c = 0; c < @A_COPIES@; ++c) {
+    const int piece = thread + c * @THREADS@, row = piece / @PIECES@, column = piece % @PIECES@;
+    const int slice = row / @PADDED@, r = row % @PADDED@;
+    a_bytes[c] = r < rank ? 16 : 0;
+    a_from[c] = a_ptr + @SHIFT_OF@ + (slot * @RANK@ + (r < rank ? r : 0)) * @K@
+        + (part * (@STEPS@ * @DEPTH@) + column * 8);
+    a_to[c] = row * (@DEPTH@ * 2) + (column ^ (row & 7)) * 16;
+  }
+#pragma unroll
+  for (int c = 0; c < @X_COPIES@; ++c) {
+    const int piece = thread + c * @THREADS@, row = piece / @PIECES@, column = piece % @PIECES@;
+    x_bytes[c] = row < rows ? 16 : 0;
+    const int token = row < rows ? row_index_ptr[row0 + row] : 0;
+    x_from[c] = x_ptr + (long long)token * @K@ + (part * (@STEPS@ * @DEPTH@) + column * 8);
+    x_to[c] = row * (@DEPTH@ * 2) + (column ^ (row & 7)) * 16;
+  }
+  // Copies of a step; the last round of them may be for some threads only.
+#define DOP_COPY(step)                                                              \\
+  {                                                                                 \\
+    const unsigned stage = (unsigned)((step) % @STAGES@);                           \\
+    const unsigned a_stage = a_shared + stage * (@RANKS@ * @DEPTH@ * 2);            \\
+    const unsigned x_stage = x_shared + stage * (@TM@ * @DEPTH@ * 2);               \\
+    _Pragma("unroll") for (int c = 0; c < @A_COPIES@; ++c)                          \\
+      if ((c + 1) * @THREADS@ <= @A_PIECES@ || thread + c * @THREADS@ < @A_PIECES@) \\
+        dop_copy(a_stage + a_to[c], a_from[c] + (step) * @DEPTH@, a_bytes[c]);      \\
+    _Pragma("unroll") for (int c = 0; c < @X_COPIES@; ++c)                          \\
+      if ((c + 1) * @THREADS@ <= @X_PIECES@ || thread + c * @THREADS@ < @X_PIECES@) \\
+        dop_copy(x_stage + x_to[c], x_from[c] + (step) * @DEPTH@, x_bytes[c]);      \\
+  }                                                                                 \\
+  dop_commit();
+#pragma unroll
+  for (int step = 0; step < @STAGES@ - 1; ++step) {
+    if (step < @STEPS@) {
+      DOP_COPY(step)
+    } else {
+      dop_commit();
+    }
+  }
+  float sum[@MI@][2 * @NI@][4];
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
+    }
+  }
+  // Lane's row and piece of the 16 x 16 boxes that ldmatrix reads: rows first for x, k for A.
+  const int x_row = row_warp * (@MI@ * 16) + (lane & 15), x_piece = lane >> 4;
+  const int a_row = rank_warp * (@NI@ * 16) + (lane >> 4) * 8 + (lane & 7);
+  const int a_piece = (lane >> 3) & 1;
+#pragma unroll 1
+  for (int step = 0; step < @STEPS@; ++step) {
+    dop_wait_but<@STAGES@ - 2>();
+    __syncthreads();
+    if (step + @STAGES@ - 1 < @STEPS@) {
+      DOP_COPY(step + @STAGES@ - 1)
+    } else {
+      dop_commit();
+    }
+    const unsigned stage = (unsigned)(step % @STAGES@);
+    const unsigned xs = x_shared + stage * (@TM@ * @DEPTH@ * 2) + x_row * (@DEPTH@ * 2);
+    const unsigned as = a_shared + stage * (@RANKS@ * @DEPTH@ * 2) + a_row * (@DEPTH@ * 2);
+#pragma unroll
+    for (int k = 0; k < @DEPTH@ / 16; ++k) {
+      unsigned xw[@MI@][4];
+#pragma unroll
+      for (int m = 0; m < @MI@; ++m)
+        dop_ldmatrix(xw[m], xs + m * (32 * @DEPTH@) + ((2 * k + x_piece) ^ (x_row & 7)) * 16);
+#pragma unroll
+      for (int n = 0; n < @NI@; ++n) {
+        unsigned aw[4];
+        dop_ldmatrix(aw, as + n * (32 * @DEPTH@) + ((2 * k + a_piece) ^ (a_row & 7)) * 16);
+#pragma unroll
+        for (int m = 0; m < @MI@; ++m) {
+          dop_mma_@KIND@(sum[m][2 * n], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[0], aw[1]);
+          dop_mma_@KIND@(sum[m][2 * n + 1], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[2], aw[3]);
+        }
+      }
+    }
+  }
+#undef DOP_COPY
+  const int g = lane >> 2, q = lane & 3;
+#if @SPLIT@ == 1
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = r / @PADDED@;
+      const int row = row_warp * (@MI@ * 16) + m * 16 + g;
+      const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + r % @PADDED@);
+      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
+    }
+  }
+#else
+  dop_wait_but<0>();
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(dop_shared);
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2;
+      const int row = row_warp * (@MI@ * 16) + m * 16 + g;
+      float2* to = reinterpret_cast<float2*>(sums + row * (@RANKS@ + 4) + r);
+      to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
+      to[8 * (@RANKS@ + 4) / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
+    }
+  }
+  dop_cluster_sync();
+  // Each block adds up its share of the tile.
+  for (int i = part * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
+    const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = r / @PADDED@;
+    if (row >= rows) break;
+    float4 parts[@SPLIT@];
+#pragma unroll
+    for (int p = 0; p < @SPLIT@; ++p)
+      parts[p] = dop_read_peer(x_shared + (row * (@RANKS@ + 4) + r) * 4, p);
+    float4 total = parts[0];
+#pragma unroll
+    for (int p = 1; p < @SPLIT@; ++p) {
+      total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
+    }
+    const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + r % @PADDED@) =
+        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+  }
+  dop_cluster_sync();
+#endif
+}
+"""

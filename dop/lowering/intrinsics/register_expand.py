@@ -1,0 +1,304 @@
+"""Block-level intrinsic: a tile's rows of y plus v times B, in registers only (sm_80 and later).
+
+A warp owns 16 * `row_tiles` rows and `steps` groups of 32 columns of y. Rank and columns are given
+to mma.m16n8k16 in an order of our own, which a product does not see but memory does: a thread's
+share of y, B and v is then 16 neighbouring bytes (8 of B and v where the rank is no multiple of
+32), four threads cover 64 bytes of a row, and nothing passes through shared memory.
+
+    columns of n-tile j (of 4):  n -> 8 * (n // 2) + 2 * j + n % 2
+    ranks of 16-rank tile:       thread q of 4 holds 4 neighbouring ones instead of 2 + 2
+
+y's old values for `ahead` groups of columns and the first group of B are on their way before the
+kernel waits for v (programmatic dependent launch), so that only v's own way is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop.workload import Workload
+
+
+@dataclass(frozen=True)
+class RegisterExpand:
+    """Numbers of the intrinsic, as the loops that it replaces have them.
+
+    Attributes:
+        tile_rows: rows of a tile; row_warps * row_tiles * 16.
+        row_warps, column_warps: warps along rows and columns of a block.
+        row_tiles: 16-row tiles of a warp.
+        steps: groups of 32 columns that a warp works through.
+        ahead: groups whose old values are loaded ahead.
+        b_ahead: groups of B loaded ahead, 0 or 1.
+        tiles_first: neighbouring blocks have neighbouring tiles, else neighbouring columns.
+        streaming: y is marked as used once (evict first).
+    """
+
+    workload: Workload
+    tile_rows: int
+    row_warps: int
+    column_warps: int
+    row_tiles: int
+    steps: int
+    ahead: int
+    b_ahead: int = 1
+    tiles_first: bool = True
+    streaming: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return 32 * self.steps * self.column_warps
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per tile."""
+        return self.workload.total_out // self.columns
+
+    @property
+    def wide(self) -> bool:
+        """Whether B and v are read in 16-byte pieces."""
+        return self.workload.rank % 32 == 0
+
+    @property
+    def padded_rank(self) -> int:
+        """Ranks of a row of v."""
+        return -(-self.workload.rank // 16) * 16
+
+    @property
+    def grid(self) -> tuple[str, str, str]:
+        """Blocks."""
+        return (f"tiles * {self.blocks}", "1", "1")
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads."""
+        return (32, self.column_warps, self.row_warps)
+
+    def source(self, name: str) -> str:
+        """The kernel (its helpers are `HELPERS`)."""
+        w = self.workload
+        threads = 32 * self.row_warps * self.column_warps
+        shifts = "".join(f", long long b{s}_shift" for s in range(1, w.slices))
+        values = {
+            "NAME": name,
+            "THREADS": threads,
+            "SHIFTS": shifts,
+            "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
+            "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
+            "TM": self.tile_rows,
+            "MI": self.row_tiles,
+            "STEPS": self.steps,
+            "AHEAD": min(self.ahead, self.steps),
+            "BUFFERS": 1 + min(self.b_ahead, self.steps - 1),
+            "COLUMN_WARPS": self.column_warps,
+            "BLOCKS": self.blocks,
+            "COLUMNS": self.columns,
+            "N": w.total_out,
+            "RANK": w.rank,
+            "PADDED": self.padded_rank,
+            "PIECE": 8 if self.wide else 4,
+            "PIECE_TYPE": "uint4" if self.wide else "uint2",
+            "WORDS": 4 if self.wide else 2,
+            "KB": self.padded_rank // (32 if self.wide else 16),
+            "KK": 2 if self.wide else 1,
+            "TILE": f"blockIdx.x / {self.blocks}" if not self.tiles_first else "blockIdx.x % tiles",
+            "PART": f"blockIdx.x % {self.blocks}" if not self.tiles_first else "blockIdx.x / tiles",
+            "LOAD_Y": "__ldcs(at)" if self.streaming else "*at",
+            "STORE_Y": "__stcs(at, value)" if self.streaming else "*at = value",
+            "SLICE": _slice(w),
+        }
+        text = _KERNEL
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", str(value))
+        return text
+
+
+def _slice(w: Workload) -> str:
+    """Statements that find the block's slice: `slice`, `offset`, `width`, and b of the slice."""
+    lines = [f"  int slice = 0, offset = 0, width = {w.out_features[0]};", "  long long shift = 0;"]
+    for s in range(1, w.slices):
+        lines.append(
+            f"  if (first >= {w.offsets[s]}) {{ slice = {s}; offset = {w.offsets[s]}; "
+            f"width = {w.out_features[s]}; shift = b{s}_shift; }}"
+        )
+    return "\n".join(lines)
+
+
+HELPERS = """\
+__device__ __forceinline__ void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2,
+                                             unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void dop_mma_f16(float* c, unsigned a0, unsigned a1, unsigned a2,
+                                            unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ unsigned dop_pack_bf16(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ unsigned dop_pack_f16(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ float dop_low_bf16(unsigned word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float dop_high_bf16(unsigned word) {
+  return __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ float dop_low_f16(unsigned word) {
+  float value;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(word));
+  return value;
+}
+__device__ __forceinline__ float dop_high_f16(unsigned word) {
+  float value;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
+  return value;
+}
+__device__ __forceinline__ void dop_read_v(unsigned (&words)[4], const void* at) {
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(at) : "memory");
+}
+__device__ __forceinline__ void dop_read_v(unsigned (&words)[2], const void* at) {
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1]) : "l"(at) : "memory");
+}
+__device__ __forceinline__ void dop_read_b(unsigned (&words)[4], const void* at) {
+  const uint4 value = __ldg(static_cast<const uint4*>(at));
+  words[0] = value.x; words[1] = value.y; words[2] = value.z; words[3] = value.w;
+}
+__device__ __forceinline__ void dop_read_b(unsigned (&words)[2], const void* at) {
+  const uint2 value = __ldg(static_cast<const uint2*>(at));
+  words[0] = value.x; words[1] = value.y;
+}
+__device__ __forceinline__ void dop_wait_for_v() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+"""
+
+_KERNEL = """\
+extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
+    const @TYPE@* __restrict__ b_ptr, const int* __restrict__ row_index_ptr,
+    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
+    const int* __restrict__ tile_rows_ptr, const float* __restrict__ tile_scale_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
+    @TYPE@* y_ptr@SHIFTS@) {
+  const int tile = @TILE@;
+  const int rows = tile_rows_ptr[tile] - (int)threadIdx.z * @MI@ * 16;
+  if (rows <= 0) {
+    dop_wait_for_v();  // every block waits: a later kernel must find both kernels complete
+    return;
+  }
+  const int first = (@PART@) * @COLUMNS@, lane = threadIdx.x, g = lane >> 2, q = lane & 3;
+  const int column = first + (int)threadIdx.y * (@STEPS@ * 32);
+  const int row0 = tile_row0_ptr[tile] + (int)threadIdx.z * @MI@ * 16;
+  const int rank = tile_rank_ptr ? min(tile_rank_ptr[tile], @RANK@) : @RANK@;
+  const float scale = tile_scale_ptr ? tile_scale_ptr[tile] : 1.0f;
+@SLICE@
+  const @TYPE@* b = b_ptr + shift * 8 + (long long)tile_slot_ptr[tile] * ((long long)width * @RANK@)
+      + (long long)(column - offset) * @RANK@;
+  // Old values of y.
+  @TYPE@* y[@MI@][2];
+  uint4 old[@AHEAD@][@MI@][2];
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = m * 16 + h * 8 + g;
+      const int row = i < rows ? row_index_ptr[row0 + i] : 0;
+      y[m][h] = y_ptr + (long long)row * @N@ + (column + q * 8);
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < @AHEAD@; ++d) {
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4* at = reinterpret_cast<const uint4*>(y[m][h] + d * 32);
+        old[d][m][h] = make_uint4(0, 0, 0, 0);
+        if (m * 16 + h * 8 + g < rows) old[d][m][h] = @LOAD_Y@;
+      }
+    }
+  }
+  // B: fragment (rank block p, n-tile j) of the next groups of columns.
+  unsigned bw[@BUFFERS@][@KB@][4][@WORDS@];
+#define DOP_LOAD_B(buffer, step)                                                              \\
+  _Pragma("unroll") for (int p = 0; p < @KB@; ++p) {                                          \\
+    _Pragma("unroll") for (int j = 0; j < 4; ++j) {                                           \\
+      const int n = (step) * 32 + 8 * (g >> 1) + 2 * j + (g & 1);                             \\
+      const int k = p * (4 * @PIECE@) + q * @PIECE@;                                          \\
+      _Pragma("unroll") for (int e = 0; e < @WORDS@; ++e) bw[buffer][p][j][e] = 0;            \\
+      if ((k & ~7) < rank) dop_read_b(bw[buffer][p][j], b + n * @RANK@ + k);                  \\
+    }                                                                                         \\
+  }
+  if (@BUFFERS@ > 1) { DOP_LOAD_B(0, 0) }
+  dop_wait_for_v();
+  unsigned vw[@KB@][@MI@][2][@WORDS@];
+  const @TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
+      + ((int)threadIdx.z * @MI@ * 16 + g)) * @PADDED@ + q * @PIECE@;
+#pragma unroll
+  for (int p = 0; p < @KB@; ++p) {
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        dop_read_v(vw[p][m][h], v + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < @STEPS@; ++step) {
+    if (@BUFFERS@ == 1) { DOP_LOAD_B(0, step) }
+    if (@BUFFERS@ > 1 && step + 1 < @STEPS@) { DOP_LOAD_B((step + 1) % @BUFFERS@, step + 1) }
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+      float c[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[j][e] = 0.0f;
+#pragma unroll
+        for (int p = 0; p < @KB@; ++p) {
+#pragma unroll
+          for (int k = 0; k < @KK@; ++k)
+            dop_mma_@KIND@(c[j], vw[p][m][0][2 * k], vw[p][m][1][2 * k], vw[p][m][0][2 * k + 1],
+                           vw[p][m][1][2 * k + 1], bw[step % @BUFFERS@][p][j][2 * k],
+                           bw[step % @BUFFERS@][p][j][2 * k + 1]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4 was = old[step % @AHEAD@][m][h];
+        const unsigned words[4] = {was.x, was.y, was.z, was.w};
+        unsigned sum[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          sum[j] = dop_pack_@KIND@(fmaf(scale, c[j][2 * h], dop_low_@KIND@(words[j])),
+                                   fmaf(scale, c[j][2 * h + 1], dop_high_@KIND@(words[j])));
+        if (m * 16 + h * 8 + g < rows) {
+          const uint4 value = make_uint4(sum[0], sum[1], sum[2], sum[3]);
+          uint4* at = reinterpret_cast<uint4*>(y[m][h] + step * 32);
+          @STORE_Y@;
+          if (step + @AHEAD@ < @STEPS@) {
+            at = reinterpret_cast<uint4*>(y[m][h] + (step + @AHEAD@) * 32);
+            old[step % @AHEAD@][m][h] = @LOAD_Y@;
+          }
+        }
+      }
+    }
+  }
+#undef DOP_LOAD_B
+}
+"""

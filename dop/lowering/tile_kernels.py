@@ -1,0 +1,89 @@
+"""Kernels whose tile is an intrinsic: TVM's schedule says how large everything is, CUDA of our own
+does it.
+
+A trace that tensorizes `accumulate` with register_update and `shrink_rf` with pipelined_product
+chooses them. Its steps are applied to the program like any others, so TVM has checked that stages
+are placed where they can be and regions are what the intrinsics want; the intrinsics then read
+their numbers off the loops. Pragmas that only they know: block_order, streaming (of accumulate),
+load_ahead (of accumulate and gather_b), cluster (of shrink_rf).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop.errors import TraceError
+from dop.lowering.apply import Application
+from dop.lowering.intrinsics import pipelined_shrink, register_expand
+from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
+from dop.lowering.intrinsics.register_expand import RegisterExpand
+
+NAMES = ("main_kernel", "main_kernel_1")
+INCLUDES = {"bfloat16": "#include <cuda_bf16.h>\n", "float16": "#include <cuda_fp16.h>\n"}
+
+
+@dataclass(frozen=True)
+class TileKernels:
+    """Both kernels of a trace."""
+
+    shrink: PipelinedShrink
+    expand: RegisterExpand
+    dependent: bool
+
+    @property
+    def source(self) -> str:
+        """CUDA C++ of both."""
+        return (
+            INCLUDES[self.shrink.workload.dtype]
+            + register_expand.HELPERS
+            + pipelined_shrink.HELPERS
+            + self.shrink.source(NAMES[0])
+            + self.expand.source(NAMES[1])
+        )
+
+
+def read_tiles(app: Application) -> TileKernels:
+    """The intrinsics' numbers.
+
+    Raises:
+        TraceError: only one of the two is there, or the loops around one are not as it wants.
+    """
+    if set(app.tiles) != {"register_update", "pipelined_product"}:
+        raise TraceError(f"{', '.join(app.tiles)} wants the other half's intrinsic beside it.")
+    workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
+    _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, "pipelined_product", 12)
+    shrink = PipelinedShrink(
+        workload,
+        rows,
+        split_k=part,
+        depth=16 * k_tiles,
+        stages=hints.get(("shrink_rf", "pipeline_depth"), 2),
+        row_warps=row_warps,
+        rank_warps=rank_warps,
+    )
+    if tiles[0] * row_warps * 16 != rows or tiles[1] * rank_warps * 16 != shrink.ranks:
+        raise TraceError("warps of pipelined_product leave rows or ranks over.")
+    _, blocks, row_warps, column_warps, steps, row_tiles, *edge = _loops(app, "register_update", 8)
+    expand = RegisterExpand(
+        workload,
+        rows,
+        row_warps=row_warps,
+        column_warps=column_warps,
+        row_tiles=row_tiles,
+        steps=steps,
+        ahead=hints.get(("accumulate", "load_ahead"), 1),
+        b_ahead=hints.get(("gather_b", "load_ahead"), 0),
+        tiles_first=not hints.get(("accumulate", "block_order"), 0),
+        streaming=bool(hints.get(("accumulate", "streaming"), 0)),
+    )
+    whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
+    if not whole or any(width % expand.columns for width in workload.out_features):
+        raise TraceError("warps of register_update leave rows or columns over.")
+    return TileKernels(shrink, expand, bool(app.dependent_launch))
+
+
+def _loops(app: Application, tile: str, count: int) -> tuple[int, ...]:
+    extents = app.tiles[tile]
+    if len(extents) != count:
+        raise TraceError(f"{tile} wants {count} loops around it, not {len(extents)}.")
+    return extents

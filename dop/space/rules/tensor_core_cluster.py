@@ -1,0 +1,170 @@
+"""CUDA, tensor cores, shrink half of the register form: v is written once, in the operands' type.
+
+Block: one tile of rows, one of the split-K parts, the ranks of all slices. The parts of a tile are
+one thread-block cluster, whose blocks add their sums through distributed shared memory, so that
+expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop.space.rule import SketchState
+from dop.space.rules.launches import dependent_launch
+from dop.space.rules.numbers import ceil_div, dividing
+from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
+from dop.space.rules.tensor_core_registers import WARP, padded
+from dop.space.sketch import Annotation
+from dop.space.step import Param
+
+ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
+SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
+HOPPER = "90"
+CLUSTER = 8
+"""Blocks of a cluster that every Hopper GPU can place."""
+
+PART, STEP = 1, 5
+"""Loop positions in shrink_rf: tile, part, tile, row warp, rank warp, pipeline step, k tile, ..."""
+
+
+@dataclass(frozen=True)
+class ClusterSplitK:
+    """shrink: its own kernel; parts of k are summed within a cluster."""
+
+    name: str = "cluster_split_k"
+    stage: str = "shrink"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        w = state.workload
+        if "registers" not in state.notes or w.in_features % 64:
+            return []
+        new = state.fork(self.name)
+        clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
+        most = min(CLUSTER, max(1, w.in_features // 256))  # four steps each at least
+        parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
+        new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
+        new.param(K_TILES.name, "tile", dividing(w.in_features // EDGE, (4, 8)), 4)
+        ranks = w.slices * padded(w.rank) // EDGE
+        new.param(ROW_WARPS.name, "warps", (1, 2, 4, 8), 4)
+        new.param(RANK_WARPS.name, "warps", dividing(ranks, (1, 2, 3, 4)), max(1, ranks // 4))
+        new.split("shrink", 4, [SPLIT_K], w.in_features, inner=False)
+        new.rfactor("shrink", 4)
+        new.cache_read("shrink_rf", "shared.dyn", "shrink")
+        new.cache_read("shrink", "global", "expand")
+        new.compute_root("shrink")
+        new.cache_read("shrink", "local", "expand")
+        new.compute_at("shrink_in", "accumulate", WARP)
+        dependent_launch(new)
+        new.reorder("shrink", 1, 0, 2, 3, 4)
+        new.annotate("shrink", 0, "blockIdx.x")
+        new.compute_at("shrink_rf", "shrink", 0)
+        self._product(new)
+        return [new]
+
+    @staticmethod
+    def _product(new: SketchState) -> None:
+        """shrink_rf: t; own loops part, s, t, i, r, k -> blocks, warps, pipeline, tiles."""
+        new.reorder("shrink_rf", 0, 1, 3, 4, 2, 5, 6)
+        new.fuse("shrink_rf", 4, 5)
+        # t, part, t, row, rank of all slices, k
+        new.split("shrink_rf", 5, [K_TILES, EDGE])
+        new.split("shrink_rf", 4, [RANK_WARPS], inner=False)
+        new.split("shrink_rf", 5, [EDGE])
+        new.split("shrink_rf", 3, [ROW_WARPS], inner=False)
+        new.split("shrink_rf", 4, [EDGE])
+        new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
+        new.annotate("shrink_rf", PART, "blockIdx.y")
+        new.pragma("shrink_rf", PART, "cluster")
+        new.annotate("shrink_rf", 3, "threadIdx.z")
+        new.annotate("shrink_rf", 4, "threadIdx.y")
+
+
+@dataclass(frozen=True)
+class ClusterA:
+    """gather_a: A's rows of all slices through the pipeline."""
+
+    name: str = "swizzled_a"
+    stage: str = "gather_a"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if "registers" not in state.notes:
+            return []
+        new = state.fork(self.name)
+        new.cache_read("gather_a", "shared.dyn", "shrink_rf")
+        new.compute_at("gather_a", "shrink_rf", STEP)
+        return [new]
+
+
+@dataclass(frozen=True)
+class ClusterX:
+    """gather_x: the tile's rows of x through the pipeline."""
+
+    name: str = "swizzled_x"
+    stage: str = "gather_x"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if "registers" not in state.notes:
+            return []
+        new = state.fork(self.name)
+        new.cache_read("gather_x", "shared.dyn", "shrink_rf")
+        new.compute_at("gather_x", "shrink_rf", STEP)
+        stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6), 3)
+        new.pragma("shrink_rf", STEP, "pipeline_depth", stages)
+        kind = INTRINSIC_TYPES[new.workload.dtype]
+        new.annotate("shrink_rf", STEP, "tensorize", f"pipelined_product_{kind}")
+        _limits(new)
+        return [new]
+
+
+def _limits(new: SketchState) -> None:
+    w, target = new.workload, new.target
+    ranks = w.slices * padded(w.rank)
+
+    def threads(a: Annotation) -> int:
+        return 32 * a[ROW_WARPS.name] * a[RANK_WARPS.name]
+
+    def depth(a: Annotation) -> int:
+        return EDGE * a[K_TILES.name]
+
+    def steps(a: Annotation) -> int:
+        return ceil_div(w.in_features, a[SPLIT_K.name] * depth(a))
+
+    def left_over(a: Annotation) -> int:
+        return (
+            a[TILE_ROWS.name] % (EDGE * a[ROW_WARPS.name])
+            + w.in_features % (a[SPLIT_K.name] * depth(a))
+            + ranks % (EDGE * a[RANK_WARPS.name])
+        )
+
+    def copies(a: Annotation) -> int:
+        share = PIECE * threads(a)
+        return ceil_div(a[TILE_ROWS.name] * depth(a), share) + ceil_div(ranks * depth(a), share)
+
+    def registers(a: Annotation) -> int:
+        rows = a[TILE_ROWS.name] // (EDGE * a[ROW_WARPS.name])
+        tiles = ranks // (EDGE * a[RANK_WARPS.name])
+        return 8 * rows * tiles + 4 * (rows + 1) + 4 * copies(a) + 32
+
+    def smem(a: Annotation) -> int:
+        pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks)
+        sums = 4 * a[TILE_ROWS.name] * (ranks + 4) if a[SPLIT_K.name] > 1 else 0
+        return max(pipeline, sums)
+
+    new.limit("threads per shrink block", target.max_threads, threads)
+    new.limit("elements left over by shrink's tiles", 0, left_over)
+    new.limit("copies per thread and step", 24, copies)
+    new.limit("shrink registers per thread", 232, registers)
+    new.limit(
+        "shrink registers per block", target.max_registers, lambda a: registers(a) * threads(a)
+    )
+    new.limit("shrink shared memory bytes", target.max_smem_bytes, smem)
+    new.limit("pipeline stages without a step", 0, lambda a: max(a["shrink.stages"] - steps(a), 0))
+    new.estimate("shrink.threads", threads)
+    new.estimate("shrink.registers", registers)
+    new.estimate("shrink.steps", steps)
+    new.estimate("shrink.smem_bytes", smem)
+    new.estimate("shrink.blocks_per_tile", lambda a: a[SPLIT_K.name])
+    new.estimate(
+        "shrink.bytes_in_flight",
+        lambda a: 2 * (a["shrink.stages"] - 1) * depth(a) * (a[TILE_ROWS.name] + ranks),
+    )

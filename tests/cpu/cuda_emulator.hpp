@@ -1,0 +1,139 @@
+// Just enough CUDA on host threads to run one kernel text: a thread per CUDA thread, collective
+// operations by exchange through a barrier per warp, block and cluster. Numbers are bf16.
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+#define __cluster_dims__(x, y, z)
+#define __align__(n)
+#define __restrict__
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct dim3 { unsigned x, y, z; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::min;
+using __nv_bfloat16 = uint16_t;
+
+struct Warp {
+  std::barrier<> barrier{32};
+  unsigned words[32][8];
+};
+struct Block {
+  Block(int threads, int smem) : barrier(threads), warps(threads / 32), shared(smem, 0xff) {
+    for (auto& w : warps) w = std::make_unique<Warp>();
+  }
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<unsigned char> shared;
+};
+struct Cluster {
+  Cluster(int blocks, int threads, int smem) : barrier(blocks * threads) {
+    for (int b = 0; b < blocks; ++b) this->blocks.push_back(std::make_unique<Block>(threads, smem));
+  }
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Block>> blocks;
+};
+thread_local dim3 threadIdx, blockIdx;
+thread_local Warp* warp;
+thread_local Block* block;
+thread_local Cluster* cluster;
+thread_local unsigned char* dop_shared_memory;
+inline void __syncthreads() { block->barrier.arrive_and_wait(); }
+inline float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline unsigned as_bits(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
+inline float low(unsigned w) { return as_float(w << 16); }
+inline float high(unsigned w) { return as_float(w & 0xffff0000u); }
+inline unsigned round_bf16(float f) {
+  unsigned bits = as_bits(f);
+  if (f != f) return 0x7fc0;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+template <class T> T __ldcs(const T* at) { return *at; }
+template <class T> void __stcs(T* at, T value) { *at = value; }
+inline unsigned dop_pack_bf16(float a, float b) { return round_bf16(a) | round_bf16(b) << 16; }
+inline float dop_low_bf16(unsigned w) { return low(w); }
+inline float dop_high_bf16(unsigned w) { return high(w); }
+template <int N> void copy_words(unsigned (&words)[N], const void* at) { std::memcpy(words, at, 4 * N); }
+template <int N> void dop_read_v(unsigned (&words)[N], const void* at) { copy_words(words, at); }
+template <int N> void dop_read_b(unsigned (&words)[N], const void* at) { copy_words(words, at); }
+inline void dop_wait_for_v() {}
+inline void dop_dependents_may_start() {}
+inline void dop_commit() {}
+template <int N> void dop_wait_but() {}
+inline unsigned dop_shared_address(const void*) { return 0; }
+inline void dop_copy(unsigned to, const void* from, int bytes) {
+  std::memset(block->shared.data() + to, 0, 16);
+  std::memcpy(block->shared.data() + to, from, bytes);
+}
+inline void dop_cluster_sync() { cluster->barrier.arrive_and_wait(); }
+inline float4 dop_read_peer(unsigned at, int peer) {
+  float4 value;
+  std::memcpy(&value, cluster->blocks[peer]->shared.data() + at, 16);
+  return value;
+}
+// Every lane gives its words, all of them see all.
+inline void exchange(const unsigned* words, int count, unsigned (&all)[32][8]) {
+  warp->barrier.arrive_and_wait();
+  for (int i = 0; i < count; ++i) warp->words[threadIdx.x][i] = words[i];
+  warp->barrier.arrive_and_wait();
+  std::memcpy(all, warp->words, sizeof(all));
+}
+inline void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
+  unsigned all[32][8];
+  exchange(&at, 1, all);
+  const int lane = threadIdx.x;
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&words[m], block->shared.data() + all[m * 8 + lane / 4][0] + lane % 4 * 4, 4);
+}
+// PTX ISA, "Matrix Fragments for mma.m16n8k16": element (row, k) of A, (k, column) of B.
+inline void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                         unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  unsigned all[32][8];
+  exchange(mine, 6, all);
+  auto half = [](unsigned w, int odd) { return odd ? high(w) : low(w); };
+  const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
+  for (int e = 0; e < 4; ++e) {
+    const int row = g + e / 2 * 8, column = q * 2 + e % 2;
+    for (int k = 0; k < 16; ++k) {
+      const unsigned a = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const unsigned b = all[column * 4 + k % 8 / 2][4 + k / 8];
+      c[e] += half(a, k % 2) * half(b, k % 2);
+    }
+  }
+}
+// Runs one block per (x, y); the blocks of one x with all y are a cluster.
+template <class F> void launch(int grid_x, int grid_y, dim3 shape, int smem, F kernel) {
+  const int threads = shape.x * shape.y * shape.z;
+  for (int x = 0; x < grid_x; ++x) {
+    Cluster together(grid_y, threads, smem);
+    std::vector<std::thread> running;
+    for (int y = 0; y < grid_y; ++y)
+      for (int t = 0; t < threads; ++t)
+        running.emplace_back([&, x, y, t] {
+          cluster = &together;
+          block = together.blocks[y].get();
+          warp = block->warps[t / 32].get();
+          dop_shared_memory = block->shared.data();
+          threadIdx = {t % shape.x, t / shape.x % shape.y, t / (shape.x * shape.y)};
+          blockIdx = {unsigned(x), unsigned(y), 0};
+          kernel();
+        });
+    for (auto& thread : running) thread.join();
+  }
+}

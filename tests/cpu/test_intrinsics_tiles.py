@@ -1,0 +1,142 @@
+"""The block-level intrinsics' kernels, run on host threads, against numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
+from dop.lowering.intrinsics.register_expand import RegisterExpand
+from dop.workload import Workload
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+HERE = Path(__file__).parent
+SHARED = "  extern __shared__ __align__(128) unsigned char dop_shared[];\n"
+
+
+def _library(tmp_path: Path, kernel: str, launch: str, parameters: str) -> ctypes.CDLL:
+    assert "asm" not in kernel
+    kernel = kernel.replace(SHARED, "  unsigned char* dop_shared = dop_shared_memory;\n")
+    text = (
+        f'#include "{HERE}/cuda_emulator.hpp"\n{kernel}\n'
+        f'extern "C" void run({parameters}) {{ {launch} }}\n'
+    )
+    (tmp_path / "kernel.cpp").write_text(text)
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "kernel.so"), str(tmp_path / "kernel.cpp")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    return ctypes.CDLL(str(tmp_path / "kernel.so"))
+
+
+def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _float(values: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _call(library: ctypes.CDLL, *values: object) -> None:
+    given = [
+        ctypes.c_void_p(v.ctypes.data) if isinstance(v, np.ndarray) else ctypes.c_longlong(v)  # type: ignore[arg-type]
+        for v in values
+    ]
+    library.run(*given)
+
+
+TILES = 3
+ROWS = np.array([13, 16, 0], np.int32)
+ROW0 = np.array([2, 15, 0], np.int32)
+SLOT = np.array([1, 0, 0], np.int32)
+
+
+@pytest.mark.parametrize("rank", [24, 64])
+def test_register_expand(tmp_path: Path, rank: int) -> None:
+    w = Workload("two", 64, (128, 64), rank, "bfloat16")
+    k = RegisterExpand(w, 16, 1, 1, 1, steps=2, ahead=2, b_ahead=1, tiles_first=rank == 64)
+    rng = np.random.default_rng(rank)
+    ranks = np.array([rank if rank < 24 else rank - 12, rank, 0], np.int32)
+    scale = np.array([0.5, 2.0, 1.0], np.float32)
+    row_index = rng.permutation(32).astype(np.int32)
+    y = _bf16(rng.standard_normal((32, 192), np.float32))
+    b = [_bf16(rng.standard_normal((2, n, rank), np.float32)) for n in w.out_features]
+    padded = k.padded_rank
+    v = rng.standard_normal((2, TILES, 16, padded), np.float32)
+    want = _float(y).copy()
+    for tile in range(2):
+        v[:, tile, :, ranks[tile] :] = 0
+        b[0][SLOT[tile], :, -(-ranks[tile] // 8) * 8 :] = 0x7FC0  # NaN must not be touched
+        b[1][SLOT[tile], :, -(-ranks[tile] // 8) * 8 :] = 0x7FC0
+    v_bits = _bf16(v)
+    for tile in range(2):
+        rows = row_index[ROW0[tile] : ROW0[tile] + ROWS[tile]]
+        for s, offset in enumerate(w.offsets):
+            r = ranks[tile]
+            left = _float(v_bits)[s, tile, : ROWS[tile], :r]
+            update = left @ _float(b[s])[SLOT[tile], :, :r].T
+            want[rows, offset : offset + w.out_features[s]] += scale[tile] * update
+        v_bits[:, tile, ROWS[tile] :] = 0x7FC0
+    flat = np.concatenate([t.ravel() for t in b])
+    blocks = TILES * k.blocks
+    kernel = k.source("kernel")
+    launch = (
+        f"launch({blocks}, 1, {{32, 1, 1}}, 0, [&] {{ kernel("
+        "b, row_index, tile_rank, tile_row0, tile_rows, tile_scale, tile_slot, tiles, v, y, b1);"
+        " });"
+    )
+    parameters = (
+        "uint16_t* b, int* row_index, int* tile_rank, int* tile_row0, int* tile_rows, "
+        "float* tile_scale, int* tile_slot, long long tiles, uint16_t* v, uint16_t* y, long long b1"
+    )
+    library = _library(tmp_path, kernel, launch, parameters)
+    shift = b[0].nbytes // 16
+    _call(library, flat, row_index, ranks, ROW0, ROWS, scale, SLOT, TILES, v_bits, y, shift)
+    np.testing.assert_allclose(_float(y), want, rtol=0.01, atol=0.02)
+
+
+@pytest.mark.parametrize(("rank", "split"), [(16, 1), (32, 2)])
+def test_pipelined_shrink(tmp_path: Path, rank: int, split: int) -> None:
+    w = Workload("two", 512, (128, 64), rank, "bfloat16")
+    rank_warps = 2 if rank == 32 else 1
+    k = PipelinedShrink(w, 16, split, 64, 3, row_warps=1, rank_warps=rank_warps)
+    rng = np.random.default_rng(split)
+    ranks = np.array([rank - 3, rank, 0], np.int32)
+    row_index = rng.permutation(32).astype(np.int32)
+    x = _bf16(rng.standard_normal((32, 512), np.float32))
+    a = [_bf16(rng.standard_normal((2, rank, 512), np.float32)) for _ in range(2)]
+    for stack in a:
+        stack[1, rank - 3 :] = 0x7FC0
+    v = np.full((2, TILES, 16, k.padded_rank), 0x7FC0, np.uint16)
+    kernel = k.source("kernel")
+    block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
+    launch = (
+        f"launch({TILES}, {split}, {block}, {k.smem_bytes}, [&] {{ kernel("
+        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, a1); });"
+    )
+    parameters = (
+        "uint16_t* a, int* row_index, int* tile_rank, int* tile_row0, int* tile_rows, "
+        "int* tile_slot, long long tiles, uint16_t* v, uint16_t* x, long long a1"
+    )
+    library = _library(tmp_path, kernel, launch, parameters)
+    flat = np.concatenate([t.ravel() for t in a])
+    shift = a[0].nbytes // 16
+    _call(library, flat, row_index, ranks, ROW0, ROWS, SLOT, TILES, v, x, shift)
+    for tile in range(2):
+        rows = row_index[ROW0[tile] : ROW0[tile] + ROWS[tile]]
+        for s in range(2):
+            want = np.zeros((ROWS[tile], k.padded_rank), np.float32)
+            stack = _float(a[s])[SLOT[tile], : ranks[tile]]
+            want[:, : ranks[tile]] = _float(x)[rows] @ stack.T
+            got = _float(v)[s, tile, : ROWS[tile]]
+            np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1)

@@ -1,0 +1,133 @@
+"""The register form: its sketch, the kernels that come out of it, and that they fit registers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dop.errors import ConstraintError, TraceError
+from dop.space.generate import build_space
+from dop.space.sketch import Sketch
+from dop.space.step import AnnotationStep
+from dop.space.trace import Trace
+from dop.target import SM_90, Target
+from dop.workload import Workload
+
+pytest.importorskip("tvm")
+
+from dop.lowering.codegen import Generated, evaluate, generate
+
+O_16 = Workload("o_proj", 4096, (4096,), 16, "bfloat16")
+QKV_64 = Workload("qkv_proj", 4096, (4096, 1024, 1024), 64, "float16")
+SM_80 = Target("cuda", "sm_80", "NVIDIA A100", 108, 1024, 166912, 65536, 40 << 20, 16)
+
+
+def sketch_of(workload: Workload, target: Target = SM_90) -> Sketch | None:
+    found = [s for s in build_space(workload, target).sketches if s.name.startswith("wide_tiles")]
+    return found[0] if found else None
+
+
+def build(workload: Workload, target: Target = SM_90, **numbers: int) -> Generated:
+    sketch = sketch_of(workload, target)
+    assert sketch is not None
+    values = {**sketch.default(), **{k.replace("__", "."): v for k, v in numbers.items()}}
+    return generate(workload, sketch.bind(values), target)
+
+
+@pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (2048, 512, 512)])
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("k", [2048, 4096, 14336])
+def test_default_fits(widths: tuple[int, ...], rank: int, k: int) -> None:
+    sketch = sketch_of(Workload("w", k, widths, rank, "bfloat16"))
+    assert sketch is not None
+    assert sketch.broken_limit(sketch.default()) is None
+
+
+def test_shapes_that_it_cannot_treat_have_no_sketch() -> None:
+    for workload in (
+        Workload("w", 4096, (4096,), 13, "bfloat16"),
+        Workload("w", 4096, (4096,), 256, "bfloat16"),
+        Workload("w", 4096, (4104,), 16, "bfloat16"),
+        Workload("w", 4128, (4096,), 16, "bfloat16"),
+        Workload("w", 4096, (4096,), 16, "float32"),
+    ):
+        with contextlib.suppress(ConstraintError):  # raised where no rule fits at all
+            assert sketch_of(workload) is None
+
+
+def test_numbers_come_from_the_loops() -> None:
+    code = build(
+        *(QKV_64,),
+        tokens__tile_rows=128,
+        expand__row_tiles=2,
+        expand__steps=4,
+        expand__column_warps=2,
+        expand__ahead=2,
+        shrink__split_k=4,
+        shrink__row_warps=4,
+        shrink__rank_warps=2,
+        shrink__k_tiles=4,
+        shrink__stages=3,
+    )
+    shrink, expand = code.kernels
+    assert shrink.grid == ("tiles", "4", "1")
+    assert shrink.block == (32, 2, 4)
+    assert shrink.dynamic_smem_bytes == max(3 * 128 * (128 + 192), 4 * 128 * (192 + 4))
+    assert evaluate(expand.grid[0], tokens=1, tiles=3) == 3 * 6144 // (2 * 4 * 32)
+    assert expand.block == (32, 2, 4)
+    assert expand.dependent
+    assert not shrink.dependent
+    (v,) = code.workspaces
+    assert (v.dtype, evaluate(v.elements, tokens=1, tiles=3)) == ("float16", 3 * 128 * 192)
+    assert "__cluster_dims__(1, 4, 1)" in code.source
+    assert "@" not in code.source
+    assert shrink.arguments[-2:] == ("a1_shift", "a2_shift")
+
+
+def test_traces_survive_the_log() -> None:
+    sketch = sketch_of(QKV_64)
+    assert sketch is not None
+    rng, found = random.Random(0), 0
+    while found < 5:
+        values = sketch.sample(rng)
+        if sketch.broken_limit(values) is None:
+            trace = Trace.from_json(sketch.bind(values).to_json())
+            assert sketch.match(trace) == values
+            found += 1
+
+
+def test_before_hopper_there_are_no_clusters() -> None:
+    code = build(O_16, SM_80)
+    assert "__cluster_dims__" not in code.source
+    assert not any(kernel.dependent for kernel in code.kernels)
+
+
+def test_one_half_alone_is_refused() -> None:
+    sketch = sketch_of(O_16)
+    assert sketch is not None
+    steps = sketch.bind(sketch.default()).steps
+    last = [s for s in steps if isinstance(s, AnnotationStep) and s.intrinsic][-1]
+    with pytest.raises(TraceError, match="other half"):
+        generate(O_16, Trace(tuple(s for s in steps if s is not last)), SM_90)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("workload", [O_16, QKV_64])
+def test_compiles_without_spills(workload: Workload, tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text(build(workload).source)
+    command = ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "k.cubin"), str(tmp_path / "k.cu")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", done.stderr)
+    assert len(spilled) == 6
+    assert set(spilled) == {"0"}
