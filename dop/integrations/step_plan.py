@@ -49,6 +49,8 @@ class StepPlans:
         rank: rank of the stacks; ranks of slots start there.
         device: where the stacks are.
         small: capacity of the small plan.
+        hint_small: say the number of adapters also for launches that fit the small plan. Where
+            one CUDA graph per size serves every mix, the mix it is captured with says nothing.
     """
 
     def __init__(
@@ -58,18 +60,20 @@ class StepPlans:
         rank: int,
         device: torch.device | str,
         small: int = SMALL_TOKENS,
+        hint_small: bool = False,
     ) -> None:
         self.slots = slots
         self.rank = rank
         self.device = torch.device(device)
         self.tokens = 0
         self.adapters = 0
+        self._unhinted = 0 if hint_small else small
         self.rank_list = [rank] * slots
         self._pinned = self.device.type == "cuda"
         self._ranks = torch.full((slots,), rank, dtype=torch.int32, device=self.device)
         self._scale: torch.Tensor | float = 1.0
         self._host = torch.full((capacity,), NO_ADAPTER, dtype=torch.int32)
-        sizes = [small, capacity] if small < capacity else [capacity]
+        sizes = [small, capacity] if 0 < small < capacity else [capacity]
         self._levels = [_Level(size, self._empty_map(size)) for size in sizes]
 
     def _empty_map(self, size: int) -> torch.Tensor:
@@ -125,10 +129,16 @@ class StepPlans:
         if view is None:
             if not level.fresh:
                 self._refill(level)
-            view = level.views[tokens] = narrow(level.plan, tokens)
-        if not level.captured and _capturing(self.device):
+            view = level.views[tokens] = narrow(level.plan, tokens, self._hint(tokens))
+        if not level.captured and capturing(self.device):
             level.captured = True
         return view
+
+    def _hint(self, tokens: int) -> int | None:
+        """Number of adapters for choosing a kernel, rounded so that few choices are made."""
+        if tokens <= self._unhinted or self.adapters == 0:
+            return None
+        return min(tokens, 1 << (self.adapters - 1).bit_length())
 
     def _refill(self, level: _Level) -> None:
         from dop.ops import segment_plan
@@ -139,7 +149,6 @@ class StepPlans:
             slots=self.slots,
             ranks=self._ranks,
             scale=self._scale,
-            adapters=self.adapters or None,
             out=level.plan,
         )
         level.fresh = True
@@ -150,17 +159,13 @@ class StepPlans:
         target.copy_(source.pin_memory() if self._pinned else source, non_blocking=True)
 
 
-def narrow(plan: SegmentPlan, tokens: int) -> SegmentPlan:
+def narrow(plan: SegmentPlan, tokens: int, adapters: int | None = None) -> SegmentPlan:
     """A plan's tables as those of its first `tokens` tokens; later ones must have no adapter.
 
     Every table begins with what a plan of fewer tokens holds: tokens in order, rows that have an
-    adapter first, tiles in use first.
+    adapter first, tiles in use first. `adapters` is a hint for choosing a kernel.
     """
-    if tokens == plan.tokens:
-        return plan
-    view = _narrow_class()(
-        plan.buffer, tokens, plan.slots, plan.adapters, plan.has_ranks, plan.in_graph
-    )
+    view = _narrow_class()(plan.buffer, tokens, plan.slots, adapters, plan.has_ranks, plan.in_graph)
     view.whole = plan.tokens
     view.version = plan.version
     narrowed: SegmentPlan = view
@@ -197,8 +202,9 @@ def _distinct(slots: torch.Tensor) -> int:
     return int((found >= 0).sum())
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
 def slots_of_runs(ids: Sequence[int], slot_of: dict[int, int]) -> torch.Tensor:

@@ -26,10 +26,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from dop import ops
 from dop.errors import DopError
 from dop.integrations import vllm_metadata
-from dop.integrations.step_plan import StepPlans, slots_of_runs
+from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of_runs
 from dop.integrations.vllm import LOG
 
-_LIBRARY = Library("dop_vllm", "FRAGMENT")
+_LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 _MAX_SLICES = 3
@@ -43,8 +43,15 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        capacity = -(-max_num_batched_tokens // 64) * 64
-        self._plans = StepPlans(capacity, self.max_loras, self.lora_config.max_lora_rank, device)
+        captured = captured_tokens()
+        self._plans = StepPlans(
+            -(-max_num_batched_tokens // 64) * 64,
+            self.max_loras,
+            self.lora_config.max_lora_rank,
+            device,
+            small=captured,
+            hint_small=not captured or self.lora_config.specialize_active_lora,
+        )
         self._known_meta = vllm_metadata.is_known(self.token_mapping_meta)
         self._no_adapter = True
         # By address of a layer's first stack: why it stays with vLLM's kernels, or "".
@@ -126,7 +133,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
         vLLM reads the head's zeros for every active adapter: 4 MB each for 128k tokens at rank 16.
         """
-        fixed = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+        fixed = torch.compiler.is_compiling() or capturing(self._plans.device)
         if not fixed and self._sampled <= self._headless:
             return
         super().add_lora_logits(
@@ -173,6 +180,19 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             LOG.warning("dop: %s LoRA of such layers runs on vLLM's own kernels.", text)
         else:
             LOG.info("dop: serves LoRA of %s", shape)
+
+
+def captured_tokens() -> int:
+    """Most tokens of a CUDA graph of the engine being built; 0 if it captures none."""
+    try:
+        from vllm.config import get_current_vllm_config
+
+        compilation = get_current_vllm_config().compilation_config
+        if "NONE" in str(compilation.cudagraph_mode):
+            return 0
+        return int(compilation.max_cudagraph_capture_size or 0)
+    except (ImportError, AttributeError, AssertionError, TypeError):
+        return SMALL_TOKENS
 
 
 def uncovered(
