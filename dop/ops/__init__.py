@@ -11,14 +11,20 @@ Needs torch only. The torch.library ops (torch.ops.dop) are registered by import
 from dop.ops import custom_ops as _custom_ops  # noqa: F401  registers torch.ops.dop
 from dop.ops.api import add_lora, segment_plan, sgmv_expand, sgmv_shrink
 from dop.ops.plan import SegmentPlan
+from dop.ops.sources import Choice
 from dop.ops.switches import allow_jit, checked
+from dop.ops.warm import explain_choice, forget, warmup
 
 __all__ = [
+    "Choice",
     "SegmentPlan",
     "add_lora",
     "allow_jit",
     "checked",
+    "explain_choice",
+    "forget",
     "segment_plan",
     "sgmv_expand",
     "sgmv_shrink",
+    "warmup",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dop.errors import DtypeError, ShapeError
 from dop.measure import cuda_driver
-from dop.ops import checks, cpu, launch, sources
+from dop.ops import checks, cpu, cpu_pack, launch, sources
 from dop.ops.checks import STACKS, Stacks, stacks_of
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, STACKS_AT, TABLES_AT, XY, Block, pack_xy
@@ -103,9 +103,9 @@ def segment_plan(
     else:
         check_capacity(out, tokens, slots, device)
     fill(out.buffer, token_to_adapter, slots, rank_tensor, scales, number)
-    out.refilled(
-        adapters, rank_tensor is not None, in_graph=token_to_adapter.is_cuda and _capturing()
-    )
+    plain = rank_tensor is None and scales is None and number == 1.0
+    graph = token_to_adapter.is_cuda and _capturing()
+    out.refilled(adapters, rank_tensor is not None, is_plain=plain, in_graph=graph)
     return out
 
 
@@ -189,20 +189,13 @@ def add_lora(
         return _traced(y, x, a, b, plan, scale, ranks)
     try:
         # The short path. Everything that must be looked at in every call is looked at here.
-        first = a if isinstance(a, Tensor) else a[0]
-        stacks = STACKS[id(first)]
+        list_a: Any = a if type(a) is tuple or type(a) is list else (a,)
+        list_b: Any = b if type(b) is tuple or type(b) is list else (b,)
+        stacks = STACKS[id(list_a[0])]
         shape = stacks.shape
         block = LOCAL.blocks[shape.number, plan.batch, _stream(shape.device)]
-        if first is a:
-            (ref_a, at_a), (ref_b, at_b) = stacks.parts_a[0], stacks.parts_b[0]
-            same = (
-                ref_a() is a and ref_b() is b and a.data_ptr() == at_a and b.data_ptr() == at_b
-                and len(stacks.parts_a) == 1
-            )  # fmt: skip
-        else:
-            same = stacks.are(a, b)
         if (
-            same
+            stacks.are(list_a, list_b)
             and type(x) is Tensor
             and type(y) is Tensor
             and x.shape == block.x_shape
@@ -232,7 +225,7 @@ def add_lora(
                     if code:
                         cuda_driver.check("cuLaunchKernelEx", code)
                 return y
-    except (KeyError, AttributeError, IndexError, TypeError):
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError):
         pass  # the long path looks at the arguments and says what is wrong
     return run(y, x, a, b, plan, scale, ranks)
 
@@ -256,12 +249,13 @@ def run(
     checks.check_plan(plan, stacks)
     checks.check_rows("x", x, plan.tokens, shape.in_features, shape)
     checks.check_rows("y", y, plan.tokens, shape.total_out, shape)
-    checks.check_no_gradient("add_lora", x, y, *checks.as_list(a, "a"), *checks.as_list(b, "b"))
+    list_a, list_b = checks.as_list(a, "a"), checks.as_list(b, "b")
+    checks.check_no_gradient("add_lora", x, y, *list_a, *list_b)
     rank_tensor, scales, number = _call_facts(plan, shape.rank, scale, ranks)
     if plan.tokens == 0:
         return y
     if not on_gpu(shape.device):
-        cpu_path(y, x, a, b, stacks, plan, rank_tensor, scales, number)
+        cpu_path(y, x, list_a, list_b, stacks, plan, rank_tensor, scales, number)
         return y
     with _device_guard(shape.device):
         _run_cuda(y, x, stacks, plan, rank_tensor, scales, number)
@@ -307,8 +301,8 @@ def _any_traced(*arguments: Any) -> bool:
 def cpu_path(
     y: Tensor,
     x: Tensor,
-    a: Stack,
-    b: Stack,
+    a: list[Tensor],
+    b: list[Tensor],
     stacks: Stacks,
     plan: SegmentPlan,
     ranks: Tensor | None,
@@ -316,7 +310,10 @@ def cpu_path(
     scale: float,
 ) -> None:
     """A call on CPU tensors: by an exported library if there is one, else by torch."""
-    cpu.add_lora(y, x, checks.as_list(a, "a"), checks.as_list(b, "b"), plan, ranks, scales, scale)
+    plain = plan.is_plain and ranks is None and scales is None and scale == 1.0
+    if plain and cpu_pack.run(y, x, a, b, stacks, plan):
+        return
+    cpu.add_lora(y, x, a, b, plan, ranks, scales, scale)
 
 
 def _run_cuda(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop.errors import ShapeError
 from dop.ops.plan import SegmentPlan, buffer_size, fill
 
 LIBRARY = torch.library.Library("dop", "DEF")  # type: ignore[no-untyped-call]
@@ -33,6 +34,11 @@ UNKNOWN = -1
 def _plan_of(buffer: Tensor, tokens: int, slots: int, adapters: int) -> SegmentPlan:
     """A plan around a buffer. It is marked as one whose content may change unnoticed, so that
     nothing derived from it is trusted later."""
+    if buffer.numel() != buffer_size(tokens, slots):
+        raise ShapeError(
+            f"a plan of {buffer.numel()} elements for {tokens} tokens and {slots} slots.",
+            "Under torch.compile give plans as segment_plan returned them.",
+        )
     hint = None if adapters == UNKNOWN else adapters
     return SegmentPlan(buffer, tokens, slots, hint, in_graph=True)
 

@@ -110,6 +110,7 @@ class SegmentPlan:
         slots: adapters in the weight stacks.
         adapters: distinct adapters of the batch if the caller knew it, else None; a hint.
         has_ranks: true ranks were given; without them every adapter has its stack's rank.
+        is_plain: neither ranks nor scales were given.
         version: counts the fillings.
         batch: a small number; plans for the same tokens, slots and adapters share it.
         words: addresses of the tables as launches take them, by tile rows.
@@ -131,18 +132,22 @@ class SegmentPlan:
         self.slots = slots
         self.adapters = adapters
         self.has_ranks = has_ranks
+        self.is_plain = False
         self.in_graph = in_graph
         self.version = 0
         self.batch = batch_number(tokens, slots, adapters)
         self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
 
-    def refilled(self, adapters: int | None, has_ranks: bool, *, in_graph: bool) -> None:
+    def refilled(
+        self, adapters: int | None, has_ranks: bool, *, is_plain: bool, in_graph: bool
+    ) -> None:
         """Notes that the tables are new."""
         if adapters != self.adapters:
             self.adapters = adapters
             self.batch = batch_number(self.tokens, self.slots, adapters)
         self.has_ranks = has_ranks
+        self.is_plain = is_plain
         self.in_graph = in_graph
         self.version += 1
 
