@@ -153,6 +153,4 @@ def test_compiles_without_local_memory(sliced: Generated, tmp_path: Path) -> Non
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    # A spilled 64-bit offset is a few bytes; accumulators in local memory would be hundreds.
-    assert len(frames) == 2
-    assert all(int(stack) <= 16 and int(spill) <= 16 for stack, spill in frames), frames
+    assert frames == [("0", "0")] * 2
