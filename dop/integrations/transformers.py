@@ -104,7 +104,7 @@ def _routed(processors: Any) -> Any:
     """A processor list that also carries each request's slot, as its last row of arguments."""
     from transformers.generation.continuous_batching import cb_logits_processors as cb
 
-    class RoutedProcessors(cb.ContinuousBatchingLogitsProcessorList):
+    class RoutedProcessors(cb.ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         """transformers' processors, plus one row that no processor reads."""
 
         def __init__(self) -> None:
@@ -210,7 +210,7 @@ class LoraEngine:
             "allow_block_sharing": False,  # a prefix's hash knows nothing of adapters
         }
         hints = WorkloadHints(max_prompt_length=self._max_length, num_requests=max_requests)
-        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[no-untyped-call]
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         manager = self._model.init_continuous_batching(
             generation_config=greedy,
             continuous_batching_config=ContinuousBatchingConfig(

@@ -1,0 +1,240 @@
+"""Punica's text-generation benchmark on today's engines: many adapters, arms in turn, one run.
+
+    python -m benchmarks.bench_textgen_lora --batch-size 32
+    python -m benchmarks.bench_textgen_lora --engine vllm --model Llama-3.1-8B \\
+        --batch-size 1,8,32,64 --lora-popularity distinct,uniform,identical --lengths 64:128
+
+Without a GPU it serves a tiny model with transformers. See docs/textgen.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.textgen import results as report
+from benchmarks.textgen.engine import ARMS, Arm, OneAdapterAtATime
+from benchmarks.textgen.models import TINY, BenchModel, copy_bandwidth, find_model
+from benchmarks.textgen.results import CaseResult
+from benchmarks.textgen.timing import Run, summarise
+from benchmarks.textgen.workload import PUNICA, Case, Job, waves
+from dop import collect_env
+from dop.errors import ConfigError, DopError
+
+DEFAULT_ARMS = "base,stock,dop,loop"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, defaults filled in for the machine."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="arms: " + "; ".join(f"{name}: {what}" for name, what in ARMS.items()),
+    )
+    add = parser.add_argument
+    add("--engine", choices=("transformers", "vllm"), default="transformers")
+    add("--arms", default=DEFAULT_ARMS, help="comma list (default %(default)s)")
+    add("--model", help="tiny, a named model (random weights), or a checkpoint's folder")
+    add("--lora-rank", type=int, default=16)
+    add("--lora-popularity", default="distinct", help="comma list of distinct, uniform, "
+        "skewed, identical")  # fmt: skip
+    add("--batch-size", default="32", help="requests in flight; comma list")
+    add("--lengths", default=PUNICA, help='"punica" or PROMPT:OUTPUT, e.g. 64:128; comma list')
+    add("--cases", help="instead of the three above: batch/popularity/lengths, comma list")
+    add("--num-batches", type=int, help="batches of requests a case and repeat")
+    add("--maxlen", type=int, help="longest prompt with its output")
+    add("--repeats", type=int, default=3, help="runs of each arm and case (default 3)")
+    add(
+        "--slots", type=int, help="adapter slots of the engine (default: largest batch, 64 on vLLM)"
+    )
+    add("--dtype", choices=("float32", "float16", "bfloat16"))
+    add("--device", choices=("cpu", "cuda"))
+    add("--seed", type=int, default=0)
+    add("--save-to", type=Path, help="folder for results.jsonl, table.md and plot.svg")
+    add("--tuned-configs", type=Path, help="folder of vLLM's tuned JSON files (arm tuned-json)")
+    add("--work", type=Path, help="vLLM: folder for configs, caches and logs (default: temporary)")
+    add("--eager", action="store_true", help="vLLM: no torch.compile, no CUDA graphs")
+    options = parser.parse_args(arguments)
+    _complete(options)
+    return options
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Fill in what depends on the machine, refuse what makes no sense."""
+    gpu = torch.cuda.is_available()
+    options.device = options.device or ("cuda" if gpu else "cpu")
+    on_gpu = options.device == "cuda"
+    if on_gpu and not gpu:
+        raise ConfigError("--device cuda: there is no GPU.", "Use --device cpu.")
+    if options.engine == "vllm" and not on_gpu:
+        raise ConfigError("--engine vllm needs a GPU.", "Use --engine transformers.")
+    options.model = options.model or ("Llama-3.1-8B" if on_gpu else TINY)
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.maxlen = options.maxlen or (2048 if on_gpu else 64)
+    options.num_batches = options.num_batches or (2 if on_gpu else 1)
+    options.arms = [a for a in options.arms.split(",") if a]
+    if bad := [a for a in options.arms if a not in ARMS]:
+        raise ConfigError(f"--arms {bad[0]} is unknown.", f"Use some of {', '.join(ARMS)}.")
+    if not options.arms or min(options.lora_rank, options.repeats, options.num_batches) < 1:
+        raise ConfigError("arms, rank, repeats and batches must be positive.", "Give at least 1.")
+    options.cases = list(_cases(options))
+    options.maxlen = max([options.maxlen, *(sum(c.fixed) for c in options.cases if c.fixed)])
+    options.batch = max(case.batch_size for case in options.cases)
+    options.slots = options.slots or (64 if options.engine == "vllm" else options.batch)
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    try:
+        if options.cases:
+            split = (case.split("/") for case in options.cases.split(","))
+            return [Case(int(batch), mix, length) for batch, mix, length in split]
+        return [
+            Case(int(batch), mix, length)
+            for length in options.lengths.split(",")
+            for batch in options.batch_size.split(",")
+            for mix in options.lora_popularity.split(",")
+        ]
+    except ValueError as error:
+        raise ConfigError(
+            f"the cases cannot be read ({error}).", "Write e.g. --cases 32/distinct/64:128."
+        ) from error
+
+
+def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str, Arm]:
+    """The arms, loaded; the loop shares stock's engine."""
+    names = [a for a in options.arms if a != "loop"]
+    if "loop" in options.arms and "stock" not in names:
+        names.append("stock")
+    dtype = getattr(torch, options.dtype)
+    if options.engine == "vllm":
+        from benchmarks.textgen import vllm_arms
+
+        settings = vllm_arms.VllmOptions(
+            options.lora_rank,
+            options.slots,
+            tuple(case.batch_size for case in options.cases),
+            options.maxlen,
+            dtype,
+            work,
+            options.tuned_configs,
+            eager=options.eager,
+        )
+        arms = vllm_arms.load_arms(names, model, settings)
+    else:
+        from benchmarks.textgen import transformers_arms
+
+        arms = transformers_arms.load_arms(
+            names,
+            model,
+            rank=options.lora_rank,
+            slots=options.slots,
+            batch_size=options.batch,
+            maxlen=options.maxlen,
+            dtype=dtype,
+            device=torch.device(options.device),
+        )
+    if "loop" in options.arms:
+        arms["loop"] = OneAdapterAtATime(arms["stock"])
+    return arms
+
+
+def serve(arm: Arm, groups: Sequence[Sequence[Job]], case: Case) -> Run:
+    """One arm serves a case once."""
+    times = [arm.run(group, case.batch_size) for group in groups]
+    return summarise(times, case.fixed is not None)
+
+
+def measure(
+    arms: Mapping[str, Arm], options: argparse.Namespace, model: BenchModel, bandwidth: float
+) -> list[CaseResult]:
+    """All cases; in every repeat all arms, each time starting with another."""
+    one = model.adapter_bytes(options.lora_rank, getattr(torch, options.dtype))
+    found = []
+    for case in options.cases:
+        groups = waves(
+            case, options.num_batches, options.maxlen, options.slots, model.vocabulary, options.seed
+        )
+        read_ms = case.in_flight(options.slots) * one / bandwidth * 1e3
+        result = CaseResult(case, read_ms, {name: [] for name in options.arms})
+        names = list(options.arms)
+        for name in names:  # adapters into their slots, kernels chosen and compiled
+            serve(
+                arms[name], [[Job(j.prompt, min(j.output, 4), j.adapter) for j in groups[0]]], case
+            )
+        for repeat in range(options.repeats):
+            shift = repeat % len(names)
+            for name in names[shift:] + names[:shift]:
+                result.runs[name].append(serve(arms[name], groups, case))
+        found.append(result)
+        paces = ", ".join(f"{name} {result.pace(name):.0f}" for name in names)
+        print(f"{case.key}: {paces} tokens/s", flush=True)
+    return found
+
+
+def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> dict[str, Any]:
+    """What a reader of the results has to know."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    known = collect_env.versions()
+    versions = {k: known[k] for k in ("python", "torch") if k in known}
+    for name in ("transformers", "vllm"):
+        if name == options.engine:
+            try:
+                versions[name] = version(name)
+            except PackageNotFoundError:
+                versions[name] = "unknown"
+    gpu = options.device == "cuda"
+    return {
+        "engine": options.engine,
+        "model": model.name,
+        "rank": options.lora_rank,
+        "slots": options.slots,
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"CPU, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+        "revision": collect_env.revision(),
+        "maxlen": options.maxlen,
+        "num_batches": options.num_batches,
+        "repeats": options.repeats,
+        "copy_gb_per_s": bandwidth / 1e9,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the comparison; returns the exit code."""
+    options = parse(arguments)
+    model = find_model(options.model, options.maxlen)
+    bandwidth = copy_bandwidth(torch.device(options.device))
+    torch.cuda.empty_cache()
+    about = header(options, model, bandwidth)
+    print(report.title(about), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        arms = load(options, model, options.work or Path(temporary))
+        try:
+            found = measure(arms, options, model, bandwidth)
+        finally:
+            for arm in arms.values():
+                arm.close()
+    print(report.table(found))
+    for line in report.summary(found):
+        print(line)
+    if options.save_to:
+        report.write(options.save_to, about, found)
+        print(f"written to {options.save_to}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DopError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Text generation with many adapters: requests, engines and figures of bench_textgen_lora."""

@@ -1,0 +1,106 @@
+"""One vLLM engine in a process of its own; answers JSON lines. Started by vllm_arms.py.
+
+    python -m benchmarks.textgen.vllm_worker IN_FD OUT_FD
+
+The first line holds the settings. Then {"op": "run", "jobs": [...], "concurrency": n} is answered
+by the times of every token, {"op": "stop"} ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+
+class Served:
+    """The engine and how it is asked."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        if settings["plugin"]:
+            # Where the package is not installed there is no entry point; registering twice is fine.
+            from dop.integrations.vllm import register
+
+            register()
+        from vllm import LLM
+
+        self._adapter = settings["adapter"]
+        self._count = 0
+        self._engine: Any = LLM(**settings["llm"]).llm_engine
+        for index in range(settings["slots"] if self._adapter else 0):
+            self._engine.add_lora(self._lora(index))
+
+    def _lora(self, index: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"a{index}", index + 1, self._adapter)
+
+    def _submit(self, job: Sequence[Any]) -> str:
+        from vllm import SamplingParams, TokensPrompt
+
+        prompt, output, adapter = job
+        self._count += 1
+        name = str(self._count)
+        params = SamplingParams(
+            max_tokens=output, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        lora = None if adapter is None or not self._adapter else self._lora(adapter)
+        self._engine.add_request(
+            name, TokensPrompt(prompt_token_ids=prompt), params, lora_request=lora
+        )
+        return name
+
+    def run(self, jobs: Sequence[Sequence[Any]], concurrency: int) -> list[list[Any]]:
+        """[start, [time of each token]] of each job [prompt, output, adapter]."""
+        waiting = deque(enumerate(jobs))
+        flying: dict[str, int] = {}
+        starts = [0.0] * len(jobs)
+        tokens: list[list[float]] = [[] for _ in jobs]
+        while waiting or flying:
+            while waiting and len(flying) < concurrency:
+                index, job = waiting.popleft()
+                starts[index] = time.perf_counter()
+                flying[self._submit(job)] = index
+            outputs = self._engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                mine = tokens[flying[output.request_id]]
+                mine += [now] * (len(output.outputs[0].token_ids) - len(mine))
+                if output.finished:
+                    del flying[output.request_id]
+        return [[start, times] for start, times in zip(starts, tokens, strict=True)]
+
+
+def main() -> int:
+    """Serves until told to stop; returns the exit code."""
+    commands = os.fdopen(int(sys.argv[1]), "r")
+    answers = os.fdopen(int(sys.argv[2]), "w", buffering=1)
+
+    def answer(**fields: Any) -> None:
+        answers.write(json.dumps(fields) + "\n")
+
+    try:
+        begin = time.perf_counter()
+        served = Served(json.loads(commands.readline()))
+        answer(ready=True, seconds=time.perf_counter() - begin)
+        for line in commands:
+            command = json.loads(line)
+            if command["op"] == "stop":
+                break
+            answer(times=served.run(command["jobs"], command["concurrency"]))
+    except Exception as error:
+        traceback.print_exc()
+        answer(error=f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # engines leave threads behind that would hold the process up
