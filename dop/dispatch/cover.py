@@ -7,20 +7,25 @@ Source: Chvatal, A greedy heuristic for the set-covering problem (1979).
 
 Scenarios that a dispatcher cannot tell apart (same tokens, same mean segment length) form one
 *cell* and get one kernel, judged by its worst regret among them.
+
+A bucket is one more cell: the batch of which nothing but the padded token count is known, as when
+a CUDA graph is captured. Its kernel is judged by its worst regret over the whole bucket, and has to
+come within `max_regret` of the smallest one that any kernel of the log has.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from dop.database.query import problems_of, ranked
 from dop.database.wire import Entry
+from dop.dispatch.between import virtual_buckets
+from dop.dispatch.cell import Cell, bucketed, cells_of, unknown_cell
 from dop.dispatch.table import UNKNOWN_ROWS, Fit, Row, Table, WorkloadTable, halfway
-from dop.errors import ConfigError, ExportError
-from dop.scenario import Scenario
+from dop.errors import ExportError
 
 MAX_REGRET = 0.05
 """Largest loss against the log's best in any scenario, by default."""
@@ -72,34 +77,6 @@ def build_table(
     return Built(Table(device, target_key, workloads), used)
 
 
-@dataclass(slots=True)
-class _Cell:
-    """Scenarios of one token count and one mean segment length.
-
-    Attributes:
-        times: seconds by trace key, per scenario key.
-    """
-
-    tokens: int
-    rows: float
-    times: dict[str, dict[str, float]] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)
-
-    def judge(self) -> None:
-        """Worst ratio to the best over the scenarios, for traces measured under all of them; if
-        there is no such trace, over the scenarios that a trace was measured under."""
-        best = {s: min(times.values()) for s, times in self.times.items()}
-        everywhere = set.intersection(*(set(times) for times in self.times.values()))
-        anywhere = {trace for times in self.times.values() for trace in times}
-        for trace in sorted(everywhere or anywhere):
-            ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
-            self.costs[trace] = max(ratios)
-
-    def limit(self, max_regret: float) -> float:
-        """Largest cost that serves this cell."""
-        return max(1 + max_regret, min(self.costs.values()))
-
-
 def _without_broken(
     key: str, tasks: list[list[Entry]], max_regret: float
 ) -> tuple[WorkloadTable, dict[str, Entry]] | None:
@@ -123,40 +100,26 @@ def _without_broken(
 
 
 def _workload_table(key: str, tasks: list[list[Entry]], max_regret: float) -> WorkloadTable | None:
-    cells = _cells(tasks)
+    cells = cells_of(tasks)
     if not cells:
         return None
-    chosen = cover(cells, max_regret)
-    rows: list[Row] = []
-    for tokens in sorted({cell.tokens for cell in cells}):
-        bucket = sorted((c for c in cells if c.tokens == tokens), key=lambda c: c.rows)
-        rows.append(Row(tokens, UNKNOWN_ROWS, _for_unknown(bucket, chosen)))
-        rows += _bucket_rows(bucket, chosen)
+    buckets = bucketed(cells)
+    unknown = [cell for b in buckets if (cell := unknown_cell(b, max_regret)) is not None]
+    chosen = cover([*cells, *unknown], max_regret)
+    between = virtual_buckets(buckets, chosen)
+    rows = [row for b in (*buckets, *between) for row in rows_of(b, chosen)]
+    rows.sort(key=lambda row: (row.tokens, row.rows_upto))
     table = WorkloadTable(key, tuple(rows))
-    return WorkloadTable(key, table.rows, tuple(_fits(table, cells, tasks)))
+    fits = tuple(_fits(table, cells, tasks))
+    return WorkloadTable(key, table.rows, fits, tuple(b[0].tokens for b in between))
 
 
-def _cells(tasks: list[list[Entry]]) -> list[_Cell]:
-    cells: dict[tuple[int, float], _Cell] = {}
-    for found in tasks:
-        try:
-            scenario = Scenario.parse(found[0].scenario_key)
-        except (ConfigError, ValueError, OverflowError):
-            continue  # a record of it cannot be best (query.problems_of names it)
-        rows = _rows(scenario)
-        cell = cells.setdefault((scenario.tokens, rows), _Cell(scenario.tokens, rows))
-        cell.times[scenario.key] = {e.trace_key: e.median_s for e in found}
-    for cell in cells.values():
-        cell.judge()
-    return [cells[key] for key in sorted(cells)]
+def rows_of(bucket: list[Cell], chosen: list[str]) -> list[Row]:
+    """The table's rows for a bucket, from the chosen traces."""
+    return [_for_unknown(bucket, chosen), *_bucket_rows(bucket, chosen)]
 
 
-def _rows(scenario: Scenario) -> float:
-    """What a caller can say beforehand: tokens over adapters."""
-    return scenario.tokens / max(1, scenario.adapters)
-
-
-def cover(cells: list[_Cell], max_regret: float) -> list[str]:
+def cover(cells: list[Cell], max_regret: float) -> list[str]:
     """Few traces of which one serves each cell within its limit, in the order of their choice."""
     serves: dict[str, set[int]] = {}
     for i, cell in enumerate(cells):
@@ -174,7 +137,7 @@ def cover(cells: list[_Cell], max_regret: float) -> list[str]:
 
 
 def _gain(
-    cells: list[_Cell], serves: Mapping[str, set[int]], left: frozenset[int], trace: str
+    cells: list[Cell], serves: Mapping[str, set[int]], left: frozenset[int], trace: str
 ) -> tuple[int, float, str]:
     """Sort key: most new cells first, then the smallest mean loss in them, then the name."""
     new = serves[trace] & left
@@ -182,22 +145,29 @@ def _gain(
     return -len(new), loss / max(1, len(new)), trace
 
 
-def _pick(cell: _Cell, chosen: Iterable[str]) -> str:
+def _pick(cell: Cell, chosen: Iterable[str]) -> str:
     """The fastest of the chosen traces in a cell; ties go to the one chosen first."""
     return min(chosen, key=lambda trace: cell.costs.get(trace, math.inf))
 
 
-def _for_unknown(bucket: list[_Cell], chosen: list[str]) -> str:
-    """The chosen trace with the smallest worst cost over a bucket."""
+def _for_unknown(bucket: list[Cell], chosen: list[str]) -> Row:
+    """The row with the chosen trace that has the smallest worst cost over a bucket."""
 
-    def worst(trace: str) -> tuple[float, float]:
-        costs = [cell.costs.get(trace, math.inf) for cell in bucket]
-        return max(costs), math.fsum(costs)
+    def costs(trace: str) -> list[float]:
+        return [cell.costs.get(trace, math.inf) for cell in bucket]
 
-    return min((_pick(cell, chosen) for cell in bucket), key=worst)
+    trace = min(chosen, key=lambda t: (max(costs(t)), math.fsum(costs(t))))
+    worst = max(costs(trace))
+    if worst == math.inf:  # measured under none of them all: what most of the bucket takes
+        picks = [_pick(cell, chosen) for cell in bucket]
+        return Row(bucket[0].tokens, UNKNOWN_ROWS, max(picks, key=picks.count))
+    cell = max(bucket, key=lambda c: c.costs[trace])
+    ratios = {s: t[trace] / min(t.values()) for s, t in cell.times.items() if trace in t}
+    scenario = max(ratios, key=lambda s: ratios[s])
+    return Row(bucket[0].tokens, UNKNOWN_ROWS, trace, worst - 1, scenario)
 
 
-def _bucket_rows(bucket: list[_Cell], chosen: list[str]) -> list[Row]:
+def _bucket_rows(bucket: list[Cell], chosen: list[str]) -> list[Row]:
     """One row per run of neighbouring cells with the same kernel."""
     rows: list[Row] = []
     for i, cell in enumerate(bucket):
@@ -210,7 +180,7 @@ def _bucket_rows(bucket: list[_Cell], chosen: list[str]) -> list[Row]:
     return rows
 
 
-def _fits(table: WorkloadTable, cells: list[_Cell], tasks: list[list[Entry]]) -> Iterable[Fit]:
+def _fits(table: WorkloadTable, cells: list[Cell], tasks: list[list[Entry]]) -> Iterable[Fit]:
     floors = {found[0].scenario_key: found[0].floor_s for found in tasks}
     for cell in cells:
         trace = table.choose_by_rows(cell.tokens, cell.rows)

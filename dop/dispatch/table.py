@@ -7,10 +7,13 @@ every batch correctly, and the table only decides which one is fastest.
 
 The rule, which exports repeat in their own language:
 
-1. the bucket is the smallest measured token count at or above the batch's, else the largest;
+1. the bucket is the smallest token count in the table at or above the batch's, else the largest;
 2. in it, the first row whose `rows_upto` is not below the expected rows per segment. A bucket's
    first row has `rows_upto` 0 and serves batches about which nothing is known (hint 0); the other
    limits lie halfway, on a log scale, between measured segment lengths; the last is infinite.
+
+Buckets that were not measured lie between the measured ones and beyond them, with rows from
+interpolated times (`dop.dispatch.between`); `dop.dispatch.holdout` measures what that loses.
 
 Standard library only: the run time loads tables too.
 """
@@ -18,7 +21,7 @@ Standard library only: the run time loads tables too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +40,16 @@ class Row:
         rows_upto: largest expected rows per segment that this row serves; 0 for the row of an
             unknown hint, infinite for the last row of a bucket.
         trace_key: `Trace.key` of the kernel.
+        worst: for an unknown hint, the largest loss against the log's best over all measured
+            batches of the bucket (0.05 is 5 %); None if it was not measured under all of them.
+        worst_scenario: the batch that loses it.
     """
 
     tokens: int
     rows_upto: float
     trace_key: str
+    worst: float | None = None
+    worst_scenario: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +86,13 @@ class WorkloadTable:
         workload_key: `Workload.key`.
         rows: by tokens, then by rows_upto, ascending.
         fits: one per measured scenario.
+        between: buckets that were not measured: their rows come from interpolated times.
     """
 
     workload_key: str
     rows: tuple[Row, ...]
     fits: tuple[Fit, ...] = ()
+    between: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -110,21 +120,33 @@ class WorkloadTable:
             tokens: rows of the batch, 1 or more.
             adapters: distinct adapters expected in it; None if that is not known.
         """
+        return self.row(tokens, adapters).trace_key
+
+    def row(self, tokens: int, adapters: int | None = None) -> Row:
+        """The row that serves a batch; arguments as `choose`."""
         rows = UNKNOWN_ROWS if not adapters else tokens / adapters
-        return self.choose_by_rows(tokens, rows)
+        return self.row_by_rows(tokens, rows)
+
+    def bucket(self, tokens: int) -> int:
+        """Token count of the rows that serve a batch."""
+        above = min((r.tokens for r in self.rows if r.tokens >= tokens), default=0)
+        return above or self.rows[-1].tokens
 
     def choose_by_rows(self, tokens: int, rows_per_segment: float) -> str:
         """Kernel of a batch by its expected rows per segment; 0 if that is not known."""
+        return self.row_by_rows(tokens, rows_per_segment).trace_key
+
+    def row_by_rows(self, tokens: int, rows_per_segment: float) -> Row:
+        """The row that serves a batch, see `choose_by_rows`."""
         if tokens < 1 or not rows_per_segment >= 0:
             raise ConfigError(
                 f"{tokens} tokens with {rows_per_segment} rows per segment.",
                 "Give 1 token or more and a hint of 0 or more.",
             )
-        bucket = min((r.tokens for r in self.rows if r.tokens >= tokens), default=0)
-        bucket = bucket or self.rows[-1].tokens
+        bucket = self.bucket(tokens)
         for row in self.rows:
             if row.tokens == bucket and rows_per_segment <= row.rows_upto:
-                return row.trace_key
+                return row
         raise AssertionError("the last row of a bucket serves everything")
 
 
@@ -200,10 +222,7 @@ def halfway(shorter: float, longer: float) -> float:
 
 
 def _to_json(table: WorkloadTable) -> dict[str, object]:
-    rows = [
-        [row.tokens, None if row.rows_upto == math.inf else row.rows_upto, row.trace_key]
-        for row in table.rows
-    ]
+    rows = [_row_to_json(row) for row in table.rows]
     fits = [
         {
             "scenario": fit.scenario_key,
@@ -215,22 +234,34 @@ def _to_json(table: WorkloadTable) -> dict[str, object]:
         }
         for fit in table.fits
     ]
-    return {"rows": rows, "scenarios": fits}
+    return {"rows": rows, "scenarios": fits, "between": list(table.between)}
+
+
+def _row_to_json(row: Row) -> list[object]:
+    upto = None if row.rows_upto == math.inf else row.rows_upto
+    known: list[object] = [row.tokens, upto, row.trace_key]
+    return known if row.worst is None else [*known, row.worst, row.worst_scenario]
+
+
+def _row_of(data: Sequence[Any]) -> Row:
+    tokens, upto, trace_key, *loss = data
+    worst, scenario = (float(loss[0]), str(loss[1])) if loss else (None, "")
+    limit = math.inf if upto is None else float(upto)
+    return Row(int(tokens), limit, str(trace_key), worst, scenario)
 
 
 def _from_json(key: str, data: Mapping[str, Any]) -> WorkloadTable:
-    rows = []
-    for tokens, upto, trace_key in data["rows"]:
-        rows.append(Row(int(tokens), math.inf if upto is None else float(upto), str(trace_key)))
+    rows = [_row_of(row) for row in data["rows"]]
     fits = []
     for item in data["scenarios"]:
         names = ("scenario", "kernel", "seconds", "best", "best_s", "floor_s")
         fits.append(Fit(*(item[name] for name in names)))
-    return WorkloadTable(key, tuple(rows), tuple(fits))
+    between = tuple(int(tokens) for tokens in data.get("between", ()))
+    return WorkloadTable(key, tuple(rows), tuple(fits), between)
 
 
 def _row_lines(table: WorkloadTable) -> Iterable[str]:
-    yield "  tokens  rows per segment  kernel"
+    yield "  tokens  rows per segment  kernel" + ("   (~ not measured)" if table.between else "")
     for row in table.rows:
         if row.rows_upto == UNKNOWN_ROWS:
             upto = "not known"
@@ -238,7 +269,11 @@ def _row_lines(table: WorkloadTable) -> Iterable[str]:
             upto = "any other"
         else:
             upto = f"up to {row.rows_upto:g}"
-        yield f"  {row.tokens:6d}  {upto:<16}  {row.trace_key}"
+        loss = ""
+        if row.worst is not None:
+            loss = f"  loses at most {row.worst:.1%}, in {row.worst_scenario}"
+        mark = "~" if row.tokens in table.between else " "
+        yield f" {mark}{row.tokens:6d}  {upto:<16}  {row.trace_key}{loss}"
 
 
 def _fit_lines(fits: Iterable[Fit]) -> Iterable[str]:

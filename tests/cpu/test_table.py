@@ -14,6 +14,7 @@ from export_logs import record, records_of, write_log
 
 from dop.database.jsonl import read_log
 from dop.dispatch.cover import build_table
+from dop.dispatch.holdout import holdout
 from dop.dispatch.table import Row, Table, WorkloadTable
 from dop.errors import ConfigError, ExportError, Failure
 from dop.scenario import MIXES, Scenario, named
@@ -54,7 +55,11 @@ def test_few_kernels_within_the_regret(tmp_path):
     assert found.worst_regret == pytest.approx(0.04)
     exact = table_of(tmp_path / "exact", records_of(WORKLOAD, TRACES, times), max_regret=0.0)
     winners = exact.table.workloads[WORKLOAD.key]
-    assert {name_of(t) for t in winners.trace_keys} == {"a", "c"}
+    # each winner, and b: of 8 tokens with unknown segments it loses 4 %, a and c 60 % and more
+    assert {name_of(t) for t in winners.trace_keys} == {"a", "b", "c"}
+    assert name_of(winners.choose(8)) == "b"
+    assert winners.row(8).worst == pytest.approx(0.04)
+    assert {name_of(f.trace_key) for f in winners.fits} == {"a", "c"}
     assert winners.worst_regret == 0
     assert {k for _, k in built.entries} == set(found.trace_keys)
 
@@ -103,7 +108,11 @@ def test_nearest_bucket_and_segment_length(tmp_path):
         (8, 4): "a",  # 2 rows: nearer to 1 than to 8 on a log scale
         (8, 2): "b",  # 4 rows: nearer to 8
         (8, 1): "b",
-        (9, 9): "c",  # at or above: 128
+        (9, 9): "a",  # not measured: times lie between, and a is still the faster one
+        (60, 60): "a",
+        (80, 80): "c",
+        (60, 1): "b",
+        (80, 1): "d",
         (128, 1): "d",
         (4096, 4096): "c",  # beyond the largest: the largest
         (4096, 1): "d",
@@ -114,6 +123,50 @@ def test_nearest_bucket_and_segment_length(tmp_path):
         found.choose(0, 1)
     with pytest.raises(ConfigError):
         found.choose_by_rows(8, math.nan)
+
+
+def test_buckets_between_come_from_interpolated_times(tmp_path):
+    rising, steep = {8: 10.0, 32: 40.0, 128: 160.0}, {8: 20.0, 32: 26.0, 128: 50.0}
+    mixes = {"distinct": 1.0, "identical": 0.5}
+    times = {
+        named(mix, tokens).key: {"a": factor * rising[tokens], "b": factor * steep[tokens]}
+        for tokens in rising
+        for mix, factor in mixes.items()
+    }
+    contents = read_log(write_log(tmp_path / "l.jsonl", records_of(WORKLOAD, TRACES, times)))
+    found = build_table(
+        contents.entries, device=SM_90.device_name, target_key=SM_90.key
+    ).table.workloads[WORKLOAD.key]
+    assert set(found.between) == {12, 16, 24, 48, 64, 96, 256, 512, 1024}
+    # a is linear: 1.25 us a token; b crosses it at 18 tokens
+    for tokens, name in ((12, "a"), (16, "a"), (17, "b"), (24, "b"), (64, "b"), (1024, "b")):
+        for adapters in (tokens, 1, None):
+            assert name_of(found.choose(tokens, adapters)) == name, (tokens, adapters)
+    losses = {loss.rule: loss for loss in holdout([found], contents.entries)}
+    assert losses["interpolated"].worst == 0  # 32 from 8 and 128: 26 against 40
+    assert losses["next smaller bucket"].worst == pytest.approx(40 / 26 - 1)
+    assert losses["interpolated"].batches == 2
+
+
+def test_one_bucket_has_nothing_between(tmp_path):
+    times = {"T8/distinct/8": {"a": 10.0}, "T8/identical/1": {"a": 8.0}}
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.workloads[WORKLOAD.key]
+    assert found.between == ()
+    assert found.bucket(1) == found.bucket(5000) == 8
+
+
+def test_unknown_segments_take_a_compromise_that_wins_nowhere(tmp_path):
+    # c is best in no batch, but loses 10 % at most; a and b lose 100 %
+    times = {
+        "T8/distinct/8": {"a": 10.0, "b": 20.0, "c": 11.0},
+        "T8/identical/1": {"a": 20.0, "b": 10.0, "c": 11.0},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.workloads[WORKLOAD.key]
+    row = found.row(8)
+    assert name_of(row.trace_key) == "c"
+    assert row.worst == pytest.approx(0.1)
+    assert row.worst_scenario in times
+    assert found.worst_regret == 0
 
 
 def test_unknown_hint_takes_the_smallest_worst_case(tmp_path):

@@ -1,0 +1,83 @@
+"""Cells: the batches that a dispatcher can tell apart, and what each kernel costs there.
+
+Scenarios that look alike (same tokens, same mean segment length) form one cell and get one kernel,
+judged by its worst regret among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dop.database.wire import Entry
+from dop.dispatch.table import UNKNOWN_ROWS
+from dop.errors import ConfigError
+from dop.scenario import Scenario
+
+
+@dataclass(slots=True)
+class Cell:
+    """Scenarios of one token count and one mean segment length.
+
+    Attributes:
+        times: seconds by trace key, per scenario key.
+        costs: worst ratio to the best by trace key.
+        slack: what a kernel may lose against the smallest cost, if no cost is near 1.
+    """
+
+    tokens: int
+    rows: float
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    slack: float = 0.0
+
+    def judge(self) -> None:
+        """Worst ratio to the best over the scenarios, for traces measured under all of them; if
+        there is no such trace, over the scenarios that a trace was measured under."""
+        best = {s: min(times.values()) for s, times in self.times.items()}
+        everywhere = set.intersection(*(set(times) for times in self.times.values()))
+        anywhere = {trace for times in self.times.values() for trace in times}
+        for trace in sorted(everywhere or anywhere):
+            ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
+            self.costs[trace] = max(ratios)
+
+    def limit(self, max_regret: float) -> float:
+        """Largest cost that serves this cell."""
+        return max(1 + max_regret, min(self.costs.values()) * (1 + self.slack))
+
+
+def cells_of(tasks: list[list[Entry]]) -> list[Cell]:
+    """Cells of the ranked entries of one workload's tasks."""
+    cells: dict[tuple[int, float], Cell] = {}
+    for found in tasks:
+        try:
+            scenario = Scenario.parse(found[0].scenario_key)
+        except (ConfigError, ValueError, OverflowError):
+            continue  # a record of it cannot be best (query.problems_of names it)
+        rows = rows_per_segment(scenario)
+        cell = cells.setdefault((scenario.tokens, rows), Cell(scenario.tokens, rows))
+        cell.times[scenario.key] = {e.trace_key: e.median_s for e in found}
+    for cell in cells.values():
+        cell.judge()
+    return [cells[key] for key in sorted(cells)]
+
+
+def rows_per_segment(scenario: Scenario) -> float:
+    """What a caller can say beforehand: tokens over adapters."""
+    return scenario.tokens / max(1, scenario.adapters)
+
+
+def bucketed(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells by token count, each bucket by rising segment length."""
+    found: dict[int, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda c: (c.tokens, c.rows)):
+        found.setdefault(cell.tokens, []).append(cell)
+    return list(found.values())
+
+
+def unknown_cell(bucket: list[Cell], max_regret: float) -> Cell | None:
+    """A bucket as the batch of unknown segments; None if no trace was measured all over it."""
+    cell = Cell(bucket[0].tokens, UNKNOWN_ROWS, slack=max_regret)
+    everywhere = set.intersection(*(set(c.costs) for c in bucket))
+    cell.costs = {trace: max(c.costs[trace] for c in bucket) for trace in sorted(everywhere)}
+    return cell if cell.costs else None
