@@ -50,9 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-batches", type=int, help="batches of requests a case and repeat")
     add("--maxlen", type=int, help="longest prompt with its output")
     add("--repeats", type=int, default=3, help="runs of each arm and case (default 3)")
-    add(
-        "--slots", type=int, help="adapter slots of the engine (default: largest batch, 64 on vLLM)"
-    )
+    add("--slots", type=int, help="adapter slots (default: largest batch, 64 on vLLM)")
     add("--dtype", choices=("float32", "float16", "bfloat16"))
     add("--device", choices=("cpu", "cuda"))
     add("--seed", type=int, default=0)
@@ -150,6 +148,11 @@ def serve(arm: Arm, groups: Sequence[Sequence[Job]], case: Case) -> Run:
     return summarise(times, case.fixed is not None)
 
 
+def _short(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs with outputs of at most four tokens."""
+    return [Job(job.prompt, min(job.output, 4), job.adapter) for job in jobs]
+
+
 def measure(
     arms: Mapping[str, Arm], options: argparse.Namespace, model: BenchModel, bandwidth: float
 ) -> list[CaseResult]:
@@ -189,7 +192,10 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
                 versions[name] = version(name)
             except PackageNotFoundError:
                 versions[name] = "unknown"
-    gpu = options.device == "cuda"
+    if options.device == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
     return {
         "engine": options.engine,
         "model": model.name,
