@@ -95,14 +95,11 @@ class StepPlans:
     def update(self, slots: torch.Tensor, adapters: int | None = None) -> None:
         """Take in a step: `slots` is int32 [tokens] on the host, -1 for no adapter.
 
-        `adapters` is the number of distinct adapters, if the caller knows it.
-
-        Raises:
-            ValueError: more tokens than the capacity.
+        `adapters` is the number of distinct adapters, if the caller knows it. More tokens than
+        the capacity enlarge it.
         """
         tokens = slots.numel()
-        if tokens > self.capacity:
-            raise ValueError(f"{tokens} tokens in a plan of {self.capacity}")
+        self._grow(tokens)
         self.tokens = tokens
         self.adapters = _distinct(slots) if adapters is None else adapters
         self._host[:tokens] = slots
@@ -120,11 +117,12 @@ class StepPlans:
         """The plan for a launch over `tokens` rows (padded rows included).
 
         Raises:
-            ValueError: fewer rows than the step has tokens, or more than the capacity.
+            ValueError: fewer rows than the step has tokens.
         """
-        level = next((each for each in self._levels if each.capacity >= tokens), None)
-        if level is None or tokens < self.tokens:
-            raise ValueError(f"{tokens} rows for a step of {self.tokens}, capacity {self.capacity}")
+        if tokens < self.tokens:
+            raise ValueError(f"{tokens} rows for a step of {self.tokens} tokens")
+        self._grow(tokens)
+        level = next(each for each in self._levels if each.capacity >= tokens)
         view = level.views.get(tokens)
         if view is None:
             if not level.fresh:
@@ -133,6 +131,15 @@ class StepPlans:
         if not level.captured and capturing(self.device):
             level.captured = True
         return view
+
+    def _grow(self, tokens: int) -> None:
+        """Add a level if no other holds so many tokens; what graphs have captured stays."""
+        if tokens > self.capacity:
+            size = 1 << (tokens - 1).bit_length()
+            grown = torch.full((size,), NO_ADAPTER, dtype=torch.int32)
+            grown[: self._host.numel()] = self._host
+            self._host = grown
+            self._levels.append(_Level(size, self._empty_map(size)))
 
     def _hint(self, tokens: int) -> int | None:
         """Number of adapters for choosing a kernel, rounded so that few choices are made."""
@@ -204,7 +211,7 @@ def _distinct(slots: torch.Tensor) -> int:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def slots_of_runs(ids: Sequence[int], slot_of: dict[int, int]) -> torch.Tensor:
