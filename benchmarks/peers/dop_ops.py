@@ -43,7 +43,7 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from dop import ops
+    import dop.ops as ops
 
     ids = data.tok.to(device=data.device, dtype=torch.int32)
     hint = adapters_hint(case.kind, case.active)

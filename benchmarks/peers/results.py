@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from benchmarks.peers.summary import CaseTimes, cases_of, geomean
 from benchmarks.peers.timing import Times
 
 Row = dict[str, Any]
+
+WIDE = 160
+"""Columns of a table that goes into a file."""
 
 
 def row_of(case: Case, peer: str, **facts: Any) -> Row:
@@ -142,7 +146,8 @@ def show(heads: Sequence[str], lines: Sequence[Row], title: str) -> None:
         column.justify = "right"
     for row in lines:
         pretty.add_row(*(str(row[head]) for head in heads))
-    Console(width=None).print(pretty)
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width).print(pretty)
 
 
 def default_path(device: str) -> Path:

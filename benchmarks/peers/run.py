@@ -62,7 +62,8 @@ class Bench:
         """Prepares and checks a contender; it is timed only if its result is right."""
         try:
             prepared = contender.prepare(case, data)
-            each = self.clock.round(prepared, data.sets, case.calls)
+            calls = data.sets if data.device.type == "cpu" else case.calls
+            each = self.clock.round(prepared, data.sets, calls)
             error = check(self.clock, each, prepared, data)
         except Exception as failure:
             self.clock.wait()  # a lost CUDA context ends the run here

@@ -1,0 +1,502 @@
+"""bench_sgmv: cases, contenders, checks, options, files; the extra operator of bench_peers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_sgmv
+from benchmarks.peers import contenders, dop_ops, engines, run
+from benchmarks.peers.ahead import warm_compilers
+from benchmarks.peers.cases import Case, build_cases, requests_per_adapter
+from benchmarks.peers.contenders import Contender, Prepared, own
+from benchmarks.peers.data import Data, Pools, relative_error
+from benchmarks.peers.timing import CpuClock, Times, check
+from dop.config import workloads_from_model
+from dop.errors import ConfigError
+from dop.workload import Workload
+
+QKV = Workload("qkv_proj", 64, (64, 32, 32), 8, "float32")
+DOWN = Workload("down_proj", 96, (64,), 8, "float32")
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine took 6 ms for an index_add_ of 5 rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def carve(case: Case, sets: int = 2) -> Data:
+    return Data.carve(case, Pools([case], "cpu", torch.float32, sets))
+
+
+# ------------------------------------------------------------------------------ cases
+
+
+@pytest.mark.parametrize(
+    ("mix", "requests", "want"),
+    [
+        ("uniform", 8, [3, 3, 2]),
+        ("uniform", 128, [11] * 8 + [10, 10, 10, 10][:4]),
+        ("skewed", 16, [5, 4, 3, 2, 1, 1]),
+        ("skewed", 64, [17, 17, 11, 7, 5, 3, 2, 1, 1]),
+        ("skewed", 1, [1]),
+        ("distinct", 3, [1, 1, 1]),
+        ("identical", 9, [9]),
+    ],
+)
+def test_requests_per_adapter(mix: str, requests: int, want: list[int]) -> None:
+    found = requests_per_adapter(mix, requests)
+    if (mix, requests) == ("uniform", 128):
+        assert sum(found) == 128
+        assert sorted(set(found)) == [10, 11]
+        assert len(found) == 12
+    else:
+        assert found == want
+
+
+def test_cases_are_those_of_the_peers_benchmark() -> None:
+    """Values that bench_peers.py gave for the same cases."""
+    shapes = {w.name: w for w in workloads_from_model("Llama-3.1-8B", ranks=(16,))}
+    case = Case(shapes["qkv_proj"], 16, "skewed")
+    assert case.key == "decode:T16:skewed:qkv:r16:tight"
+    assert case.token_slots == [1, 4, 0, 4, 0, 1, 2, 6, 4, 2, 3, 2, 0, 0, 2, 2]
+    assert (case.slots, case.floor_bytes, case.calls) == (8, 4063232, 20)
+    case = Case(replace(shapes["gate_up_proj"], rank=64), 2048, "uniform")
+    assert case.request_slots == [0, 0, 1, 1]
+    assert case.request_rows == [512] * 4
+    assert (case.slots, case.floor_bytes, case.calls) == (2, 261095424, 11)
+    case = Case(replace(shapes["down_proj"], rank=128), 128, "distinct")
+    assert (case.slots, case.floor_bytes, case.calls) == (128, 609746944, 4)
+    assert (case.sizes["a"], case.sizes["b"]) == (234881024, 67108864)
+
+
+def test_all_cases_of_the_bars_and_their_order() -> None:
+    workloads = workloads_from_model("Llama-3.1-8B", ranks=(8, 16, 32, 64, 128))
+    cases = build_cases(workloads)
+    assert len({case.key for case in cases}) == len(cases) == 660
+    assert sum(case.kind == "decode" for case in cases) == 420
+    tokens = list(dict.fromkeys(case.tokens for case in cases))
+    assert tokens == [1, 16, 64, 8, 32, 128, 2048, 512, 8192]
+    assert {case.mix for case in cases if case.tokens == 1} == {"distinct"}
+
+
+def test_subsets() -> None:
+    assert [c.key for c in build_cases([QKV, DOWN], (4,), patterns=["identical:down"])] == [
+        "decode:T4:identical:down:r8:tight"
+    ]
+    assert len(build_cases([QKV], (1, 300), patterns=["prefill:*:qkv:*"])) == 4
+    server = build_cases([QKV], (4,), ["identical"], least_slots=64)[0]
+    assert (server.slots, server.key.endswith(":server")) == (64, True)
+    with pytest.raises(ConfigError, match="no case matches"):
+        build_cases([QKV], (4,), patterns=["T5"])
+    with pytest.raises(ConfigError, match="unknown"):
+        build_cases([QKV], (4,), ["odd"])
+    with pytest.raises(ConfigError, match="1 or more"):
+        build_cases([QKV], (0,))
+
+
+# ------------------------------------------------------------------------------ data, checks
+
+
+def naive(data: Data, layout: str) -> torch.Tensor:
+    """The last set's update row by row, in float64."""
+    w = data.case.workload
+    found = torch.zeros((data.case.tokens, w.total_out), dtype=torch.float64)
+    for t, slot in enumerate(data.case.token_slots):
+        for s, (start, out) in enumerate(zip(w.offsets, w.out_features, strict=True)):
+            if layout == "joined":
+                a = data.joined[-1][0][slot, s * w.rank : (s + 1) * w.rank]
+                b = data.joined[-1][1][slot, start : start + out]
+            else:
+                a, b = data.sliced[-1][0][s][slot], data.sliced[-1][1][s][slot]
+            found[t, start : start + out] = b.double() @ (a.double() @ data.x[-1][t].double())
+    return found
+
+
+@pytest.mark.parametrize("layout", ["sliced", "joined"])
+def test_update_is_the_reference(layout: str) -> None:
+    data = carve(Case(QKV, 300, "skewed"))
+    assert torch.allclose(data.update(layout).double(), naive(data, layout), rtol=1e-5, atol=1e-6)
+
+
+def test_both_layouts_are_the_same_bytes() -> None:
+    data = carve(Case(QKV, 4, "uniform"))
+    sliced = torch.cat([stack.flatten() for stack in data.sliced[1][0]])
+    assert torch.equal(sliced, data.joined[1][0].flatten())
+    assert data.sets == 2
+    assert data.x[0].data_ptr() != data.x[1].data_ptr()
+
+
+def test_relative_error() -> None:
+    update = torch.ones(3, 4)
+    before = torch.randn(3, 4, dtype=torch.float64)
+    assert relative_error(before + 2, before, update, 2) == pytest.approx(0)
+    assert relative_error(before, before, update, 2) == pytest.approx(1)
+    assert relative_error(before + 2.2, before, update, 2) == pytest.approx(0.1)
+    assert relative_error(before, before, update * 0, 1) != relative_error(
+        before, before, update, 1
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "bmm", "dense", "dop"])
+@pytest.mark.parametrize("workload", [QKV, DOWN])
+@pytest.mark.parametrize(("tokens", "mix"), [(1, "distinct"), (6, "identical"), (9, "skewed")])
+def test_contenders_are_right(name: str, workload: Workload, tokens: int, mix: str) -> None:
+    case = Case(workload, tokens, mix)
+    contender = next(c for c in own("cpu") if c.name == name)
+    if not contender.suits(case):
+        assert name == "dense"
+        return
+    data = carve(case)
+    clock, prepared = CpuClock(), contender.prepare(case, data)
+    assert check(clock, clock.round(prepared, data.sets, 5), prepared, data) < 1e-5
+
+
+def test_check_sees_a_wrong_result_and_a_round_that_skips_the_last_set() -> None:
+    case = Case(QKV, 4, "uniform")
+    data = carve(case)
+    right = own("cpu")[1].prepare(case, data)
+    clock = CpuClock()
+    assert check(clock, clock.round(right, data.sets, 1), right, data) < 1e-5
+    wrong = Prepared(lambda i: data.y[i].add_(1.0), right.layout)
+    assert check(clock, clock.round(wrong, data.sets, 2), wrong, data) > 0.1
+
+
+def test_few_calls_for_many_launches() -> None:
+    assert Prepared(lambda i: None, launches=1024).most_calls == 1
+    assert Prepared(lambda i: None, launches=5000).most_calls == 1
+    assert Prepared(lambda i: None, launches=100).most_calls == 12
+
+
+def test_times() -> None:
+    times = Times.of([30.0, 10.0, 20.0], 10)
+    assert (times.median, times.least, times.p90) == (2.0, 1.0, 3.0)
+
+
+# ------------------------------------------------------------------------------ engines
+
+
+def simulate(x: torch.Tensor, weights: torch.Tensor, info: Any, slices: int) -> torch.Tensor:
+    """x times each segment's stack, as SGLang's shrink gives it: rows in the order of x."""
+    found = torch.zeros((len(x), weights.shape[1]), dtype=x.dtype)
+    starts, owners = info.seg_indptr.tolist(), info.weight_indices.tolist()
+    order = range(len(x)) if info.permutation is None else info.permutation.tolist()
+    for segment, owner in enumerate(owners):
+        rows = starts[segment : segment + 2]
+        assert rows[1] - rows[0] <= info.max_len
+        for row in list(order)[slice(*rows)]:
+            found[row] += weights[owner] @ x[row]
+    return found
+
+
+def grow(v: torch.Tensor, weights: torch.Tensor, info: Any, offsets: Any, y: torch.Tensor) -> None:
+    starts, owners = info.seg_indptr.tolist(), info.weight_indices.tolist()
+    order = range(len(v)) if info.permutation is None else info.permutation.tolist()
+    rank, bounds = weights.shape[2], list(offsets)
+    for segment, owner in enumerate(owners):
+        for row in list(order)[slice(*starts[segment : segment + 2])]:
+            for s, (low, high) in enumerate(pairwise(bounds)):
+                y[row, low:high] += weights[owner, low:high] @ v[row, s * rank : (s + 1) * rank]
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins of SGLang's entry points that work through the batch info that they are given."""
+
+    def module(name: str, **members: Any) -> None:
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+
+    def csgmv_expand(**k: Any) -> None:
+        bounds = k["slice_offsets_cpu"].tolist()
+        grow(k["x"], k["weights"], k["batch_info"], bounds, k["base_output"])
+
+    def qkv(v: Any, b: Any, info: Any, offs: Any, widest: int, y: Any, n_slices: int) -> None:
+        assert (n_slices, widest) == (3, 64)
+        grow(v, b, info, offs.tolist(), y)
+
+    base = engines.SGLANG_OPS
+    module("sglang.srt.lora.utils", LoRABatchInfo=types.SimpleNamespace)
+    module(
+        f"{base}.chunked_sgmv_shrink",
+        chunked_sgmv_lora_shrink_forward=lambda x, weights, batch_info, num_slices: simulate(
+            x, weights, batch_info, num_slices
+        ),
+    )
+    module(f"{base}.chunked_sgmv_expand", chunked_sgmv_lora_expand_forward=csgmv_expand)
+    module(f"{base}.sgemm_lora_a", sgemm_lora_a_fwd=lambda x, a, i, stack_num: simulate(x, a, i, 1))
+    module(f"{base}.qkv_lora_b", qkv_lora_b_fwd=qkv)
+    module(
+        f"{base}.gate_up_lora_b",
+        gate_up_lora_b_fwd=lambda v, b, info, width, y: grow(v, b, info, [0, width, 2 * width], y),
+    )
+    module(
+        f"{base}.sgemm_lora_b",
+        sgemm_lora_b_fwd=lambda v, b, info, y: grow(v, b, info, [0, b.shape[1]], y),
+    )
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("prepare", [engines._csgmv, engines._triton])
+@pytest.mark.parametrize(
+    "workload", [QKV, DOWN, Workload("gate_up_proj", 64, (96, 96), 8, "float32")]
+)
+@pytest.mark.parametrize(("tokens", "mix"), [(1, "distinct"), (40, "skewed"), (260, "uniform")])
+def test_sglang_batches(
+    prepare: Callable[[Case, Data], Prepared], workload: Workload, tokens: int, mix: str
+) -> None:
+    case = Case(workload, tokens, mix)
+    data = carve(case, 1)
+    prepared = prepare(case, data)
+    clock = CpuClock()
+    assert check(clock, clock.round(prepared, 1, 1), prepared, data) < 1e-5
+
+
+@pytest.mark.usefixtures("sglang")
+def test_csgmv_grid() -> None:
+    case = Case(QKV, 64, "identical")
+    note = engines._csgmv(case, carve(case, 1)).note
+    assert note == {"chunk": 16, "segments": 4, "grid": 64}
+    case = Case(QKV, 1000, "identical")
+    note = engines._csgmv(case, carve(case, 1), most_rows=128).note
+    assert note == {"chunk": 128, "segments": 8, "grid": 8}
+
+
+def test_engines_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vllm", "sglang"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found, missing = engines.find()
+    assert found == []
+    assert [line.split(":")[0] for line in missing] == ["vllm", "csgmv", "c128", "triton", "v2"]
+
+
+def test_folder_of_peers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no prepared kernel files"):
+        engines.use_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------ extra operator
+
+
+@dataclass
+class FakeOp:
+    """bench_peers.py's Op."""
+
+    layout: str
+    shrink: Any = None
+    expand: Any = None
+    both: Any = None
+    launches: Any = None
+    note: Any = None
+
+
+@dataclass
+class FakeData:
+    """bench_peers.py's Data, of one of ours."""
+
+    data: Data
+
+    def __post_init__(self) -> None:
+        self.x, self.y, self.tok, self.device = (
+            self.data.x,
+            self.data.y,
+            self.data.slots,
+            self.data.device,
+        )
+
+    def weights(self, layout: str) -> Any:
+        assert layout == "vllm"
+        wide = [[[t.unsqueeze(1) for t in part] for part in pair] for pair in self.data.sliced]
+        return [pair[0] for pair in wide], [pair[1] for pair in wide]
+
+
+@pytest.mark.parametrize("split", ["", "1"])
+def test_extra_operator(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOP_BENCH_SPLIT", split)
+    data = carve(Case(QKV, 9, "skewed"))
+    op = dop_ops.make(torch, data.case, FakeData(data), FakeOp)
+    assert op.layout == "vllm"
+    assert op.note["adapters_hint"] is None
+    before = data.y[-1].clone()
+    if split:
+        op.expand(1, op.shrink(1))
+    else:
+        assert op.shrink is None
+        op.both(1)
+    assert relative_error(data.y[-1], before, data.update("sliced"), 1) < 1e-5
+
+
+def test_hint_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOP_BENCH_HINT", raising=False)
+    assert dop_ops.adapters_hint("decode", 3) is None
+    assert dop_ops.adapters_hint("prefill", 3) == 3
+    monkeypatch.setenv("DOP_BENCH_HINT", "always")
+    assert dop_ops.adapters_hint("decode", 3) == 3
+    monkeypatch.setenv("DOP_BENCH_HINT", "never")
+    assert dop_ops.adapters_hint("prefill", 3) is None
+    monkeypatch.setenv("DOP_BENCH_HINT", "maybe")
+    with pytest.raises(ValueError, match="always, never or prefill"):
+        dop_ops.adapters_hint("prefill", 3)
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def start(*arguments: str) -> int:
+    return bench_sgmv.main(["--device", "cpu", "--reps", "2", *arguments])
+
+
+def test_cpu_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    shapes = ("--model", model, "--ranks", "4,8", "--tokens", "1,5", "--mixes", "uniform,identical")
+    assert start(*shapes, "--out", str(out)) == 0
+    document = json.loads(out.read_text())
+    assert document["command"].startswith("python -m benchmarks.bench_sgmv --device cpu")
+    assert document["env"]["dtype"] == "fp32"
+    assert document["env"]["copy_gbps"] > 0
+    assert {"torch", "python"} <= set(document["versions"])
+    rows = document["rows"]
+    assert {row["peer"] for row in rows} == {"dop", "torch", "bmm", "dense"}
+    assert len({row["key"] for row in rows}) == 2 * 4 * 3  # ranks, layers, batches
+    assert all(row["err"] < 1e-4 and row["both_us"] > 0 and row["floor_us"] > 0 for row in rows)
+    assert document["summary"]["decode_best_peer"]["cases"] == 24
+    printed = capsys.readouterr().out
+    assert "against the best peer of each case" in printed
+    assert "identical" in printed
+
+
+def test_a_wrong_operator_is_no_result(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(case: Case, data: Data) -> Prepared:
+        return Prepared(lambda i: data.y[i].add_(0.5))
+
+    def broken(case: Case, data: Data) -> Prepared:
+        raise RuntimeError("no such kernel")
+
+    out = tmp_path / "out.json"
+    mine = [Contender("dop", wrong), Contender("torch", broken), own("cpu")[2]]
+    monkeypatch.setattr(bench_sgmv, "own", lambda device: mine)
+    shapes = ("--model", model, "--ranks", "4", "--tokens", "3", "--mixes", "uniform")
+    assert start(*shapes, "--layers", "o", "--out", str(out)) == 1
+    rows = {row["peer"]: row for row in json.loads(out.read_text())["rows"]}
+    assert "wrong result" in rows["dop"]["error"]
+    assert "both_us" not in rows["dop"]
+    assert rows["torch"]["error"] == "RuntimeError: no such kernel"
+    assert rows["bmm"]["both_us"] > 0
+    assert json.loads(out.read_text())["summary"] == {"decode_failed": 1}
+    assert "FAILED on 1 cases" in capsys.readouterr().out
+
+
+def test_time_budget(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert start("--model", model, "--ranks", "4", "--budget", "0", "--out", str(out)) == 1
+    assert "time is up: 84 cases are left out" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_host_cost(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.peers.host.BURST", 3)
+    out = tmp_path / "out.json"
+    options = ("--host", "--ranks", "4,8", "--tokens", "1,4", "--layers", "qkv,o")
+    assert start("--model", model, *options, "--out", str(out)) == 0
+    found = json.loads(out.read_text())["host"]
+    assert [(row["name"], row["case"].split(":")[3]) for row in found] == [
+        ("dop", "qkv"),
+        ("dense", "qkv"),
+        ("dop", "o"),
+        ("dense", "o"),
+    ]
+    assert all(row["median_us"] > 0 and ":T1:" in row["case"] for row in found)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_sgmv.main([]) == 2
+    assert capsys.readouterr().err.splitlines() == [bench_sgmv.NO_GPU]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--layers", "qkv,head"], "layer 'head' is unknown"),
+        (["--contenders", "dop,vllm"], "contender 'vllm' is not here"),
+        (["--mixes", "odd"], "mix 'odd' is unknown"),
+        (["--ranks", "0"], "rank"),
+        (["--peers", "/nowhere"], "no prepared kernel files"),
+    ],
+)
+def test_bad_options(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(*options) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_sgmv.main(["--list", "--ranks", "16", "--tokens", "1,64"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4 + 16
+
+
+def test_compilers_are_warmed_for_the_cases_that_they_serve() -> None:
+    served: list[str] = []
+
+    def prepare(case: Case, data: Data) -> Prepared:
+        return Prepared(lambda i: served.append(case.key))
+
+    cases = build_cases([DOWN], (1, 4), ["identical"])
+    only_many = Contender("some", prepare, lambda case: case.tokens > 1, compiles=True)
+    warm_compilers(cases, [only_many, Contender("plain", prepare)], "cpu")
+    assert served == ["decode:T4:identical:down:r8:tight"]
+
+
+def test_turns_are_taken_case_by_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contenders of one case are timed together, and one that does not suit is left out."""
+    seen: list[list[str]] = []
+
+    class Clock(CpuClock):
+        def time(self, rounds: Any, reps: int) -> dict[str, Times]:
+            if "copy" not in rounds:
+                seen.append(list(rounds))
+            return super().time(rounds, reps)
+
+    monkeypatch.setattr(run, "CpuClock", Clock)
+    cases = build_cases([DOWN], (3,), ["uniform", "identical"])
+    bench = run.Bench(cases, "cpu", 1)
+    rows = list(run.run(bench, cases, own("cpu")[1:], float("inf")))
+    assert seen == [["torch", "bmm"], ["torch", "bmm", "dense"]]
+    assert [row["peer"] for row in rows] == ["torch", "bmm", "torch", "bmm", "dense"]
+
+
+def test_gathered_product_has_a_limit() -> None:
+    wide = Workload("o_proj", 4096, (4096,), 64, "bfloat16")
+    assert contenders._gathers(Case(wide, 128, "distinct"))
+    assert not contenders._gathers(Case(wide, 8192, "distinct"))
