@@ -19,6 +19,7 @@ _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*([<\"][^>\"]+[>\"])[ \t]*$", 
 _RTC = re.compile(r"^#ifdef __CUDACC_RTC__\n.*?^#else\n(.*?)^#endif[^\n]*\n", re.M | re.S)
 _ALIAS = re.compile(r"^[ \t]*#define (uint|uchar|ushort) (unsigned \w+)[ \t]*$", re.MULTILINE)
 _FREE_FUNCTION = re.compile(r"^(?=__device__ |__host__ __device__ )", re.MULTILINE)
+_FORCED = "static __device__ __forceinline__"
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.MULTILINE)
 _UNDEF = re.compile(r"^[ \t]*#[ \t]*undef[ \t]+(\w+)", re.MULTILINE)
 
@@ -71,6 +72,7 @@ def take_apart(source: str) -> CudaText:
     preamble = _INCLUDE.sub("", preamble)
     preamble = _ALIAS.sub(r"  using \1 = \2;", preamble)
     preamble = _FREE_FUNCTION.sub("static inline ", preamble)
+    preamble = preamble.replace("static inline __device__ __forceinline__", _FORCED)  # says inline
     preamble = _NARROW.sub("long long src_off", preamble)
     preamble = re.sub(r"\n{3,}", "\n\n", preamble).strip("\n") + "\n"
     left = [m for m in _DEFINE.findall(preamble) if m not in _UNDEF.findall(preamble)]

@@ -8,7 +8,7 @@ from dop.errors import BuildError
 from dop.lowering.program import Program
 
 _HEAD = re.compile(
-    r'extern "C" __global__ void (?:__cluster_dims__\([^)]*\) )?(?:__launch_bounds__\(\d+\) )?'
+    r'extern "C" __global__ void (?:\w*__cluster_dims__\([^)]*\) )?(?:__launch_bounds__\(\d+\) )?'
     r"(\w+)\(([^)]*)\)\s*(\{|;)"
 )
 

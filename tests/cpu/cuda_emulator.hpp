@@ -15,7 +15,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(n)
-#define __cluster_dims__(x, y, z)
+#define dop__cluster_dims__(x, y, z)
 #define __align__(n)
 #define __restrict__
 struct uint2 { unsigned x, y; };

@@ -78,7 +78,7 @@ class PipelinedShrink:
         values = {
             "NAME": name,
             "THREADS": threads,
-            "CLUSTER": f"__cluster_dims__(1, {self.split_k}, 1) " if self.split_k > 1 else "",
+            "CLUSTER": f"dop__cluster_dims__(1, {self.split_k}, 1) " if self.split_k > 1 else "",
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
             "SHIFT_OF": _shift_of(w),
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
@@ -116,6 +116,11 @@ def _shift_of(w: Workload) -> str:
 
 
 HELPERS = """\
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define dop__cluster_dims__(...) __cluster_dims__(__VA_ARGS__)
+#else
+#define dop__cluster_dims__(...)
+#endif
 __device__ __forceinline__ unsigned dop_shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
