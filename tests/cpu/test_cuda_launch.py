@@ -1,0 +1,92 @@
+"""Dependent launches: the trace decides, and the text waits behind the loads that need not wait."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from dop.errors import BuildError, TraceError
+from dop.lowering.apply import apply_trace
+from dop.lowering.codegen import generate
+from dop.lowering.cuda_launch import order_start
+from dop.space.generate import build_space
+from dop.space.sketch import Sketch
+from dop.space.step import PragmaStep
+from dop.space.trace import Trace
+from dop.target import SM_90
+from dop.workload import Workload
+
+O_PROJ = Workload("o_proj", 512, (512,), 16, "bfloat16")
+WAIT, RELEASE = "dop_wait_for_predecessor();", "dop_release_successor();"
+SKETCHES = [s for s in build_space(O_PROJ, SM_90).sketches if "/early_b/" in s.name]
+
+
+def bodies(source: str) -> list[str]:
+    """Kernels' texts, in order."""
+    return re.split(r'^extern "C" __global__ [^;{]*\{', source, flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
+def test_weights_and_y_are_loaded_before_the_wait(sketch: Sketch) -> None:
+    trace = sketch.bind({**sketch.default(), "expand.dependent": 1})
+    code = generate(O_PROJ, Trace.from_json(trace.to_json()), SM_90)
+    shrink, expand = bodies(code.source)
+    assert [k.dependent for k in code.kernels] == [False, True]
+    assert shrink.count(RELEASE) == 1
+    assert WAIT not in shrink
+    assert shrink.index(RELEASE) < shrink.index("_slot_ptr")
+    # Once in the early exit, once in front of the sum over v's parts.
+    assert expand.count(WAIT) == 2
+    assert RELEASE not in expand
+    last = expand.rindex(WAIT)
+    assert "v_rf_ptr" not in expand[:last]
+    assert "b_ptr" not in expand[last:]
+    assert "y_in_ptr" not in expand[last:]
+    assert expand.index(WAIT) < expand.index("return;")
+
+
+@pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
+def test_without_the_pragma_launches_are_plain(sketch: Sketch) -> None:
+    code = generate(O_PROJ, sketch.bind({**sketch.default(), "expand.dependent": 0}), SM_90)
+    assert not any(k.dependent for k in code.kernels)
+    assert "griddepcontrol" not in code.source
+    assert WAIT not in code.source
+
+
+def test_older_gpus_have_the_sketches_without_the_choice() -> None:
+    sm_80 = dataclasses.replace(SM_90, arch="sm_80")
+    found = [s for s in build_space(O_PROJ, sm_80).sketches if "/early_b/" in s.name]
+    assert [s.name for s in found] == [s.name for s in SKETCHES]
+    assert all(d.name != "expand.dependent" for s in found for d in s.domains)
+
+
+def test_tables_are_read_once_side_by_side() -> None:
+    sketch = SKETCHES[0]
+    for body in bodies(generate(O_PROJ, sketch.bind(sketch.default()), SM_90).source):
+        for table in ("slot", "rank", "scale"):
+            assert len(re.findall(rf"token_{table}_ptr\[", body)) <= 1
+        assert body.index("token_rank_ptr[") < body.index("return;")
+
+
+def test_a_pragma_of_another_value_is_refused() -> None:
+    sketch = SKETCHES[0]
+    trace = sketch.bind(sketch.default())
+    steps = [
+        PragmaStep(s.stage, s.iter, s.name, 7)
+        if isinstance(s, PragmaStep) and s.name == "dependent_launch"
+        else s
+        for s in trace.steps
+    ]
+    with pytest.raises(TraceError, match="0 or 1"):
+        apply_trace(O_PROJ, Trace(tuple(steps)))
+
+
+def test_a_kernel_that_reads_no_workspace_cannot_wait() -> None:
+    kernel = 'extern "C" __global__ void {}(float* a_ptr) {{\n  a_ptr[0] = 1.0f;\n}}\n'
+    source = kernel.format("first") + kernel.format("second")
+    with pytest.raises(BuildError, match="nothing to wait for"):
+        order_start(source, ("first", "second"), ("v",), 1)
