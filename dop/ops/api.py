@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dop.errors import DtypeError, ShapeError
 from dop.measure import cuda_driver
-from dop.ops import checks, cpu, cpu_pack, launch, sources
+from dop.ops import checks, cpu, cpu_pack, halves, launch, sources
 from dop.ops.checks import STACKS, Stacks, stacks_of
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, STACKS_AT, TABLES_AT, XY, Block, pack_xy
@@ -267,6 +267,11 @@ def on_gpu(device: int) -> bool:
     return device >= 0
 
 
+def is_captured(stream: int) -> bool:
+    """Whether the current stream records a CUDA graph; the default stream (0) cannot."""
+    return bool(stream) and _capturing()
+
+
 def _device_guard(device: int) -> Any:
     return torch.cuda.device(device)
 
@@ -348,7 +353,7 @@ def block_for(shape: checks.Shape, plan: SegmentPlan) -> Block:
     """
     stream = _stream(shape.device)
     key = (shape.number, plan.batch, stream)
-    capturing = bool(stream) and _capturing()
+    capturing = is_captured(stream)
     found = None if capturing else LOCAL.blocks.get(key)
     if found is None:
         choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters)
@@ -385,7 +390,14 @@ def sgmv_shrink(x: Tensor, a: Stack, plan: SegmentPlan, *, ranks: Ranks = None) 
 
         return custom_ops.traced_shrink(x, stacks, plan, rank_tensor)
     checks.check_no_gradient("sgmv_shrink", x, *stacks)
-    return cpu.shrink_anywhere(x, stacks, plan, rank_tensor)
+    index = x.get_device()
+    if plan.tokens == 0:
+        return x.new_zeros((len(stacks), 0, rank), dtype=torch.float32)
+    if not on_gpu(index):
+        return cpu.shrink(x, stacks, plan, rank_tensor)
+    with _device_guard(index):
+        stream = _stream(index)
+        return halves.shrink(_dense(x), stacks, plan, rank_tensor, stream, is_captured(stream))
 
 
 def sgmv_expand(
@@ -424,7 +436,18 @@ def sgmv_expand(
 
         return custom_ops.traced_expand(y, v, stacks, plan, rank_tensor, scales, number)
     checks.check_no_gradient("sgmv_expand", y, v, *stacks)
-    cpu.expand_anywhere(y, v, stacks, plan, rank_tensor, scales, number)
+    index = y.get_device()
+    if plan.tokens == 0:
+        return y
+    if not on_gpu(index):
+        cpu.expand(y, v, stacks, plan, rank_tensor, scales, number)
+        return y
+    facts = (rank_tensor, scales, number)
+    with _device_guard(index):
+        stream, target = _stream(index), _dense(y)
+        halves.expand(target, _dense(v), stacks, plan, facts, stream, is_captured(stream))
+        if target is not y:
+            y.copy_(target)
     return y
 
 

@@ -68,6 +68,7 @@ class DeviceKernel:
         workspaces: what the launches share.
         image: gives the cubin (or fatbin).
         constants: further int32 arguments by name, e.g. widths of a kernel for any shape.
+        image_key: name of the binary if many kernels share it: it is then read once only.
     """
 
     name: str
@@ -78,6 +79,7 @@ class DeviceKernel:
     workspaces: tuple[Buffer, ...]
     image: Callable[[], bytes]
     constants: Mapping[str, int] = field(default_factory=dict)
+    image_key: str = ""
 
 
 class Block:
@@ -301,17 +303,22 @@ _LOAD_LOCK = threading.Lock()
 
 def functions_of(kernel: DeviceKernel, device: int) -> list[int]:
     """Functions of a kernel on a device, loaded when first wanted; equal binaries once."""
-    found = _LOADED.get((kernel, device))
+    wanted = tuple(
+        (one.name, one.dynamic_smem_bytes if one.dynamic_smem_bytes > DEFAULT_SMEM else 0)
+        for one in kernel.launches
+    )
+    short = (kernel.image_key or kernel, wanted, device)
+    found = _LOADED.get(short)
     if found is not None:
         return found
     with _LOAD_LOCK:
-        image = kernel.image()
-        names = tuple(launch.name for launch in kernel.launches)
-        key = (hashlib.sha256(image).digest(), names, device)
-        if key not in _LOADED:
-            _LOADED[key] = driver().load(image, kernel.launches)
-        _LOADED[kernel, device] = _LOADED[key]
-        return _LOADED[key]
+        if short not in _LOADED:
+            image = kernel.image()
+            key = (hashlib.sha256(image).digest(), wanted, device)
+            if key not in _LOADED:
+                _LOADED[key] = driver().load(image, kernel.launches)
+            _LOADED[short] = _LOADED[key]
+        return _LOADED[short]
 
 
 def new_block(

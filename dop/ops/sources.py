@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -183,7 +183,7 @@ def pack_kernel(
 
 def from_nvrtc(search: Search) -> DeviceKernel | None:
     """Source 3: dop.ops.nvrtc.kernel(search) -> DeviceKernel or None."""
-    build = _optional("dop.ops.nvrtc", "kernel")
+    build = optional("dop.ops.nvrtc", "kernel")
     if build is None:
         search.misses.append("NVRTC is not available")
         return None
@@ -200,16 +200,22 @@ def from_nvrtc(search: Search) -> DeviceKernel | None:
 
 def from_generic(search: Search) -> DeviceKernel | None:
     """Source 4: dop.ops.generic.kernel(search) -> DeviceKernel or None."""
-    build = _optional("dop.ops.generic", "kernel")
+    build = optional("dop.ops.generic", "kernel")
     if build is None:
         search.misses.append("this installation has no generic kernels")
         return None
     found: DeviceKernel | None = build(search)
-    return found
+    return None if found is None else shared_image(found)
+
+
+def shared_image(kernel: DeviceKernel) -> DeviceKernel:
+    """A generic kernel, marked as one of a binary that all of them share: it is read once."""
+    return replace(kernel, image_key="generic")
 
 
 @cache
-def _optional(module: str, name: str) -> Any:
+def optional(module: str, name: str) -> Any:
+    """Something of a module that an installation may lack; None if it does."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:

@@ -62,6 +62,8 @@ def warmup(
         return []
     hints = tuple(adapters)
     with api._device_guard(index):
+        nobody = torch.full((1,), -1, dtype=torch.int32, device=index)
+        api.segment_plan(nobody, slots=slots)
         # The largest batch first: its workspace serves the others.
         sizes = sorted({int(count) for count in tokens if count > 0}, reverse=True)
         return [
