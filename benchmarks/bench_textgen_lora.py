@@ -167,9 +167,7 @@ def measure(
         result = CaseResult(case, read_ms, {name: [] for name in options.arms})
         names = list(options.arms)
         for name in names:  # adapters into their slots, kernels chosen and compiled
-            serve(
-                arms[name], [[Job(j.prompt, min(j.output, 4), j.adapter) for j in groups[0]]], case
-            )
+            serve(arms[name], [_short(groups[0])], case)
         for repeat in range(options.repeats):
             shift = repeat % len(names)
             for name in names[shift:] + names[:shift]:
@@ -202,9 +200,7 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
         "rank": options.lora_rank,
         "slots": options.slots,
         "dtype": options.dtype,
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": device,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions,
         "revision": collect_env.revision(),

@@ -1,4 +1,4 @@
-"""Arms on vLLM: a process each, loaded side by side and asked over pipes, so that they alternate."""
+"""Arms on vLLM: a process each, loaded side by side, asked over pipes so that they alternate."""
 
 from __future__ import annotations
 
