@@ -6,7 +6,6 @@ import re
 
 from dop.space.rule import SketchState
 
-
 HOPPER = 90
 
 
