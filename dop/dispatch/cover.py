@@ -187,4 +187,5 @@ def _fits(table: WorkloadTable, cells: list[Cell], tasks: list[list[Entry]]) -> 
         for scenario, times in cell.times.items():
             best = min(times, key=lambda t: times[t])
             seconds = times.get(trace)
-            yield Fit(scenario, trace, seconds, best, times[best], floors.get(scenario))
+            others = {t: times[t] for t in table.trace_keys if t != trace and t in times}
+            yield Fit(scenario, trace, seconds, best, times[best], floors.get(scenario), others)

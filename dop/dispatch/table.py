@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dop.errors import ConfigError, ExportError
@@ -63,6 +63,7 @@ class Fit:
         best_trace_key: the fastest kernel of the log.
         best_s: its time.
         floor_s: least time that the bytes allow, if known.
+        others: measured times of the table's other kernels, by trace key.
     """
 
     scenario_key: str
@@ -71,6 +72,7 @@ class Fit:
     best_trace_key: str
     best_s: float
     floor_s: float | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def regret(self) -> float:
@@ -231,6 +233,7 @@ def _to_json(table: WorkloadTable) -> dict[str, object]:
             "best": fit.best_trace_key,
             "best_s": fit.best_s,
             "floor_s": fit.floor_s,
+            "others": dict(fit.others),
         }
         for fit in table.fits
     ]
@@ -254,8 +257,8 @@ def _from_json(key: str, data: Mapping[str, Any]) -> WorkloadTable:
     rows = [_row_of(row) for row in data["rows"]]
     fits = []
     for item in data["scenarios"]:
-        names = ("scenario", "kernel", "seconds", "best", "best_s", "floor_s")
-        fits.append(Fit(*(item[name] for name in names)))
+        names = ("scenario", "kernel", "seconds", "best", "best_s", "floor_s", "others")
+        fits.append(Fit(*({"others": {}, **item}[name] for name in names)))
     between = tuple(int(tokens) for tokens in data.get("between", ()))
     return WorkloadTable(key, tuple(rows), tuple(fits), between)
 

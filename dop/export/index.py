@@ -6,7 +6,7 @@ compressed file (`dop.export.pack`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,8 @@ class KernelInfo:
         launches: kernels in order (CUDA).
         workspaces: what the launches share (CUDA).
         sketch: name of its structure, for people.
-        source: file of its CUDA source, "" if that is not shipped.
+        source: file that holds its CUDA source, "" if that is not shipped.
+        source_span: offset and length of it in that file, in bytes.
         min_arch: least compute capability times ten that its source builds for (CUDA).
         transferred_from: key of the workload it was tuned for, if that differs in the dtype;
             its times in the table are those.
@@ -57,6 +58,7 @@ class KernelInfo:
     workspaces: tuple[Buffer, ...]
     sketch: str = ""
     source: str = ""
+    source_span: tuple[int, int] = (0, 0)
     min_arch: int = 80
     transferred_from: str = ""
     scenarios: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -188,10 +190,16 @@ def _kernel(data: Mapping[str, Any]) -> KernelInfo:
         workspaces=spaces,
         sketch=str(data.get("sketch", "")),
         source=str(data.get("source", "")),
+        source_span=_span(data.get("source_span", (0, 0))),
         min_arch=int(data.get("min_arch", 80)),
         transferred_from=str(data.get("transferred_from", "")),
         scenarios=data.get("scenarios", {}),
     )
+
+
+def _span(data: Sequence[Any]) -> tuple[int, int]:
+    offset, length = data
+    return int(offset), int(length)
 
 
 def _launch(item: Mapping[str, Any]) -> Launch:

@@ -117,7 +117,10 @@ class CudaLibrary(Library):
 
     def source(self, info: KernelInfo) -> str | None:
         """The generated CUDA C++ of a kernel, checked; None if it is not shipped."""
-        return self._read(info.source).decode() if info.source else None
+        if not info.source:
+            return None
+        offset, length = info.source_span
+        return self._read(info.source)[offset : offset + length].decode()
 
     def workspace_bytes(self, info: KernelInfo, tokens: int, tiles: int) -> dict[str, int]:
         """Bytes of each workspace, by name."""

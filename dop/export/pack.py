@@ -2,8 +2,9 @@
 
 A pack is a zip file (LZMA inside) that holds what a library's folder holds: `index.json`, the
 cubins, and the generated CUDA sources, from which other architectures can be served by NVRTC.
-Files are named by their hash, so equal binaries are stored once. Opening reads the index only; a
-file is read, and its hash checked, when it is first wanted.
+Cubins are named by their hash, so equal ones are stored once; sources are one file, of which each
+kernel has a span. Opening reads the index only; a file is read, and its hash checked, when it is
+first wanted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dop.export.files import write_file
 from dop.export.index import INDEX, Index, parse_index
 
 SUFFIX = ".doppack"
+SOURCES = "sources.cu"
+"""All kernels' sources, one after the other."""
 MAX_FILE_BYTES = 64 << 20
 """No cubin, source or index is larger; a damaged or hostile file cannot fill the memory."""
 

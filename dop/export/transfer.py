@@ -102,6 +102,7 @@ def _renamed(table: WorkloadTable, key: str, names: Mapping[str, str]) -> Worklo
             fit,
             trace_key=names[fit.trace_key],
             best_trace_key=names.get(fit.best_trace_key, fit.best_trace_key),
+            others={names[trace]: seconds for trace, seconds in fit.others.items()},
         )
         for fit in table.fits
     )
