@@ -18,6 +18,7 @@ Call = Callable[[int], object]
 """Adds the update of set i into y[i]."""
 
 MOST_LAUNCHES = 1200
+MOST_NOTE = 300
 MOST_GATHERED_BYTES = 1 << 30
 """torch's gathered product copies each row's weights; beyond this it has no place on a GPU."""
 
@@ -67,7 +68,8 @@ def prepare_dop(case: Case, data: Data) -> Prepared:
     """`dop.ops`: one plan per batch, one call per group of slices."""
     from dop import ops
 
-    hint = adapters_hint(case.kind, case.active)
+    tight = not case.least_slots
+    hint = adapters_hint(case.kind, tight, case.tokens, case.slots, case.active)
     plan = ops.segment_plan(data.slots.int().to(data.device), slots=case.slots, adapters=hint)
     x, y, weights = data.x, data.y, data.sliced
 
@@ -75,7 +77,11 @@ def prepare_dop(case: Case, data: Data) -> Prepared:
         a, b = weights[i]
         ops.add_lora(y[i], x[i], a, b, plan)
 
-    return Prepared(call, note={"adapters_hint": hint})
+    choice = ops.explain_choice(
+        case.workload, tokens=case.tokens, adapters=hint, slots=case.slots, device=data.device
+    )
+    kernel = " ".join(str(choice).split())[:MOST_NOTE]
+    return Prepared(call, note={"adapters_hint": hint, "kernel": kernel})
 
 
 def prepare_loop(case: Case, data: Data) -> Prepared:

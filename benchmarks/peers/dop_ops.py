@@ -4,12 +4,13 @@ The script calls `make` once per case and times what it returns as it times ever
 of calls, each on weights of its own, one call per group of slices. As for the peers, what depends
 on the batch only is made once, before the graph: here the segment plan.
 
-What the host tells the plan is what the peers are told. A decode graph is captured before the batch
-is known, so nobody gets the number of adapters there, only the number of slots; a prefill is
-launched by a host that counted its segments (csgmv's grid and triton's segments are exact there),
-so the plan gets the number too. `DOP_BENCH_HINT=always` or `never` overrides that, and
-`DOP_BENCH_SPLIT=1` times shrink and expand apart as well. The file stands alone: it is loaded by
-path, in a process whose torch the script chose.
+What the host tells the plan about the number of adapters is what the peers are told. In "tight"
+decode cases that is the number of slots (the next power of two of the adapters), by which the peers
+size their grids and choose their plans; in "server" cases, where a graph serves any batch, it is
+nothing; a prefill is launched by a host that counted its segments (csgmv's grid and triton's
+segments are exact there). `DOP_BENCH_HINT=exact` or `never` overrides that, and `DOP_BENCH_SPLIT=1`
+times shrink and expand apart as well. The file stands alone: it is loaded by path, in a process
+whose torch the script chose.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def adapters_hint(kind: str, active: int) -> int | None:
-    """Number of adapters that the host knows of when it launches a batch; None if it does not."""
-    wish = os.environ.get("DOP_BENCH_HINT", "prefill")
-    if wish not in ("always", "never", "prefill"):
-        raise ValueError(f"DOP_BENCH_HINT={wish}: say always, never or prefill")
-    known = wish == "always" or (wish == "prefill" and kind == "prefill")
-    return active if known else None
+def adapters_hint(kind: str, tight: bool, tokens: int, slots: int, active: int) -> int | None:
+    """Number of adapters that the host tells when it launches a batch; None for nothing."""
+    wish = os.environ.get("DOP_BENCH_HINT", "peers")
+    if wish not in ("peers", "exact", "never"):
+        raise ValueError(f"DOP_BENCH_HINT={wish}: say peers, exact or never")
+    if wish == "never":
+        return None
+    if wish == "exact" or kind == "prefill":
+        return active
+    return min(tokens, slots) if tight else None
 
 
 def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
@@ -46,7 +50,8 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
     import dop.ops as ops
 
     ids = data.tok.to(device=data.device, dtype=torch.int32)
-    hint = adapters_hint(case.kind, case.active)
+    tight = case.smode == "tight"
+    hint = adapters_hint(case.kind, tight, case.T, case.slots, case.active)
     plan = ops.segment_plan(ids, slots=case.slots, adapters=hint)
     a, b = (_stacks(sets) for sets in data.weights("vllm"))
     x, y = data.x, data.y
@@ -54,7 +59,7 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
     def both(i: int) -> None:
         ops.add_lora(y[i], x[i], a[i], b[i], plan)
 
-    note = {"adapters_hint": hint, "plan": type(plan).__name__}
+    note = {"adapters_hint": hint, "kernel": _kernel(ops, case, x[0], hint)}
     if os.environ.get("DOP_BENCH_SPLIT") != "1":
         return op_type("vllm", both=both, note=note)
 
@@ -70,3 +75,16 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
 def _stacks(sets: Any) -> list[list[Any]]:
     """Views [slots, rows, columns] of the script's stacks [slots, 1, rows, columns], made once."""
     return [[stack.squeeze(1) for stack in stacks] for stacks in sets]
+
+
+def _kernel(ops: Any, case: Any, x: Any, hint: int | None) -> str:
+    """Which kernel serves the case and where it comes from, in one line."""
+    widths = "+".join(map(str, case.outs))
+    name = str(x.dtype).removeprefix("torch.")
+    key = f"sgmv/{name}/r{case.rank}/{case.K}->{widths}"
+    batch = {"tokens": case.T, "adapters": hint, "slots": case.slots}
+    try:
+        found = ops.explain_choice(key, **batch, device=x.device)
+    except Exception as error:  # a note is no reason to lose a measurement
+        return f"unknown: {error}"[:200]
+    return " ".join(str(found).split())[:300]

@@ -341,9 +341,13 @@ class FakeData:
 def test_extra_operator(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOP_BENCH_SPLIT", split)
     data = carve(Case(QKV, 9, "skewed"))
-    op = dop_ops.make(torch, data.case, FakeData(data), FakeOp)
+    theirs = types.SimpleNamespace(
+        kind="decode", smode="tight", T=9, slots=8, active=5, outs=(64, 32, 32), rank=8, K=64
+    )
+    op = dop_ops.make(torch, theirs, FakeData(data), FakeOp)
     assert op.layout == "vllm"
-    assert op.note["adapters_hint"] is None
+    assert op.note["adapters_hint"] == 8
+    assert "sgmv/float32/r8/64->64+32+32, 9 tokens, 8 adapters" in op.note["kernel"]
     before = data.y[-1].clone()
     if split:
         op.expand(1, op.shrink(1))
@@ -353,17 +357,21 @@ def test_extra_operator(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(data.y[-1], before, data.update("sliced"), 1) < 1e-5
 
 
-def test_hint_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hint_is_what_the_peers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DOP_BENCH_HINT", raising=False)
-    assert dop_ops.adapters_hint("decode", 3) is None
-    assert dop_ops.adapters_hint("prefill", 3) == 3
-    monkeypatch.setenv("DOP_BENCH_HINT", "always")
-    assert dop_ops.adapters_hint("decode", 3) == 3
+    hint = dop_ops.adapters_hint
+    assert hint("decode", True, 64, 16, 9) == 16
+    assert hint("decode", True, 1, 1, 1) == 1
+    assert hint("decode", True, 5, 8, 5) == 5
+    assert hint("decode", False, 64, 64, 1) is None
+    assert hint("prefill", True, 2048, 4, 3) == 3
+    monkeypatch.setenv("DOP_BENCH_HINT", "exact")
+    assert hint("decode", False, 64, 64, 9) == 9
     monkeypatch.setenv("DOP_BENCH_HINT", "never")
-    assert dop_ops.adapters_hint("prefill", 3) is None
+    assert hint("prefill", True, 2048, 4, 3) is None
     monkeypatch.setenv("DOP_BENCH_HINT", "maybe")
-    with pytest.raises(ValueError, match="always, never or prefill"):
-        dop_ops.adapters_hint("prefill", 3)
+    with pytest.raises(ValueError, match="peers, exact or never"):
+        hint("prefill", True, 2048, 4, 3)
 
 
 # ------------------------------------------------------------------------------ the script
