@@ -79,11 +79,30 @@ def stats_ms(seconds: Sequence[float]) -> Stats:
 
 
 def step_ms(wave: Sequence[Timing]) -> float | None:
-    """Milliseconds per decode step between the last first token and the first last token."""
+    """Milliseconds per decode step of a batch, None if its requests have one token each.
+
+    Measured between the last first token and the first last token: the whole batch decodes. If
+    its requests never all decode at once (one adapter after the other), the time in which any
+    of them decodes, by the steps that one takes: what a step of the batch costs in effect.
+    """
     latest = max(wave, key=lambda t: t.token_s[0])
     begin, end = latest.token_s[0], min(t.token_s[-1] for t in wave)
     steps = sum(begin < t <= end for t in latest.token_s)
-    return (end - begin) * 1e3 / steps if steps else None
+    if steps:
+        return (end - begin) * 1e3 / steps
+    longest = max(len(t.token_s) for t in wave) - 1
+    return (
+        _covered([(t.token_s[0], t.token_s[-1]) for t in wave]) * 1e3 / longest if longest else None
+    )
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def summarise(waves: Sequence[Sequence[Timing]], fixed: bool) -> Run:

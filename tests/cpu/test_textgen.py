@@ -1,0 +1,279 @@
+import json
+import math
+import sys
+from statistics import fmean, median
+
+import pytest
+import torch
+
+from benchmarks.textgen.engine import OneAdapterAtATime
+from benchmarks.textgen.models import TINY, find_model, write_adapter
+from benchmarks.textgen.results import COLUMNS, CaseResult, rows, summary, table, title
+from benchmarks.textgen.timing import Run, Stats, Timing, percentile, step_ms, summarise
+from benchmarks.textgen.vllm_arms import VllmOptions, environment, llm_arguments, load_arms
+from benchmarks.textgen.workload import Case, Job, punica_lengths, waves
+from dop.errors import ConfigError, DopError, MissingDependencyError
+
+
+def test_lengths_follow_punicas_distribution():
+    lengths = punica_lengths(20_000, 2048)
+    prompts = [p for p, _ in lengths]
+    totals = [p + o for p, o in lengths]
+    assert min(prompts) >= 1
+    assert min(o for _, o in lengths) >= 2
+    assert max(totals) <= 2048
+    # log-normal with shape 0.8 and scale 18, shifted by -1 and cut to whole tokens
+    assert median(prompts) == pytest.approx(17, abs=1)
+    assert fmean(prompts) == pytest.approx(18 * math.exp(0.8**2 / 2) - 1.5, rel=0.03)
+    assert fmean(totals) == pytest.approx(1024, rel=0.05)
+    assert punica_lengths(50, 2048) == punica_lengths(50, 2048)
+    assert max(p + o for p, o in punica_lengths(1000, 16)) <= 16
+    with pytest.raises(ConfigError, match="maxlen"):
+        punica_lengths(3, 3)
+
+
+def ids(groups):
+    return [[job.adapter for job in group] for group in groups]
+
+
+def test_fixed_lengths_come_in_batches_of_the_mix():
+    groups = waves(Case(16, "uniform", "5:7"), 3, 64, 64, 100)
+    assert [len(g) for g in groups] == [16, 16, 16]
+    for group in groups:
+        assert {(len(j.prompt), j.output) for j in group} == {(5, 7)}
+        assert sorted(j.adapter for j in group) == sorted([0, 1, 2, 3] * 4)
+    assert groups[0] != groups[1]
+    assert ids(waves(Case(4, "distinct", "5:7"), 2, 64, 64, 100)) == [[0, 1, 2, 3]] * 2
+    assert {*ids(waves(Case(4, "identical", "5:7"), 1, 64, 64, 100))[0]} == {0}
+
+
+def test_punicas_lengths_come_in_one_group():
+    (group,) = waves(Case(8, "distinct"), 4, 128, 8, 100)
+    assert len(group) == 32
+    assert [j.adapter for j in group] == [i % 8 for i in range(32)]  # never twice among 8
+    assert all(0 < token < 100 for j in group for token in j.prompt)
+    (group,) = waves(Case(8, "uniform"), 4, 128, 64, 100)
+    assert len({j.adapter for j in group}) == 6  # ceil(sqrt(32))
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [((0, "uniform"), "batch-size"), ((4, "some"), "popularity"), ((4, "uniform", "7"), "lengths")],
+)
+def test_cases_that_make_no_sense(case, word):
+    with pytest.raises(ConfigError, match=word):
+        Case(*case)
+
+
+def test_step_time_counts_only_the_full_batch():
+    early = Timing(0.0, [0.1, 0.2, 0.3, 0.4])
+    late = Timing(0.0, [0.2, 0.3, 0.4, 0.9])  # alone at its end
+    assert step_ms([early, late]) == pytest.approx(100)
+    assert step_ms([Timing(0.0, [0.5])]) is None
+    one, other = Timing(0.0, [0.1, 0.2, 0.3]), Timing(0.4, [0.5, 0.6, 0.7])
+    assert step_ms([one, one, other]) == pytest.approx(200)  # never side by side
+    run = summarise([[early, late]], fixed=True)
+    assert run.step_ms == pytest.approx(100)
+    assert run.decode_tokens_per_s == pytest.approx(20)
+    assert run.pace == run.decode_tokens_per_s
+    assert (run.seconds, run.tokens) == (pytest.approx(0.9), 8)
+    assert run.ttft_ms.mean == pytest.approx(150)
+    assert run.tpot_ms.p99 == pytest.approx(233.3, rel=0.01)
+    free = summarise([[early, late]], fixed=False)
+    assert free.step_ms is None
+    assert free.pace == pytest.approx(8 / 0.9)
+
+
+def test_percentiles():
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile([0, 10], 0.99) == pytest.approx(9.9)
+    assert math.isnan(percentile([], 0.5))
+
+
+def run_of(pace: float, step: float | None = None) -> Run:
+    stats = Stats(1.0, 1.0, 2.0)
+    return Run(1.0, 10, pace, stats, Stats(1000 / pace, 1, 2), step, pace if step else None)
+
+
+def test_retention_its_bound_and_ratios_are_of_one_repeat():
+    result = CaseResult(Case(4, "distinct", "2:2"), read_ms=2.0)
+    result.runs = {
+        "base": [run_of(100, 8.0), run_of(200, 8.0)],
+        "stock": [run_of(50, 16.0), run_of(100, 16.0)],
+        "dop": [run_of(75, 10.0), run_of(150, 10.0)],
+    }
+    assert result.retention("stock") == pytest.approx(0.5)
+    assert result.retention("dop") == pytest.approx(0.75)
+    assert result.bound == pytest.approx(0.8)
+    row = result.row("dop")
+    assert row["of_bound"] == pytest.approx(0.75 / 0.8)
+    assert row["over_stock"] == pytest.approx(1.5)
+    assert row["spread"] == pytest.approx(75 / 112.5)
+    assert result.row("base")["retention"] is None
+    lines = table([result]).splitlines()
+    assert len(lines) == 2 + 3
+    assert len({len(line) for line in lines}) == 1
+    assert all(len(line.split("|")) == len(COLUMNS) + 2 for line in lines)
+    assert "dop: 1.50x stock in the geometric mean (least 1.50x), retention 0.75" in "\n".join(
+        summary([result])
+    )
+
+
+def test_a_missing_base_leaves_retention_out():
+    result = CaseResult(Case(4, "distinct"), 1.0, {"dop": [run_of(10)]})
+    assert result.bound is None
+    assert rows([result])[0]["retention"] is None
+    assert summary([result]) == []
+
+
+def test_the_loop_never_mixes_adapters():
+    class Fake:
+        def __init__(self):
+            self.seen = []
+
+        def run(self, jobs, concurrency):
+            self.seen.append((len(jobs), {j.adapter for j in jobs}, concurrency))
+            return [Timing(j.prompt[0], [0.0]) for j in jobs]
+
+        def close(self):
+            raise AssertionError
+
+    fake = Fake()
+    arm = OneAdapterAtATime(fake)
+    jobs = [Job([i], 1, i % 3) for i in range(7)]
+    assert [t.start_s for t in arm.run(jobs, 5)] == list(range(7))
+    assert fake.seen == [(3, {0}, 5), (2, {1}, 5), (2, {2}, 5)]
+    arm.close()
+
+
+def test_models_and_what_their_adapters_weigh(tmp_path):
+    named = find_model("Llama-3.1-8B", 2048)
+    assert named.vocabulary == 128256
+    assert named.adapter_bytes(16, torch.bfloat16) == 83_886_080  # 42M numbers
+    assert named.kv_bytes(1, torch.bfloat16) == 131_072
+    tiny = find_model(TINY, 64)
+    write_adapter(tmp_path / "a", tiny, 8, torch.float32)
+    size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert 0 <= size - tiny.adapter_bytes(8, torch.float32) < 8192
+    with pytest.raises(ConfigError):
+        find_model("no-such-model", 64)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find_model(str(tmp_path), 64)
+
+
+def options(tmp_path, **changes) -> VllmOptions:
+    return VllmOptions(16, 4, (2, 4), 32, torch.bfloat16, tmp_path / "work", **changes)
+
+
+def test_vllms_arms_differ_in_what_they_should(tmp_path):
+    given = options(tmp_path, tuned=tmp_path)
+    each = {n: environment(n, given) for n in ("base", "stock", "tuned-json", "dop")}
+    assert len({e["VLLM_CACHE_ROOT"] for e in each.values()}) == 4
+    assert {n for n, e in each.items() if e["VLLM_PLUGINS"]} == {"dop"}
+    assert {n for n, e in each.items() if "VLLM_TUNED_CONFIG_FOLDER" in e} == {"tuned-json"}
+    model = find_model(TINY, 64)
+    base, lora = (llm_arguments(model, given, on, tmp_path) for on in (False, True))
+    extra = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 4, "max_lora_rank": 16}
+    assert {**base, **extra} == lora
+    assert base["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4]}
+
+
+FAKE_VLLM = {
+    "__init__.py": """
+import os, types
+class SamplingParams:
+    def __init__(self, max_tokens, temperature, ignore_eos, detokenize):
+        self.max_tokens = max_tokens
+class TokensPrompt(dict):
+    pass
+class _Engine:
+    def __init__(self): self.flying, self.loras, self.most = {}, [], 0
+    def add_lora(self, request): self.loras.append(request.id)
+    def add_request(self, name, prompt, params, lora_request=None):
+        if prompt["prompt_token_ids"] == [13]: raise ValueError("unlucky")
+        self.flying[name] = [0, params.max_tokens]
+        self.most = max(self.most, len(self.flying))
+    def step(self):
+        out = []
+        for name, state in list(self.flying.items()):
+            state[0] += 1
+            tokens = types.SimpleNamespace(token_ids=[0] * state[0])
+            finished = state[0] == state[1]
+            if finished: del self.flying[name]
+            out.append(types.SimpleNamespace(
+                request_id=name, outputs=[tokens], finished=finished))
+        print("in flight", self.most, "loras", self.loras, os.environ["VLLM_PLUGINS"], flush=True)
+        return out
+class LLM:
+    def __init__(self, **kwargs):
+        print("kwargs", kwargs, flush=True)
+        self.llm_engine = _Engine()
+""",
+    "lora/__init__.py": "",
+    "lora/request.py": """
+class LoRARequest:
+    def __init__(self, name, id, path): self.id = id
+""",
+    "platforms.py": """
+class _Cpu:
+    def is_cuda(self): return False
+current_platform = _Cpu()
+""",
+}
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    for name, text in FAKE_VLLM.items():
+        file = tmp_path / "fake" / "vllm" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+
+def test_a_vllm_process_serves_and_ends(tmp_path, fake_vllm):
+    arms = load_arms(["base", "dop"], find_model(TINY, 64), options(tmp_path))
+    try:
+        jobs = [Job([1, 2], 3 + i % 2, i % 4) for i in range(7)]
+        for arm in arms.values():
+            times = arm.run(jobs, 3)
+            assert [len(t.token_s) for t in times] == [j.output for j in jobs]
+            assert all(t.start_s <= t.token_s[0] <= t.token_s[-1] for t in times)
+        with pytest.raises(DopError, match="unlucky"):
+            arms["base"].run([Job([13], 2, 0)], 1)
+    finally:
+        for arm in arms.values():
+            arm.close()
+            arm.close()
+    log = (tmp_path / "work" / "dop.log").read_text()
+    assert "in flight 3 loras [1, 2, 3, 4] dop" in log
+    assert "'enable_lora': True" in log
+    base = (tmp_path / "work" / "base.log").read_text()
+    assert "in flight 3 loras [] \n" in base
+    assert "enable_lora" not in base
+
+
+def test_a_vllm_that_does_not_load_shows_its_log(tmp_path, fake_vllm):
+    broken = tmp_path / "fake" / "vllm" / "__init__.py"
+    broken.write_text("raise RuntimeError('no kernel image')\n")
+    with pytest.raises(DopError, match="no kernel image"):
+        load_arms(["base"], find_model(TINY, 64), options(tmp_path))
+
+
+def test_vllm_has_to_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="vLLM"):
+        load_arms(["base"], find_model(TINY, 64), options(tmp_path))
+
+
+def test_title_names_device_versions_and_date():
+    header = {
+        "model": "m", "rank": 16, "dtype": "float32", "engine": "e", "device": "d",
+        "date": "2026-01-02", "versions": {"torch": "2.0"},
+    }  # fmt: skip
+    assert title(header) == "m, rank 16, float32, e, d, 2026-01-02 (torch 2.0)"
+    assert json.dumps(header)
