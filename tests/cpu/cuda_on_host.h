@@ -187,9 +187,8 @@ inline void run_block(std::vector<std::unique_ptr<Fiber>>& fibers, std::vector<c
   }
 }
 
-template <class Params>
-void launch(void (*kernel)(Params), const Params& params, Index3 grid, Index3 size,
-            size_t shared_bytes, unsigned seed) {
+inline void launch(std::function<void()> kernel, Index3 grid, Index3 size, size_t shared_bytes,
+                   unsigned seed) {
   const int threads = size.x * size.y * size.z;
   std::mt19937 random(seed);
   std::vector<char> stacks(threads * kStack);
@@ -200,7 +199,7 @@ void launch(void (*kernel)(Params), const Params& params, Index3 grid, Index3 si
   shared = memory;
   grid_size = grid;
   block_size = size;
-  body = [&] { kernel(params); };
+  body = std::move(kernel);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {

@@ -30,5 +30,21 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(out))
 
 
+class Launch(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("seed", ctypes.c_uint),
+    ]
+
+
+def run(name, grid, threads, shared_bytes, values, seed=0) -> None:
+    """A kernel; `values` are ctypes values, one per parameter."""
+    how = Launch((ctypes.c_uint * 3)(*grid), threads, shared_bytes, seed)
+    array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    assert library().host_run(name.encode(), ctypes.byref(how), array) == 0, name
+
+
 def address(tensor) -> int:
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,12 +1,40 @@
 // The kernels of dop/ops/generic on the host, with C entries for ctypes.
 #include "cuda_on_host.h"
 
+#include "generic.cu"
 #include "plan.cu"
 
-extern "C" void host_plan(const PlanParams* params, int threads, int shared_bytes, unsigned seed) {
-  host::launch(dop_plan, *params, {1, 1, 1}, {(unsigned)threads, 1, 1}, shared_bytes, seed);
+struct Launch {
+  unsigned grid[3];
+  unsigned threads;
+  unsigned shared_bytes;
+  unsigned seed;
+};
+
+// Arguments as the driver takes them: an array of pointers to the values.
+template <class... Parameters, size_t... I>
+static void call(void (*kernel)(Parameters...), void* const* values, std::index_sequence<I...>) {
+  kernel(*(std::remove_reference_t<Parameters>*)values[I]...);
 }
 
-extern "C" void host_plan_annotate(const AnnotateParams* params, int blocks, unsigned seed) {
-  host::launch(dop_plan_annotate, *params, {(unsigned)blocks, 1, 1}, {256, 1, 1}, 0, seed);
+template <class... Parameters>
+static void run(void (*kernel)(Parameters...), const Launch& how, void* const* values) {
+  host::launch([=] { call(kernel, values, std::index_sequence_for<Parameters...>()); },
+               {how.grid[0], how.grid[1], how.grid[2]}, {how.threads, 1, 1}, how.shared_bytes,
+               how.seed);
+}
+
+#define DOP_KERNEL(name) \
+  if (std::strcmp(which, #name) == 0) return run(name, *how, values), 0;
+
+extern "C" int host_run(const char* which, const Launch* how, void* const* values) {
+  DOP_KERNEL(dop_plan)
+  DOP_KERNEL(dop_plan_annotate)
+  DOP_KERNEL(dop_shrink_rows_f16)
+  DOP_KERNEL(dop_shrink_rows_bf16)
+  DOP_KERNEL(dop_shrink_rows_f32)
+  DOP_KERNEL(dop_expand_rows_f16)
+  DOP_KERNEL(dop_expand_rows_bf16)
+  DOP_KERNEL(dop_expand_rows_f32)
+  return 1;
 }

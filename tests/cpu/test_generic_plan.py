@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from generic_host import address, library
+from generic_host import address, run
 
 from dop.measure.plan import make_plan
 from dop.ops.generic.plan import ANNOTATE_PARAMS, ANY_RANK, PLAN_PARAMS, shared_bytes, threads
@@ -34,7 +34,8 @@ def run_kernel(ids, slots, ranks=None, scales=None, scale=1.0, seed=0, block=0):
         ANY_RANK,
         scale,
     )
-    library().host_plan(params, block, shared_bytes(tokens, block), ctypes.c_uint(seed))
+    values = [ctypes.create_string_buffer(params)]
+    run("dop_plan", (1, 1, 1), block, shared_bytes(tokens, block), values, seed)
     assert (memory[:GUARD] == -77).all()
     assert (memory[GUARD + size :] == -77).all()
     return memory[GUARD : GUARD + size]
@@ -133,7 +134,7 @@ def test_annotate_rewrites_ranks_and_scales_only():
     params = ANNOTATE_PARAMS.pack(
         source.data_ptr(), target.data_ptr(), address(ranks), address(scales), 90, slots, 3.0
     )
-    library().host_plan_annotate(params, 2, ctypes.c_uint(0))
+    run("dop_plan_annotate", (2, 1, 1), 256, 0, [ctypes.create_string_buffer(params)])
     want = expected(ids, slots, ranks, scales * 6.0)
     exact = SimpleNamespace(got=SegmentPlan(target, 90, slots), want=SegmentPlan(want, 90, slots))
     for name in ("token_slot", "row_index", "token_rank"):

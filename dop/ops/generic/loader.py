@@ -16,8 +16,11 @@ from dop.errors import BuildError, MissingDependencyError
 from dop.measure import cuda_driver as cuda
 
 FOLDER = Path(__file__).parent
-SOURCES = ("plan",)
-"""Translation units: one .cu file each."""
+SOURCES = {
+    "plan": ("plan.cu",),
+    "generic": ("generic.cu", "common.cuh", "rows.cuh"),
+}
+"""Translation units and the files of each."""
 CUBINS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities with a binary; any other runs that of its family, or the PTX."""
 PTX = "compute_80"
@@ -30,8 +33,8 @@ _PARAMETER_BYTES = 512
 
 
 def source_hash(unit: str) -> str:
-    """sha256 of a translation unit's text."""
-    return sha256((FOLDER / f"{unit}.cu").read_bytes()).hexdigest()
+    """sha256 of a translation unit's files."""
+    return sha256(b"".join((FOLDER / file).read_bytes() for file in SOURCES[unit])).hexdigest()
 
 
 @cache

@@ -1,0 +1,204 @@
+"""Which generic kernels serve a call, and how they are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from dop.measure.artifact import Buffer, Launch
+from dop.ops.generic.loader import binary_for, device, read_binary
+from dop.ops.launch import DeviceKernel
+
+if TYPE_CHECKING:
+    from dop.ops.checks import Shape
+    from dop.ops.sources import Search
+
+SUFFIX = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+ELEMENT_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
+
+ROW_THREADS = 128
+RANKS = 8
+COLUMNS = 8
+BLOCKS_PER_MULTIPROCESSOR = 4
+
+SHRINK_ROWS = (
+    *("x", "a", "a1_shift", "a2_shift", "token_slot", "token_rank", "v"),
+    *("in_features", "rank", "slices", "x_stride", "indirect", "fill"),
+)
+EXPAND_ROWS = (
+    *("v", "b", "b1_shift", "b2_shift", "token_slot", "token_rank", "token_scale", "y_in", "y"),
+    *("rank", "slices", "splits", "out0", "out1", "out2", "y_stride", "lanes_log2", "indirect"),
+)
+"""Parameters of the kernels, in order; see generic.cu."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a launch depends on.
+
+    Attributes:
+        in_features, outs, rank, dtype: as in `Shape`.
+        tokens: rows of the batch.
+        multiprocessors: of the GPU.
+    """
+
+    in_features: int
+    outs: tuple[int, ...]
+    rank: int
+    dtype: torch.dtype
+    tokens: int
+    multiprocessors: int
+
+    @property
+    def slices(self) -> int:
+        """Stacks per side."""
+        return len(self.outs)
+
+    @property
+    def pack(self) -> int:
+        """Elements in 16 bytes."""
+        return 16 // ELEMENT_BYTES[self.dtype]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def row_splits(call: Call) -> int:
+    """Parts into which shrink cuts the sum over in_features: enough blocks to fill the GPU, and at
+    least two groups of loads for each block."""
+    blocks = call.tokens * call.slices * ceil_div(call.rank, RANKS)
+    wanted = BLOCKS_PER_MULTIPROCESSOR * call.multiprocessors // max(1, blocks)
+    groups = ceil_div(call.in_features, ROW_THREADS * call.pack)
+    return max(1, min(wanted, ceil_div(groups, 2)))
+
+
+def lanes_log2(rank: int, pack: int) -> int:
+    """How many lanes share a column of B in expand, as a power of two: a pack of ranks each, at
+    most eight."""
+    packs = ceil_div(rank, pack)
+    return 0 if packs == 1 else 1 if packs == 2 else 2 if packs <= 4 else 3
+
+
+def constants(
+    call: Call, *, splits: int, fill: bool = False, indirect: bool = False
+) -> dict[str, int]:
+    """The integer parameters of all kernels by name."""
+    outs = (*call.outs, 0, 0)[:3]
+    return {
+        "in_features": call.in_features,
+        "rank": call.rank,
+        "slices": call.slices,
+        "splits": splits,
+        **{f"out{s}": out for s, out in enumerate(outs)},
+        "x_stride": call.in_features,
+        "y_stride": sum(call.outs),
+        "lanes_log2": lanes_log2(call.rank, call.pack),
+        "indirect": int(indirect),
+        "fill": int(fill),
+    }
+
+
+def shrink_rows(call: Call, splits: int, v: str = "v") -> Launch:
+    """Launch of the row form's shrink into the argument `v`."""
+    grid = ("tokens", str(call.slices * ceil_div(call.rank, RANKS)), str(splits))
+    arguments = tuple(v if name == "v" else name for name in SHRINK_ROWS)
+    name = f"dop_shrink_rows_{SUFFIX[call.dtype]}"
+    return Launch(name, grid, (ROW_THREADS, 1, 1), 0, arguments)
+
+
+def expand_rows(call: Call, v: str = "v") -> Launch:
+    """Launch of the row form's expand from the argument `v`."""
+    per_block = (ROW_THREADS * COLUMNS) >> lanes_log2(call.rank, call.pack)
+    grid = ("tokens", str(sum(ceil_div(out, per_block) for out in call.outs)), "1")
+    arguments = tuple(v if name == "v" else name for name in EXPAND_ROWS)
+    name = f"dop_expand_rows_{SUFFIX[call.dtype]}"
+    return Launch(name, grid, (ROW_THREADS, 1, 1), 4 * (call.rank + 8 * call.pack), arguments)
+
+
+def row_kernel(
+    call: Call, *, indirect: bool = False
+) -> tuple[tuple[Launch, ...], int, dict[str, int]]:
+    """The row form: launches, splits and constants."""
+    splits = row_splits(call)
+    numbers = constants(call, splits=splits, indirect=indirect)
+    return (shrink_rows(call, splits), expand_rows(call)), splits, numbers
+
+
+@lru_cache(maxsize=4096)
+def _kernel(call: Call, ordinal: int, indirect: bool) -> DeviceKernel:
+    launches, splits, numbers = row_kernel(call, indirect=indirect)
+    return _device_kernel(
+        call, ordinal, "rows", 0, launches, splits, numbers, "one row at a time on plain cores"
+    )
+
+
+def _device_kernel(
+    call: Call,
+    ordinal: int,
+    form: str,
+    tile_rows: int,
+    launches: tuple[Launch, ...],
+    splits: int,
+    numbers: Mapping[str, int],
+    reason: str,
+) -> DeviceKernel:
+    capability = device(ordinal).capability
+    needs_v = any("v" in launch.arguments for launch in launches)
+    size = f"{splits * call.slices * call.rank} * tokens"
+    return DeviceKernel(
+        f"generic_{form}_{SUFFIX[call.dtype]}",
+        "generic",
+        f"serves every shape: {reason}, {splits} parts",
+        tile_rows,
+        launches,
+        (Buffer("v", "float32", size),) if needs_v else (),
+        lambda: read_binary("generic", binary_for(capability)),
+        numbers,
+    )
+
+
+def _call(shape: Shape, tokens: int) -> Call:
+    multiprocessors = device(shape.device).multiprocessors
+    return Call(shape.in_features, shape.outs, shape.rank, shape.dtype, tokens, multiprocessors)
+
+
+def kernel(search: Search, *, indirect: bool = False) -> DeviceKernel:
+    """The generic kernel for a call on a GPU.
+
+    Args:
+        search: shapes and batch.
+        indirect: the stacks are arrays of device pointers, one [rank, in] or [out, rank] per slot.
+
+    Raises:
+        MissingDependencyError: the GPU is older than sm_80.
+        BuildError: the binaries are missing.
+    """
+    return _kernel(_call(search.shape, search.tokens), search.shape.device, indirect)
+
+
+def shrink_kernel(search: Search) -> DeviceKernel:
+    """Shrink alone: "y" is v, float32 [slices, tokens, rank]; zero where there is no adapter or no
+    rank. Arguments b and out widths are not looked at."""
+    call = _call(search.shape, search.tokens)
+    numbers = constants(call, splits=1, fill=True)
+    launches = (shrink_rows(call, 1, v="y"),)
+    return _device_kernel(
+        call, search.shape.device, "shrink", 0, launches, 1, numbers, "shrink alone"
+    )
+
+
+def expand_kernel(search: Search) -> DeviceKernel:
+    """Expand alone: "x" is v, float32 [slices, tokens, rank]. Argument a and in_features are not
+    looked at."""
+    call = _call(search.shape, search.tokens)
+    numbers = constants(call, splits=1)
+    launches = (expand_rows(call, v="x"),)
+    return _device_kernel(
+        call, search.shape.device, "expand", 0, launches, 1, numbers, "expand alone"
+    )
