@@ -23,6 +23,7 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
 }
+PLACES = ("cpu", "cuda")
 ALIGN_BYTES = 16
 INDEX_TYPES = (torch.int32, torch.int64)
 
@@ -253,6 +254,8 @@ def check_storage(tensors: Sequence[Tensor], name: str, like: Tensor) -> None:
             raise DtypeError(
                 f"{name}[{s}] is {tensor.dtype}, a[0] is {like.dtype}.", "Give one type."
             )
+        if tensor.device.type not in PLACES:
+            raise DeviceError(f"{name}[{s}] is on {tensor.device}.", "Use cuda or cpu.")
         if tensor.device != like.device:
             raise DeviceError(
                 f"{name}[{s}] is on {tensor.device}, a[0] is on {like.device}.",
@@ -286,7 +289,7 @@ def check_rows(name: str, tensor: Any, tokens: int, width: int, like: Shape) -> 
         )
     if tensor.dtype != like.dtype:
         raise DtypeError(f"{name} is {tensor.dtype}, the weights are {like.dtype}.", "Cast it.")
-    if tensor.get_device() != like.device:
+    if tensor.get_device() != like.device or tensor.device.type not in PLACES:
         raise DeviceError(
             f"{name} is on {tensor.device}, the weights are on {device_name(like.device)}.",
             "Put them on one device.",
