@@ -35,6 +35,9 @@ from dop.errors import ConfigError
 VLLM_OPS = "vllm.lora.ops.triton_ops"
 SGLANG_OPS = "sglang.kernels.ops.lora.dense"
 
+_UNPACKED: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that are removed when the process ends."""
+
 
 def use_folder(folder: Path) -> None:
     """Makes the kernel files of a prepared folder importable, before any installed engine.
@@ -51,10 +54,11 @@ def use_folder(folder: Path) -> None:
     sys.path.append(str(folder.resolve() / "mini"))  # last: an installed pydantic or msgspec wins
     configs = folder / "csgmv_configs.zip"
     if configs.is_file() and "SGLANG_LORA_CONFIG_DIR" not in os.environ:
-        target = tempfile.mkdtemp(prefix="csgmv-configs-")
+        target = tempfile.TemporaryDirectory(prefix="csgmv-configs-")
+        _UNPACKED.append(target)
         with zipfile.ZipFile(configs) as archive:
-            archive.extractall(target)
-        os.environ["SGLANG_LORA_CONFIG_DIR"] = target
+            archive.extractall(target.name)
+        os.environ["SGLANG_LORA_CONFIG_DIR"] = target.name
 
 
 def find() -> tuple[list[Contender], list[str]]:

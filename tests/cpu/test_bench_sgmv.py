@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import bench_sgmv
-from benchmarks.peers import contenders, dop_ops, engines, run
+from benchmarks.peers import contenders, dop_ops, engines, run, timing
 from benchmarks.peers.ahead import warm_compilers
 from benchmarks.peers.cases import Case, build_cases, requests_per_adapter
 from benchmarks.peers.contenders import Contender, Prepared, own
@@ -201,6 +204,64 @@ def test_times() -> None:
     assert (times.median, times.least, times.p90) == (2.0, 1.0, 3.0)
 
 
+class Recorded:
+    """A CUDA event or graph that writes down what happens."""
+
+    def __init__(self, book: list[str], name: str) -> None:
+        self.book, self.name, self.calls = book, name, 4
+
+    def record(self) -> None:
+        self.book.append("event")
+
+    def run(self) -> None:
+        self.book.append(self.name)
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.008  # milliseconds of a whole replay
+
+
+def test_replays_take_turns_on_a_flushed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    book: list[str] = []
+    clock = timing.CudaClock.__new__(timing.CudaClock)
+    clock.flush, clock.sink = torch.ones(4), torch.zeros(())
+    clock.stream = types.SimpleNamespace(synchronize=lambda: None)
+    whole = torch.sum
+
+    def flush(*arguments: Any, **options: Any) -> torch.Tensor:
+        book.append("flush")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(torch, "sum", flush)
+    monkeypatch.setattr(timing, "_event", lambda: Recorded(book, "event"))
+    rounds = {name: Recorded(book, name) for name in "ab"}
+    times = clock.time(rounds, 2)
+    turn = ["flush", "event", "?", "event"]
+    order = "".join(word for word in book if word in rounds)
+    assert order == "baabbaab"[: 2 * (timing.WARM_ROUNDS + 2)]
+    assert [word if word in ("flush", "event") else "?" for word in book] == turn * 8
+    assert times["a"].median == pytest.approx(2.0)
+
+
+def test_a_graph_cycles_through_the_sets_after_warming_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[object] = []
+    clock = timing.CudaClock.__new__(timing.CudaClock)
+    monkeypatch.setattr(clock, "wait", lambda: seen.append("wait"), raising=False)
+
+    def capture(body: Callable[[], object], calls: int) -> Any:
+        body()
+        return types.SimpleNamespace(calls=calls)
+
+    monkeypatch.setattr(clock, "_capture", capture, raising=False)
+    prepared = Prepared(seen.append)
+    assert clock.round(prepared, 3, 5).calls == 5
+    assert seen == [0, 1, 2, "wait", 0, 1, 2, 0, 1]
+    seen.clear()
+    assert clock.round(Prepared(seen.append, launches=600), 3, 5).calls == 2
+    assert seen == [0, 1, "wait", 0, 1]
+
+
 # ------------------------------------------------------------------------------ engines
 
 
@@ -297,9 +358,20 @@ def test_engines_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert [line.split(":")[0] for line in missing] == ["vllm", "csgmv", "c128", "triton", "v2"]
 
 
-def test_folder_of_peers(tmp_path: Path) -> None:
+def test_folder_of_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no prepared kernel files"):
         engines.use_folder(tmp_path)
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    (tmp_path / "peer_of_a_test.py").write_text("FOUND = 1\n")
+    with zipfile.ZipFile(tmp_path / "csgmv_configs.zip", "w") as archive:
+        archive.writestr("csgmv_configs/some.json", "{}")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("SGLANG_LORA_CONFIG_DIR", "")
+    monkeypatch.delenv("SGLANG_LORA_CONFIG_DIR")
+    engines.use_folder(tmp_path)
+    assert importlib.import_module("peer_of_a_test").FOUND == 1
+    assert (Path(os.environ["SGLANG_LORA_CONFIG_DIR"]) / "csgmv_configs/some.json").is_file()
+    assert sys.path[-1].endswith("mini")
 
 
 # ------------------------------------------------------------------------------ extra operator

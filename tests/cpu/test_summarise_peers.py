@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,11 @@ def test_summary_of_a_run() -> None:
     assert found["decode_vllm"]["min"] == pytest.approx(0.1)
 
 
-def test_table_adds_up_whole_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [r for r in ROWS if r["key"] != "decode:T1:distinct:o:r16:tight" or r["peer"] != "v2"]
+def test_table_adds_up_whole_layers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = "decode:T1:distinct:o:r16:tight"
+    rows = [r | {"floor_us": 1.0} for r in ROWS if r["key"] != one or r["peer"] != "v2"]
     heads, lines = table(rows, LAYERS)
     assert heads == ["rank", "tokens", "adapters", "floor", "extra", "vllm", "v2", "speed"]
     assert lines[0]["extra"] == "16.0"
@@ -215,6 +219,11 @@ def test_table_adds_up_whole_layers(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["speed"] == "3.00x"
     show(heads, lines, "the title")
     assert "the title" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    show(heads, lines, "the title")
+    plain = capsys.readouterr().out.splitlines()
+    assert plain[0] == "the title"
+    assert plain[2].split() == ["16", "1", "distinct", "4.0", "16.0", "48.0", "-", "3.00x"]
 
 
 def test_results_file(tmp_path: Path) -> None:
