@@ -10,6 +10,7 @@ Without a GPU it serves a tiny model with transformers. See docs/textgen.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -58,9 +59,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tuned-configs", type=Path, help="folder of vLLM's tuned JSON files (arm tuned-json)")
     add("--work", type=Path, help="vLLM: folder for configs, caches and logs (default: temporary)")
     add("--eager", action="store_true", help="vLLM: no torch.compile, no CUDA graphs")
+    add(
+        "--vllm-args",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="further arguments of vllm.LLM",
+    )
     options = parser.parse_args(arguments)
     _complete(options)
     return options
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object of the command line."""
+    try:
+        found = json.loads(text)
+        assert isinstance(found, dict)
+    except (ValueError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object") from error
+    return found
 
 
 def _complete(options: argparse.Namespace) -> None:
@@ -122,6 +140,7 @@ def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str
             work,
             options.tuned_configs,
             eager=options.eager,
+            extra=options.vllm_args,
         )
         arms = vllm_arms.load_arms(names, model, settings)
     else:
@@ -207,6 +226,7 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
         "maxlen": options.maxlen,
         "num_batches": options.num_batches,
         "repeats": options.repeats,
+        "vllm_args": options.vllm_args,
         "copy_gb_per_s": bandwidth / 1e9,
     }
 
