@@ -120,9 +120,18 @@ def _search(search: Search) -> Choice:
                 kernel.reason,
                 tuple(search.misses),
             )
-    raise MissingKernelError(
-        f"no kernel for {search.shape.key} on {device_name(search.shape.device)} "
-        f"({', '.join(gpu(search.shape.device))}); searched: {'; '.join(search.misses)}.",
+    raise missing(search)
+
+
+def missing(search: Search, why: str = "") -> MissingKernelError:
+    """The error that names the shape, the device and what was searched."""
+    device = search.shape.device
+    folders = ", ".join(str(folder) for folder in packs.folders())
+    reasons = "; ".join([*search.misses, *([why] if why else [])])
+    return MissingKernelError(
+        f"no ready kernel for {search.shape.key} on {device_name(device)} "
+        f"({', '.join(gpu(device))}), {search.tokens} tokens; folders searched: {folders}; "
+        f"{reasons}.",
         "Install a pack for this GPU or set DOP_PACK_PATH"
         + ("." if JIT else ", or allow building kernels (DOP_JIT=1)."),
     )
@@ -182,13 +191,24 @@ def pack_kernel(
 
 
 def from_nvrtc(search: Search) -> DeviceKernel | None:
-    """Source 3: dop.ops.nvrtc.kernel(search) -> DeviceKernel or None."""
+    """Source 3: dop.ops.nvrtc.kernel(search) -> DeviceKernel or None.
+
+    Raises:
+        MissingKernelError: a kernel could be built, but that is forbidden.
+    """
+    shape = search.shape
+    carriers = [
+        match
+        for match in packs.find(*gpu(shape.device), shape.key)
+        if match.how == packs.Match.SOURCE
+    ]
+    if not carriers:
+        return None
+    if not JIT:
+        raise missing(search, f"it would be built from {carriers[0].entry.path} by NVRTC")
     build = optional("dop.ops.nvrtc", "kernel")
     if build is None:
         search.misses.append("NVRTC is not available")
-        return None
-    if not JIT:
-        search.misses.append("building kernels is not allowed (DOP_JIT=0)")
         return None
     try:
         found: DeviceKernel | None = build(search)

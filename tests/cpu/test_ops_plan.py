@@ -1,5 +1,7 @@
 """Plan tables against the numpy ones that kernels are tuned and tested with."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_tables_are_those_of_the_tuner(batch):
 def test_layout(tokens, slots):
     places = layout(tokens, slots).places
     ends = sorted((offset, offset + length) for offset, length in places.values())
-    assert all(before[1] <= after[0] for before, after in zip(ends, ends[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(ends))
     assert all(offset % 16 == 0 for offset, _ in ends)
     assert ends[-1][1] <= layout(tokens, slots).size == buffer_size(tokens, slots)
 
