@@ -5,7 +5,8 @@
     python -m benchmarks.summarise_peers rows.jsonl --copy-gbps 4300 --strict
 
 Several files are read as one: parts of one set of cases, each measured with its peers. A case that
-stands in two files is taken from the later one whole, so that no ratio mixes two runs.
+stands in two files is taken from the later one whole, so that no ratio mixes two runs. `--operator`
+does mix them, for a quick look at a change: the operator's rows come from that file alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.summary import CaseTimes, Figure, bars, by, cases_of, read_rows, worst
+from benchmarks.peers.summary import (
+    OPERATORS,
+    CaseTimes,
+    Figure,
+    bars,
+    by,
+    cases_of,
+    read_rows,
+    worst,
+)
 from dop.errors import DopError
 
 GROUPS = ("rank", "tokens", "mix", "layer")
@@ -37,6 +47,29 @@ def read(paths: Sequence[Path], copy_gbps: float) -> tuple[list[dict[str, Any]],
         environments.append(env)
         cases.update(cases_of(rows, copy_gbps or float(env.get("copy_gbps") or 0.0)))
     return environments, list(cases.values())
+
+
+def replace_operator(cases: Sequence[CaseTimes], newer: Sequence[CaseTimes]) -> list[CaseTimes]:
+    """The cases of `newer`, with the peers of `cases` instead of its own."""
+    peers = {case.key: case for case in cases}
+    found = []
+    for case in newer:
+        other = peers.get(case.key)
+        if other is not None:
+            for mine, theirs in (
+                (case.us, other.us),
+                (case.errors, other.errors),
+                (case.failed, other.failed),
+            ):
+                _replace(mine, theirs)
+        found.append(case)
+    return found
+
+
+def _replace(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    kept = {name: value for name, value in mine.items() if name in OPERATORS}
+    mine.clear()
+    mine.update(kept | {name: value for name, value in theirs.items() if name not in OPERATORS})
 
 
 def report(environments: Sequence[dict[str, Any]], cases: Sequence[CaseTimes], most: int) -> str:
@@ -102,11 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--worst", type=int, default=20, help="number of cases to list")
     parser.add_argument("--copy-gbps", type=float, default=0.0, help="if the file lacks it")
+    parser.add_argument("--operator", type=Path, metavar="FILE", help="newer rows of the operator")
     parser.add_argument("--json", action="store_true", help="bars and worst cases as JSON")
     parser.add_argument("--strict", action="store_true", help="exit 1 unless every bar holds")
     options = parser.parse_args(arguments)
     try:
         environments, cases = read(options.files, options.copy_gbps)
+        if options.operator:
+            more, newer = read([options.operator], options.copy_gbps)
+            environments, cases = [*environments, *more], replace_operator(cases, newer)
     except DopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

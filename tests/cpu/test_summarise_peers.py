@@ -198,6 +198,20 @@ def test_several_files_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {bar["name"]: bar["value"] for bar in found["bars"]}["layer, T=1, rank 16"] == 4.0
 
 
+def test_a_newer_operator_beside_earlier_peers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, other = "decode:T1:distinct:o:r16:tight", "decode:T1:distinct:qkv:r16:tight"
+    earlier, newer = tmp_path / "a", tmp_path / "b"
+    rows = [row(key, p, us) for p, us in (("extra", 4), ("v2", 6), ("vllm", 9))]
+    earlier.write_text("\n".join(map(json.dumps, [*rows, row(other, "v2", 1)])))
+    newer.write_text("\n".join(json.dumps(row(key, p, us)) for p, us in (("extra", 2), ("v2", 1))))
+    assert summarise_peers.main([str(earlier), "--operator", str(newer), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["worst"]
+    assert found["us"] == {"extra": 2.0, "v2": 6.0, "vllm": 9.0}
+    assert found["speedup"] == 3.0
+
+
 # ------------------------------------------------------------------------------ tables, plot
 
 
