@@ -13,15 +13,27 @@ from torch import Tensor
 from dop.ops.checks import three_axes
 from dop.ops.plan import SegmentPlan
 
+Segment = tuple[int, Tensor, int, float]
+"""Slot, int64 rows, and the plan's rank and scale of an adapter."""
 
-def segments(plan: SegmentPlan) -> Iterator[tuple[int, Tensor]]:
-    """(slot, int64 rows) of every adapter in use."""
-    rows = plan.table("row_index").to(torch.int64)
+
+def segments(plan: SegmentPlan) -> list[Segment]:
+    """Every adapter in use; worked out once per filling of the plan, since layers share it."""
+    kept: tuple[int, list[Segment]] | None = plan.derived.get("cpu")
+    if kept is None or kept[0] != plan.version:
+        kept = plan.derived["cpu"] = plan.version, list(_segments(plan))
+    return kept[1]
+
+
+def _segments(plan: SegmentPlan) -> Iterator[Segment]:
+    order = plan.table("row_index").to(torch.int64)
+    ranks, scales = plan.table("token_rank"), plan.table("token_scale")
     slots, counts = torch.unique(plan.table("token_slot"), return_counts=True)
     begin = 0
     for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
         if slot >= 0:
-            yield slot, rows[begin : begin + count]
+            rows = order[begin : begin + count]
+            yield slot, rows, int(ranks[rows[0]]), float(scales[rows[0]])
             begin += count
 
 
@@ -29,21 +41,17 @@ def _of_slot(value: Tensor | None, slot: int, otherwise: float) -> float:
     return otherwise if value is None else float(value[slot])
 
 
-def _facts(
-    plan: SegmentPlan, slot: int, row: Tensor, rank: int, ranks: Tensor | None
-) -> tuple[int, float]:
-    """True rank and the plan's scale of an adapter."""
-    planned = int(plan.table("token_rank")[row])
-    true = planned if ranks is None else int(ranks[slot])
-    return min(max(true, 0), rank), float(plan.table("token_scale")[row])
+def _true_rank(planned: int, slot: int, rank: int, ranks: Tensor | None) -> int:
+    """Rank of an adapter in stacks of `rank`."""
+    return min(max(planned if ranks is None else int(ranks[slot]), 0), rank)
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], plan: SegmentPlan, ranks: Tensor | None) -> Tensor:
     """v float32 [slices, tokens, rank]: x @ A.T of each row's adapter, zero elsewhere."""
     slots, rank, width = three_axes(a[0], "a[0]")
     v = torch.zeros(len(a), plan.tokens, rank, dtype=torch.float32, device=x.device)
-    for slot, rows in segments(plan):
-        true, _ = _facts(plan, slot, rows[0], rank, ranks)
+    for slot, rows, planned, _ in segments(plan):
+        true = _true_rank(planned, slot, rank, ranks)
         inputs = x[rows].float()
         for s, stack in enumerate(a):
             weight = stack.reshape(slots, rank, width)[slot, :true].float()
@@ -63,9 +71,9 @@ def expand(
     """y[rows] += scale * v @ B.T of each row's adapter, in place."""
     sizes = [three_axes(stack, f"b[{s}]") for s, stack in enumerate(b)]
     slots, _, rank = sizes[0]
-    for slot, rows in segments(plan):
-        true, planned = _facts(plan, slot, rows[0], rank, ranks)
-        factor = planned * _of_slot(scales, slot, 1.0) * scale
+    for slot, rows, planned, own in segments(plan):
+        true = _true_rank(planned, slot, rank, ranks)
+        factor = own * _of_slot(scales, slot, 1.0) * scale
         updates = []
         for s, stack in enumerate(b):
             weight = stack.reshape(slots, sizes[s][1], rank)[slot, :, :true].float()
@@ -85,4 +93,14 @@ def add_lora(
     scale: float,
 ) -> None:
     """y += scale * (x @ A.T) @ B.T for every row with an adapter, in place."""
-    expand(y, shrink(x, a, plan, ranks), b, plan, ranks, scales, scale)
+    rank = three_axes(a[0], "a[0]")[1]
+    for slot, rows, planned, own in segments(plan):
+        true = _true_rank(planned, slot, rank, ranks)
+        factor = own * _of_slot(scales, slot, 1.0) * scale
+        inputs = x[rows].float()
+        updates = []
+        for down, up in zip(a, b, strict=True):
+            v = inputs @ down[slot].view(rank, -1)[:true].float().T
+            updates.append(v @ up[slot].view(-1, rank)[:, :true].float().T)
+        update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
+        y[rows] = y[rows].float().add_(update, alpha=factor).to(y.dtype)
