@@ -22,9 +22,9 @@ from dop.measure import cuda_driver
 from dop.ops.plan import SegmentPlan, plain_words, table_words
 
 LIMIT = 256
-"""Derived tables of one plan; beyond that those of no graph are dropped."""
+"""Derived tables of one plan; beyond that those that no graph reads are dropped."""
 
-NO_CAPTURE = (0, 0)
+NO_CAPTURE = 0
 
 
 class Stamp:
@@ -49,10 +49,11 @@ class Derived:
 
     Attributes:
         buffer: int32 [2, entries]: ranks, and the bits of scales.
+        captured: a graph reads and writes them.
         words: addresses as launches take them.
     """
 
-    __slots__ = ("buffer", "capture", "ranks", "scales", "version", "words")
+    __slots__ = ("buffer", "capture", "captured", "ranks", "scales", "version", "words")
 
     def __init__(self, plan: SegmentPlan, tile_rows: int) -> None:
         kind = "tile" if tile_rows else "token"
@@ -66,11 +67,10 @@ class Derived:
         self.words = struct.pack(f"={len(words)}Q", *words)
         self.version = -1
         self.capture = NO_CAPTURE
+        self.captured = False
         self.ranks = self.scales = Stamp(None)
 
-    def fits(
-        self, plan: SegmentPlan, capture: tuple[int, int], ranks: Tensor | None, scales: Any
-    ) -> bool:
+    def fits(self, plan: SegmentPlan, capture: int, ranks: Tensor | None, scales: Any) -> bool:
         """The content is what these arguments make of the plan as it is now."""
         if self.version != plan.version or self.capture != capture:
             return False
@@ -97,19 +97,21 @@ def derived_words(
     """
     if ranks is None and scales is None and scale == 1.0:
         return plain_words(plan, tile_rows)
-    capture = current_capture(plan.buffer)
-    key = (tile_rows, id(ranks), id(scales), scale)
+    stream, capture = current_capture(plan.buffer)
+    # By stream: one stream must not read what another has yet to write.
+    key = (tile_rows, id(ranks), id(scales), scale, stream)
     found = plan.derived.get(key)
     if found is not None and found.fits(plan, capture, ranks, scales):
         return bytes(found.words)
     if found is None:
         if len(plan.derived) >= LIMIT:
-            kept = {k: d for k, d in plan.derived.items() if d.capture != NO_CAPTURE}
+            kept = {k: d for k, d in plan.derived.items() if d.captured}
             plan.derived.clear()
             plan.derived.update(kept)
         found = plan.derived[key] = Derived(plan, tile_rows)
     _gather(plan, tile_rows, found.buffer, ranks, scales, scale)
     found.version, found.capture = plan.version, capture
+    found.captured = found.captured or capture != NO_CAPTURE
     found.ranks, found.scales = Stamp(ranks), Stamp(scales)
     return bytes(found.words)
 
@@ -140,10 +142,12 @@ def _gather(
 
 
 def current_capture(tensor: Tensor) -> tuple[int, int]:
-    """(number of the capture, stream) while the current stream is captured, else (0, 0)."""
-    if not tensor.is_cuda or not torch.cuda.is_current_stream_capturing():
-        return NO_CAPTURE
+    """(current stream, number of the capture that records it); NO_CAPTURE if none does."""
+    if not tensor.is_cuda:
+        return 0, NO_CAPTURE
     stream = torch._C._cuda_getCurrentRawStream(tensor.device.index)
+    if not stream or not torch.cuda.is_current_stream_capturing():
+        return stream, NO_CAPTURE
     library: Any = cuda_driver.driver()
     status, number = ctypes.c_int(), ctypes.c_ulonglong()
     ask = getattr(library, "cuStreamGetCaptureInfo_v2", None)
@@ -153,4 +157,4 @@ def current_capture(tensor: Tensor) -> tuple[int, int]:
         nothing = (*nothing, None)
     code = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), *nothing)
     cuda_driver.check("cuStreamGetCaptureInfo", code)
-    return number.value, stream
+    return stream, number.value

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop.errors import DopError, ShapeError
+from dop.errors import ConfigError, DopError, ShapeError
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows per tile for which a plan holds tables."""
@@ -328,21 +328,31 @@ def _put(
 
 
 _UPLOADED: dict[Any, Tensor] = {}
-_UPLOAD_LIMIT = 1024
+_UPLOAD_LIMIT = 4096
+"""Sequences that are kept; they stay, since CUDA graphs may read them."""
 
 
 def upload(values: Sequence[int] | Sequence[float], kind: torch.dtype, where: Any) -> Tensor:
     """Device tensor of a short host sequence, kept, so that a sequence is copied once only. The
-    copy is made from pinned memory and is not waited for."""
+    copy is made from pinned memory and is not waited for.
+
+    Raises:
+        ConfigError: a sequence is seen for the first time while a CUDA graph is captured.
+    """
     key = (tuple(values), kind, where)
     found = _UPLOADED.get(key)
     if found is None:
-        if len(_UPLOADED) >= _UPLOAD_LIMIT:
-            _UPLOADED.clear()
         if where.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise ConfigError(
+                    "ranks or scales given as a host sequence that no call before the capture of "
+                    "this CUDA graph gave.",
+                    "Give a tensor on the device, or make the call once before capturing.",
+                )
             host = torch.tensor(key[0], dtype=kind).pin_memory()
             found = host.to(where, non_blocking=True)
         else:
             found = torch.tensor(key[0], dtype=kind, device=where)
-        _UPLOADED[key] = found
+        if len(_UPLOADED) < _UPLOAD_LIMIT:
+            _UPLOADED[key] = found
     return found

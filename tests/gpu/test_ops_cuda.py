@@ -77,8 +77,9 @@ def test_ranks(kind, rank):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
-    ("width", "outs"), [(333, (65, 31)), (8, (8,)), (1, (1,)), (4096, (4096, 1024, 1024)), (77, (1000,))]
-)  # fmt: skip
+    ("width", "outs"),
+    [(333, (65, 31)), (8, (8,)), (1, (1,)), (4096, (4096, 1024, 1024)), (77, (1000,))],
+)
 def test_widths(kind, width, outs):
     a, b = make_stacks(5, 16, width, outs, kind)
     for tokens in (1, 40, 600):
