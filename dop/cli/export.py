@@ -94,9 +94,9 @@ def pack(
 ) -> None:
     """Write one compressed file that serving loads: put it into a folder of DOP_PACK_PATH."""
     from dop.export.build import default_processes
+    from dop.export.dtypes import parse_dtypes
     from dop.export.make_pack import make_pack
     from dop.export.select import read_measured
-    from dop.export.transfer import parse_dtypes
 
     _check_pack(output, regret)
     measured = read_measured(log, device=device, kind="cuda", keep=_keep(model, tp, ranks))

@@ -179,6 +179,10 @@ class Table:
             )
         return self.workloads[workload_key].choose(tokens, adapters)
 
+    def only(self, keys: Iterable[str]) -> Table:
+        """The table with only these workloads."""
+        return Table(self.device_name, self.target_key, {key: self.workloads[key] for key in keys})
+
     @property
     def kernels(self) -> int:
         """Kernels over all workloads."""

@@ -13,32 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from dop.dispatch.table import Table, WorkloadTable
-from dop.errors import ConfigError, ExportError
+from dop.errors import ExportError
 from dop.export.select import Kernel, Selection
 from dop.space.step import AnnotationStep, PragmaStep, Step
 from dop.space.trace import Trace
-from dop.workload import DTYPES, Workload
+from dop.workload import Workload
 
-ALIASES = {"fp16": "float16", "bf16": "bfloat16", "half": "float16", "fp32": "float32"}
 TWINS = {"float16": "bfloat16", "bfloat16": "float16"}
 """Types that exchange records."""
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
 """As intrinsics name them."""
-
-
-def parse_dtypes(text: str) -> tuple[str, ...]:
-    """Element types of a list such as "fp16,bf16".
-
-    Raises:
-        ConfigError: one of them is unknown.
-    """
-    names = [part.strip().lower() for part in text.split(",")]
-    found = tuple(dict.fromkeys(ALIASES.get(name, name) for name in names))
-    unknown = [name for name in found if name not in DTYPES]
-    if unknown:
-        raise ConfigError(f"dtype {unknown[0]!r} is unknown.", "Give some of fp16, bf16, fp32.")
-    return found
 
 
 def in_dtypes(selection: Selection, dtypes: Sequence[str]) -> Selection:

@@ -22,7 +22,7 @@ from dop.export.index import arch_number, runs_on
 from dop.export.load import CudaLibrary, load_cuda
 from dop.packs.catalog import PackEntry, read_catalog, scan
 
-__all__ = ["PATH_VARIABLE", "Match", "find", "folders", "refresh", "shipped"]
+__all__ = ["PATH_VARIABLE", "Match", "find", "folders", "known_packs", "refresh", "shipped"]
 
 PATH_VARIABLE = "DOP_PACK_PATH"
 """Folders separated as in PATH; what lies there comes before what is shipped."""
@@ -116,6 +116,11 @@ def folders() -> tuple[Path, ...]:
     """Where packs are looked for, first to last."""
     named = [Path(part) for part in _path().split(os.pathsep) if part]
     return (*named, SHIPPED)
+
+
+def known_packs() -> tuple[PackEntry, ...]:
+    """Every pack that a lookup considers, in the order of `folders`; raises as `find`."""
+    return tuple(entry for group in _groups() for entry in group)
 
 
 def shipped() -> tuple[PackEntry, ...]:
