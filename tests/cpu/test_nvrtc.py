@@ -1,0 +1,182 @@
+"""Building kernels at run time: NVRTC where it is installed, and the cache everywhere."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from dop import ops
+from dop.errors import BuildError, DopError, MissingKernelError
+from dop.ops import cache, nvrtc
+from dop.ops.nvrtc_headers import STUBS
+
+KERNEL = """
+#ifdef __CUDACC_RTC__
+  #include <cuda/std/cstdint>
+  using cuda::std::int32_t;
+  #include <cuda/std/type_traits>
+  namespace std { using cuda::std::is_same_v; using cuda::std::enable_if; }
+#else
+  #include <cuda.h>
+#endif
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+static_assert(std::is_same_v<int32_t, int>, "types");
+extern "C" __global__ void twice(const __nv_bfloat16* x, __half* y, int32_t n) {
+  const int32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = __float2half(__bfloat162float(x[i] + x[i]));
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiler():
+    try:
+        nvrtc._library()
+        nvrtc._include_folders("sm_80")
+    except DopError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
+@pytest.mark.usefixtures("compiler")
+def test_a_source_with_16_bit_types_becomes_a_cubin(folder, arch):
+    cubin = nvrtc.compile_cubin(KERNEL, arch)
+    assert cubin.startswith(b"\x7fELF")
+    assert b"twice" in cubin
+    assert len(list(folder.glob("*.bin"))) == 1
+
+
+@pytest.mark.usefixtures("compiler", "folder")
+def test_the_second_time_nothing_is_compiled(monkeypatch):
+    first = nvrtc.compile_cubin(KERNEL, "sm_80")
+    monkeypatch.setattr(nvrtc, "_compile", None)
+    assert nvrtc.compile_cubin(KERNEL, "sm_80") == first
+
+
+@pytest.mark.usefixtures("compiler", "folder")
+def test_a_wrong_source_names_its_error():
+    with pytest.raises(BuildError, match="nonsense"):
+        nvrtc.compile_cubin('extern "C" __global__ void k() { nonsense; }', "sm_80")
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles"])
+@pytest.mark.usefixtures("compiler", "folder")
+def test_generated_kernels_compile(form):
+    pytest.importorskip("tvm")
+    from dop.lowering.codegen import generate
+    from dop.space.generate import build_space
+    from dop.target import SM_90
+    from dop.workload import Workload
+
+    workload = Workload.parse("sgmv/bfloat16/r16/512->512+256")
+    defaults = build_space(workload, SM_90).defaults()
+    codes = (generate(workload, candidate.trace, SM_90) for candidate in defaults)
+    code = next(code for code in codes if bool(code.tile_rows) == (form == "tiles"))
+    for arch in ("sm_80", "sm_90a"):
+        cubin = nvrtc.compile_cubin(code.source, arch)
+        assert all(kernel.name.encode() in cubin for kernel in code.kernels)
+
+
+def test_without_permission_nothing_is_built():
+    with ops.allow_jit(False), pytest.raises(MissingKernelError, match="sm_90"):
+        nvrtc.compile_cubin(KERNEL, "sm_90")
+
+
+def test_stubs_are_whole():
+    for name, text in STUBS.items():
+        assert text.startswith("#pragma once"), name
+        assert text.count("{") == text.count("}"), name
+
+
+def test_cache_builds_once(folder):
+    calls = []
+
+    def build():
+        calls.append(1)
+        return b"binary"
+
+    assert cache.get_or_build("k", build) == cache.get_or_build("k", build) == b"binary"
+    assert len(calls) == 1
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_file_is_built_again(folder, damage):
+    cache.get_or_build("k", lambda: b"first")
+    path = folder / "k.bin"
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    assert cache.get_or_build("k", lambda: b"second") == b"second"
+    assert cache.get_or_build("k", lambda: b"third") == b"second"
+
+
+def test_a_folder_that_cannot_be_made_is_tolerated(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file" / "cache"))
+    assert cache.get_or_build("k", lambda: b"binary") == b"binary"
+
+
+def test_a_read_only_folder_serves_what_it_holds(folder, monkeypatch):
+    cache.get_or_build("old", lambda: b"binary")
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(cache.os, "open", refuse)
+    assert cache.get_or_build("old", lambda: b"other") == b"binary"
+    assert cache.get_or_build("new", lambda: b"fresh") == b"fresh"
+
+
+def test_what_the_build_raises_passes_and_nothing_is_kept(folder):
+    def fail():
+        raise BuildError("no")
+
+    with pytest.raises(BuildError):
+        cache.get_or_build("k", fail)
+    assert not list(folder.glob("*.bin"))
+
+
+def _build_slowly(counter):
+    def build():
+        with counter.get_lock():
+            counter.value += 1
+        time.sleep(0.2)
+        return b"binary"
+
+    assert cache.get_or_build("shared", build) == b"binary"
+
+
+@pytest.mark.usefixtures("folder")
+def test_processes_wait_for_the_one_that_builds():
+    context = multiprocessing.get_context("fork")
+    counter = context.Value("i", 0)
+    workers = [context.Process(target=_build_slowly, args=(counter,)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert counter.value == 1
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "dop"
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "own"))
+    assert cache.folder() == tmp_path / "own"
+    assert os.fspath(cache.folder())
+
+
+def test_parts_of_a_key_are_kept_apart():
+    assert cache.key_of("ab", "c") != cache.key_of("a", "bc")
