@@ -65,6 +65,7 @@ class SearchEffort:
         crossover: share of children with two parents.
         structural: share of mutations that change the sketch.
         epsilon: share of every batch that is random.
+        hinted: share of a batch that neighbours' winners may take while little is known.
         spread: penalty, as a share of the score, for every earlier pick of the batch whose
             annotation differs in at most one value.
         prior_sigma: standard deviation of the model's log error until it was observed.
@@ -82,6 +83,7 @@ class SearchEffort:
     crossover: float = 0.3
     structural: float = 0.1
     epsilon: float = 0.1
+    hinted: float = 0.5
     spread: float = 0.1
     prior_sigma: float = 0.25
 
@@ -119,7 +121,16 @@ FULL = Effort(
     model=ModelEffort(ensemble=6, rounds=120, max_work=4_000_000),
 )
 
-EFFORTS = {effort.name: effort for effort in (QUICK, FULL)}
+TRANSFER = Effort(
+    "transfer",
+    batch=8,
+    budget_s=60.0,
+    patience=2,
+    search=SearchEffort(max_defaults=2, hinted=1.0, first_batch=8),
+)
+"""For a log that holds similar workloads: their winners are measured first, little is searched."""
+
+EFFORTS = {effort.name: effort for effort in (QUICK, FULL, TRANSFER)}
 
 
 def effort_of(name: str) -> Effort:

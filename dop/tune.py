@@ -43,8 +43,10 @@ host has slow spells longer than a timing: a candidate that met one lost to a wo
 _RIVALS = 5
 _CLOSE = 1.35
 
-_FOREIGN_WORKLOADS = 6
-"""Neighbouring workloads of the log that are not being tuned, at most."""
+_FOREIGN_WORKLOADS = 24
+_NEAREST = 3
+"""Workloads of the log that are not being tuned: so many nearest ones of each family, and so many
+in all at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,8 +323,12 @@ class _Run:
                 with contextlib.suppress(DopError):
                     known[key] = Workload.parse(key)
         target = self.states[0].family.target
-        near = neighbours(self.states[0].family, list(known.values()))
-        for workload in near[:_FOREIGN_WORKLOADS]:
+        near = dict.fromkeys(
+            workload
+            for state in self.states
+            for workload in neighbours(state.family, list(known.values()))[:_NEAREST]
+        )
+        for workload in list(near)[:_FOREIGN_WORKLOADS]:
             best: dict[str, Entry] = {}
             for entry in by_workload[workload.key]:
                 held = best.get(entry.scenario_key)

@@ -33,7 +33,7 @@ def tune(
         str | None, Option(help="Wall time: 90s, 10m, 1h. Default: the effort's.")
     ] = None,
     trials: Annotated[int | None, Option(min=1, help="Most candidates to build.")] = None,
-    effort: Annotated[str, Option(help="quick or full.")] = "quick",
+    effort: Annotated[str, Option(help="quick, full or transfer.")] = "quick",
     log: Annotated[Path | None, Option(help="Tuning log; one that exists is continued.")] = None,
     dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
     tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,

@@ -144,7 +144,7 @@ class EvolutionaryStrategy(Strategy):
 
     def _propose(self, n: int) -> list[Candidate]:
         early = self._early or not self.model.trained
-        chosen = self._take_hints(n - n // 2) if early else []
+        chosen = self._take_hints(math.ceil(n * self._effort.hinted)) if early else []
         if len(self.history) >= self._warm_until and self.model.trained:
             left = n - len(chosen)
             chosen += self._evolved(left - self._random_share(left))

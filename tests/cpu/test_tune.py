@@ -18,7 +18,7 @@ import synthetic
 from fake_measurer import FakeMeasurer
 
 from dop.database.jsonl import Log, read_log
-from dop.effort import FULL, QUICK, effort_of
+from dop.effort import FULL, QUICK, TRANSFER, effort_of
 from dop.errors import ConfigError, Failure, LogError
 from dop.scenario import named
 from dop.target import SM_90
@@ -317,3 +317,20 @@ def test_close_rivals_are_measured_again_on_a_cpu(tmp_path):
 def test_nothing_is_measured_again_on_a_gpu(tmp_path):
     run(tmp_path / "log.jsonl", 24)
     assert max(pairs(tmp_path / "log.jsonl").values()) == 1
+
+
+def test_transfer_measures_the_neighbours_winners_first(tmp_path):
+    path = tmp_path / "log.jsonl"
+    run(path, 40)
+    other = dataclasses.replace(synthetic.WORKLOAD, in_features=synthetic.WORKLOAD.in_features * 2)
+    before = len(read_log(path).entries)
+    run(path, 8, families=[Family(other, SM_90, SCENARIOS)], effort=TRANSFER)
+    entries = read_log(path).entries
+    winners = {
+        min(
+            (e for e in entries[:before] if e.scenario_key == s.key), key=lambda e: e.median_s
+        ).trace_key
+        for s in SCENARIOS
+    }
+    tried = {e.trace_key for e in entries[before:]}
+    assert winners <= tried
