@@ -136,6 +136,7 @@ def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str
             options.slots,
             tuple(case.batch_size for case in options.cases),
             options.maxlen,
+            max(case.tokens_in_flight(options.maxlen) for case in options.cases),
             dtype,
             work,
             options.tuned_configs,

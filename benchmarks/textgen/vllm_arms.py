@@ -42,6 +42,7 @@ class VllmOptions:
         rank, slots: of the adapters; slots is vLLM's max_loras.
         batch_sizes: of the cases: requests in flight, and the batches that get CUDA graphs.
         maxlen: longest prompt with its output.
+        kv_tokens: tokens whose keys and values have to fit at once.
         dtype: of weights and adapters.
         work: folder for configs, adapters, compile caches and logs.
         tuned: folder of tuned-config JSON files, for the arm tuned-json.
@@ -55,6 +56,7 @@ class VllmOptions:
     slots: int
     batch_sizes: tuple[int, ...]
     maxlen: int
+    kv_tokens: int
     dtype: torch.dtype
     work: Path
     tuned: Path | None = None
@@ -214,7 +216,7 @@ def llm_arguments(
     """Arguments of vllm.LLM, the same for all arms but for LoRA."""
     batches = sorted({1, *options.batch_sizes})
     length = options.maxlen + 8
-    blocks = -(-length // 16) * 16 + 16
+    kept = max(options.kv_tokens, length) + 32 * (batches[-1] + 1)  # blocks are not split
     arguments: dict[str, Any] = {
         "model": str((model.checkpoint or config).resolve()),
         "load_format": "auto" if model.checkpoint else "dummy",
@@ -223,7 +225,7 @@ def llm_arguments(
         "max_model_len": length,
         "max_num_seqs": batches[-1],
         "gpu_memory_utilization": options.memory,
-        "kv_cache_memory_bytes": model.kv_bytes(blocks * (batches[-1] + 1), options.dtype),
+        "kv_cache_memory_bytes": model.kv_bytes(kept, options.dtype),
         "enable_prefix_caching": False,
         "seed": 0,
     }

@@ -64,6 +64,10 @@ class Case:
             ) from error
         return prompt, output
 
+    def tokens_in_flight(self, maxlen: int) -> int:
+        """Tokens of prompts and outputs that `batch_size` requests can come to."""
+        return self.batch_size * (sum(self.fixed) if self.fixed else maxlen)
+
     def in_flight(self, adapters: int) -> int:
         """Distinct adapters among `batch_size` requests, of `adapters` that there are."""
         return min(adapters, named(self.popularity, self.batch_size).adapters)

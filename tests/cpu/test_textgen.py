@@ -163,7 +163,7 @@ def test_models_and_what_their_adapters_weigh(tmp_path):
 
 
 def options(tmp_path, **changes) -> VllmOptions:
-    return VllmOptions(16, 4, (2, 4), 32, torch.bfloat16, tmp_path / "work", **changes)
+    return VllmOptions(16, 4, (2, 4), 32, 100, torch.bfloat16, tmp_path / "work", **changes)
 
 
 def test_vllms_arms_differ_in_what_they_should(tmp_path):
@@ -176,6 +176,7 @@ def test_vllms_arms_differ_in_what_they_should(tmp_path):
     base, lora = (llm_arguments(model, given, on, tmp_path) for on in (False, True))
     extra = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 4, "max_lora_rank": 16}
     assert {**base, **extra} == lora
+    assert base["kv_cache_memory_bytes"] == model.kv_bytes(100 + 32 * 5, torch.bfloat16)
     assert base["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4]}
 
 
