@@ -19,9 +19,9 @@ Segment = tuple[int, Tensor, int, float]
 
 def segments(plan: SegmentPlan) -> list[Segment]:
     """Every adapter in use; worked out once per filling of the plan, since layers share it."""
-    kept: tuple[int, list[Segment]] | None = plan.derived.get("cpu")
-    if kept is None or kept[0] != plan.version:
-        kept = plan.derived["cpu"] = plan.version, list(_segments(plan))
+    kept: tuple[int, list[Segment]] | None = plan.segments
+    if kept is None or kept[0] != plan.version or plan.in_graph:
+        kept = plan.segments = plan.version, list(_segments(plan))
     return kept[1]
 
 

@@ -114,6 +114,8 @@ class SegmentPlan:
         version: counts the fillings.
         batch: a small number; plans for the same tokens, slots and adapters share it.
         words: addresses of the tables as launches take them, by tile rows.
+        derived: tables of calls with ranks or scales of their own, see derived.py.
+        segments: the rows of each adapter, for CPU tensors, see cpu.py.
         in_graph: it was last filled while a CUDA graph was captured, so its content may change
             without a call.
     """
@@ -138,6 +140,7 @@ class SegmentPlan:
         self.batch = batch_number(tokens, slots, adapters)
         self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
+        self.segments: Any = None
 
     def refilled(
         self, adapters: int | None, has_ranks: bool, *, is_plain: bool, in_graph: bool

@@ -35,7 +35,8 @@ RANK = {role: place for place, group in enumerate(FLOW) for role in group}
 LIGHT = ("space", "search", "cost_model", "database", "dispatch")
 WITHOUT = {
     **dict.fromkeys(LIGHT, ("tvm", "tvm_ffi", "torch")),
-    **dict.fromkeys(("ops", "integrations"), ("tvm", "tvm_ffi")),
+    "integrations": ("tvm", "tvm_ffi", "lightgbm", "rich", "typer", "pydantic"),
+    "ops": ("tvm", "tvm_ffi", "lightgbm", "rich", "typer", "pydantic", "numpy", "orjson"),
 }
 """Packages that a role imports nowhere, not even inside a function."""
 
