@@ -95,12 +95,15 @@ def _loss(rule: str, found: list[tuple[float, str]]) -> Loss:
 
 
 def lines(losses: Iterable[Loss]) -> list[str]:
-    """For people: one line per rule."""
+    """For people: one line per rule; none if there were too few token counts to leave one out."""
+    found = list(losses)
+    if not found:
+        return []
     return [
         "Every measured token count left out in turn; its batches, served from what is left, lose:",
         *(
             f"  {loss.rule:<22}  mean {loss.mean:5.1%}, worst {loss.worst:5.1%} "
             f"({loss.where}), {loss.batches} batches"
-            for loss in losses
+            for loss in found
         ),
     ]
