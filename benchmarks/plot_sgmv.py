@@ -38,17 +38,22 @@ def panels(document: dict[str, Any], rank: int) -> dict[str, list[CaseTimes]]:
     Raises:
         ConfigError: the file has no whole layer of that rank.
     """
-    layers = list(dict.fromkeys(str(row["layer"]) for row in document["rows"]))
-    rows = [row for row in document["rows"] if row.get("rank") == rank]
+    complete = [row for row in document["rows"] if "layer" in row]  # others name a failure
+    layers = list(dict.fromkeys(str(row["layer"]) for row in complete))
+    rows = [row for row in complete if row["rank"] == rank and not _server(row)]
     totals = [case for case in layer_rows(rows, layers) if case.us]
     if not totals:
-        ranks = sorted({row["rank"] for row in document["rows"]})
+        ranks = sorted({row["rank"] for row in complete})
         raise ConfigError(f"no whole layer of rank {rank}.", f"The file has ranks {ranks}.")
     mixes = dict.fromkeys(case.mix for case in totals if case.tokens > 1) or {"distinct": None}
     return {
         mix: sorted((c for c in totals if c.mix == mix or c.tokens == 1), key=lambda c: c.tokens)
         for mix in mixes
     }
+
+
+def _server(row: dict[str, Any]) -> bool:
+    return str(row["key"]).endswith(":server")
 
 
 def draw(document: dict[str, Any], out: Path, rank: int | None = None) -> None:
@@ -67,8 +72,8 @@ def draw(document: dict[str, Any], out: Path, rank: int | None = None) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    ranks = sorted({int(row["rank"]) for row in document["rows"]})
-    rank = rank or (16 if 16 in ranks else ranks[0])
+    ranks = sorted({int(row["rank"]) for row in document["rows"] if "rank" in row})
+    rank = rank or (16 if 16 in ranks or not ranks else ranks[0])
     mixes = panels(document, rank)
     plt.rcParams.update({"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "dop"})
     figure, axes = plt.subplots(

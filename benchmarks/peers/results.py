@@ -93,13 +93,13 @@ def summary_lines(found: Mapping[str, Any]) -> list[str]:
 
 def layer_rows(rows: Iterable[Mapping[str, Any]], layers: Sequence[str]) -> list[CaseTimes]:
     """Whole layers: the groups of slices added up, where a contender has all of them."""
-    groups: dict[tuple[str, int, int, str], list[CaseTimes]] = {}
+    groups: dict[tuple[str, int, int, str, bool], list[CaseTimes]] = {}
     for case in cases_of(rows).values():
-        group = (case.kind, case.rank, case.tokens, case.mix)
+        group = (case.kind, case.rank, case.tokens, case.mix, case.server)
         groups.setdefault(group, []).append(case)
     found = []
-    for (kind, rank, tokens, mix), parts in groups.items():
-        total = CaseTimes("", "layer", rank, kind, tokens, mix, parts[0].server)
+    for (kind, rank, tokens, mix, server), parts in groups.items():
+        total = CaseTimes("", "layer", rank, kind, tokens, mix, server)
         total.floor_us = sum(case.floor_us for case in parts)
         whole = len(parts) == len(layers)
         for peer in parts[0].us:
@@ -132,16 +132,16 @@ def _us(value: float | None) -> str:
 
 def show(heads: Sequence[str], lines: Sequence[Row], title: str) -> None:
     """Prints a table; with rich if that is installed."""
+    print(title)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(title)
         widths = [max(len(h), *(len(str(row[h])) for row in lines), 1) for h in heads]
         for row in [dict(zip(heads, heads, strict=True)), *lines]:
             print("  ".join(f"{row[h]!s:>{n}}" for h, n in zip(heads, widths, strict=True)))
         return
-    pretty = Table(*heads, title=title, title_justify="left")
+    pretty = Table(*heads)
     for column in pretty.columns:
         column.justify = "right"
     for row in lines:
