@@ -12,139 +12,21 @@ accelerated layers make one call, whatever the number of adapters and their rank
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from dop.errors import ConfigError, DopError, MissingDependencyError
-from dop.integrations.stacks import LayerStack, stack_rank
+from dop.integrations.peft_batch import Batch, Slots
+from dop.integrations.stacks import LayerStack
 
 log = logging.getLogger("dop.peft")
 
-BASE = "__base__"
-"""PEFT's name for a row without an adapter."""
 DEFAULT_SLOTS = 64
 _STATE = "_dop_mixed"
 _VARIANT_KWARGS = ("alora_offsets",)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the rows of one batch ask for; made once per list of names, shared by all layers.
-
-    Attributes:
-        names: adapter of each row, as PEFT passes it.
-        slots: distinct adapter -> its slot in every layer's stacks.
-        row_slots: slot of each row, -1 for none.
-        scales: scale of each slot.
-        ranks: rank of each slot.
-        capacity, rank: shape of the stacks that the slots belong to.
-    """
-
-    names: list[str]
-    slots: dict[str, int]
-    row_slots: list[int]
-    scales: list[float]
-    ranks: list[int]
-    capacity: int
-    rank: int
-    plans: dict[tuple[torch.device, int], Any] = field(default_factory=dict)
-
-    def plan(self, device: torch.device, tokens_per_row: int) -> Any:
-        """The segment plan of the batch, made at the first layer that asks."""
-        key = (device, tokens_per_row)
-        found = self.plans.get(key)
-        if found is None:
-            if len(self.plans) >= 8:  # a prompt's length and 1, on a few devices
-                self.plans.clear()
-            found = self.plans[key] = self._make(device, tokens_per_row)
-        return found
-
-    def _make(self, device: torch.device, tokens_per_row: int) -> Any:
-        from dop import ops
-
-        rows = torch.tensor(self.row_slots, dtype=torch.int32, device=device)
-        if tokens_per_row != 1:
-            rows = rows.repeat_interleave(tokens_per_row)
-        return ops.segment_plan(
-            rows,
-            slots=self.capacity,
-            ranks=torch.tensor(self.ranks, dtype=torch.int32, device=device),
-            scale=torch.tensor(self.scales, dtype=torch.float32, device=device),
-            adapters=len(self.slots),
-        )
-
-
-class Slots:
-    """Names to slots, for all layers of a model: least recently used goes first."""
-
-    def __init__(self, layers: Sequence[nn.Module], max_slots: int) -> None:
-        self._layers: weakref.WeakSet[Any] = weakref.WeakSet(layers)
-        self._max_slots = max_slots
-        self._slot: dict[str, int] = {}  # in order of use, oldest first
-        self._capacity = 0
-        self._rank = 0
-        self._last: Batch | None = None
-        self.told: set[str] = set()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
-        return self  # a copied model is accelerated anew; its layers may share this one
-
-    def forget(self) -> None:
-        """Drop what is known about the last batch: an adapter came, went or changed."""
-        self._last = None
-
-    def batch(self, names: list[str]) -> Batch:
-        """The batch of these names; the same object as long as the names stay the same."""
-        last = self._last
-        if last is None or last.names != names:
-            last = self._last = self._make(names)
-        return last
-
-    def _make(self, names: list[str]) -> Batch:
-        distinct = [n for n in dict.fromkeys(names) if n != BASE]
-        ranks = {n: self._rank_of(n) for n in distinct}
-        self._grow(len(distinct), max(ranks.values(), default=1))
-        for name in distinct:
-            self._touch(name, set(distinct))
-        slots = {n: self._slot[n] for n in distinct}
-        slot_ranks, scales = [1] * self._capacity, [1.0] * self._capacity
-        for name, slot in slots.items():
-            slot_ranks[slot], scales[slot] = max(1, ranks[name]), self._scale_of(name)
-        row_slots = [slots.get(n, -1) for n in names]
-        return Batch(list(names), slots, row_slots, scales, slot_ranks, self._capacity, self._rank)
-
-    def _grow(self, adapters: int, rank: int) -> None:
-        known = max(adapters, min(len(self._slot) + adapters, self._max_slots))
-        capacity = max(self._capacity, 1 << max(0, known - 1).bit_length())
-        rank = max(self._rank, stack_rank(rank))
-        if (capacity, rank) != (self._capacity, self._rank):
-            self._capacity, self._rank = capacity, rank
-
-    def _touch(self, name: str, needed: set[str]) -> None:
-        slot = self._slot.pop(name, None)
-        if slot is None:
-            used = set(self._slot.values())
-            free = next((s for s in range(self._capacity) if s not in used), None)
-            if free is None:
-                oldest = next(n for n in self._slot if n not in needed)
-                free = self._slot.pop(oldest)
-            slot = free
-        self._slot[name] = slot
-
-    def _rank_of(self, name: str) -> int:
-        return max((layer.r.get(name, 0) for layer in self._layers), default=0)
-
-    def _scale_of(self, name: str) -> float:
-        for layer in self._layers:
-            scale = float(layer.scaling.get(name, 0.0))
-            if scale:
-                return scale
-        return 1.0
 
 
 Weights = tuple[int, Any, Any, str]
@@ -161,6 +43,10 @@ class _LayerState:
         self.stack: LayerStack | None = None
         self._filled: dict[int, tuple[Any, ...] | None] = {}
         self._weights: list[Weights] = []
+        self._names: list[str] = []
+        self._parameters: list[nn.Parameter] = []
+        self._tracked: list[nn.Parameter] = []  # those that count their changes
+        self._state: tuple[list[int], list[int], list[float]] | None = None
         self._dropout = False
         self._trains = False
         self.idle = False
@@ -189,7 +75,12 @@ class _LayerState:
             self._dropout |= not isinstance(layer.lora_dropout[name], nn.Identity)
             self._trains |= a.requires_grad or b.requires_grad
             self._weights.append((slot, a, b, name))
-        self.idle = all(a is None for _, a, _, _ in self._weights)
+        served = [w for w in self._weights if w[1] is not None]
+        self.idle = not served
+        self._names = [name for *_, name in served]
+        self._parameters = [p for _, a, b, _ in served for p in (a, b)]
+        self._tracked = [p for p in self._parameters if not p.is_inference()]
+        self._state = None
 
     def refusal(self, layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
         """Why PEFT has to serve this call, or None."""
@@ -213,19 +104,35 @@ class _LayerState:
                 batch.capacity, batch.rank, layer.in_features, layer.out_features, y.dtype, y.device
             )
             self._filled.clear()
-        scaling = layer.scaling
+            self._state = None
+        names, scaling = self._names, layer.scaling
+        state = (
+            [p._version for p in self._tracked],
+            [p.data_ptr() for p in self._parameters],
+            [scaling[name] for name in names],
+        )
+        if state != self._state:  # the usual step ends here
+            self._fill(stack, state)
+            self._state = state
+        return stack
+
+    def _fill(self, stack: LayerStack, state: tuple[list[int], list[int], list[float]]) -> None:
+        """Write the slots whose adapter, or its weights or scale, is not what they hold."""
+        assert self.batch is not None
+        versions = dict(zip(map(id, self._tracked), state[0], strict=True))
+        scales = dict(zip(self._names, state[2], strict=True))
         for slot, a, b, name in self._weights:
             if a is None:
-                key: tuple[Any, ...] | None = None
-            else:
-                key = (name, a.data_ptr(), a._version, b.data_ptr(), b._version, scaling[name])
-            if self._filled.get(slot, ()) != key:
-                if key is None:
+                if self._filled.get(slot, ()) is not None:
                     stack.clear(slot)
-                else:
-                    stack.write(slot, a, b, scaling[name] / batch.scales[slot])
+                    self._filled[slot] = None
+                continue
+            scale = self.batch.scales[slot]
+            marks = [(p.data_ptr(), versions.get(id(p))) for p in (a, b)]
+            key = (name, *marks, scales[name], scale)
+            if self._filled.get(slot) != key:
+                stack.write(slot, a, b, scales[name] / scale)
                 self._filled[slot] = key
-        return stack
 
 
 class _Mixed:
