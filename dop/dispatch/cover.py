@@ -106,12 +106,37 @@ def _workload_table(key: str, tasks: list[list[Entry]], max_regret: float) -> Wo
     buckets = bucketed(cells)
     unknown = [cell for b in buckets if (cell := unknown_cell(b, max_regret)) is not None]
     chosen = cover([*cells, *unknown], max_regret)
-    between = virtual_buckets(buckets, chosen)
-    rows = [row for b in (*buckets, *between) for row in rows_of(b, chosen)]
-    rows.sort(key=lambda row: (row.tokens, row.rows_upto))
+    measured = {b[0].tokens: rows_of(b, chosen) for b in buckets}
+    between = {b[0].tokens: rows_of(b, chosen) for b in virtual_buckets(buckets, chosen)}
+    rows = _without_repeats(measured, between)
     table = WorkloadTable(key, tuple(rows))
     fits = tuple(_fits(table, cells, tasks))
-    return WorkloadTable(key, table.rows, fits, tuple(b[0].tokens for b in between))
+    left = tuple(dict.fromkeys(row.tokens for row in rows if row.tokens in between))
+    return WorkloadTable(key, table.rows, fits, left)
+
+
+def _without_repeats(
+    measured: Mapping[int, list[Row]], between: Mapping[int, list[Row]]
+) -> list[Row]:
+    """Rows by tokens, without those buckets between that only repeat the kernel which the next
+    larger bucket (or, beyond the largest, the next smaller one) gives to every batch."""
+    found = {**measured, **between}
+    order = sorted(found)
+    top = max(measured)
+    kept = dict.fromkeys(n for n in order if n in measured)
+
+    def only(tokens: int) -> set[str]:
+        return {row.trace_key for row in found[tokens]}
+
+    beyond = [n for n in order if n > top]
+    while beyond and len(only(beyond[-1])) == 1 and only(beyond[-1]) == only([top, *beyond][-2]):
+        beyond.pop()
+    following = top
+    for tokens in reversed([n for n in order if n < top]):
+        if tokens in measured or len(only(tokens)) > 1 or only(tokens) != only(following):
+            kept[tokens] = None
+            following = tokens
+    return [row for n in sorted({*kept, *beyond}) for row in found[n]]
 
 
 def rows_of(bucket: list[Cell], chosen: list[str]) -> list[Row]:

@@ -278,7 +278,7 @@ def _row_lines(table: WorkloadTable) -> Iterable[str]:
             upto = f"up to {row.rows_upto:g}"
         loss = ""
         if row.worst is not None:
-            loss = f"  loses at most {row.worst:.1%}, in {row.worst_scenario}"
+            loss = f"  loses at most {row.worst:.1%}, at {row.worst_scenario}"
         mark = "~" if row.tokens in table.between else " "
         yield f" {mark}{row.tokens:6d}  {upto:<16}  {row.trace_key}{loss}"
 

@@ -247,7 +247,7 @@ def _row_reason(batch: Batch, row: Row) -> list[str]:
         )
         if row.worst is None:
             return [line]
-        return [f"{line}: {row.worst:.1%}, in {row.worst_scenario}"]
+        return [f"{line}: {row.worst:.1%}, at {row.worst_scenario}"]
     rows = batch.tokens / batch.adapters
     longest = row.rows_upto == math.inf
     limit = "the longest segments" if longest else f"up to {row.rows_upto:.3g} rows"
