@@ -15,8 +15,8 @@ implied by a step or rides on a pragma (PR):
 - PR auto_unroll_max_step, unroll_explicit: handed to the code generator as pragmas.
 - PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
   element), so that one lane's part of it is a box (regions of CA are boxes).
-- PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches
-  (lowering/cuda_launch.py).
+- PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches,
+  2 the first one too (lowering/cuda_launch.py).
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
@@ -67,7 +67,7 @@ HINTS = ("block_order", "load_ahead", "streaming", "cluster")
 
 TILE_INTRINSICS = tuple(
     f"{tile}_{kind}"
-    for tile in ("register_update", "pipelined_product")
+    for tile in ("register_update", "pipelined_product", "warpgroup_product")
     for kind in ("f16", "bf16")
 )
 """Intrinsics that stand for a kernel's whole tile. TVM checks the schedule down to their loop;
@@ -322,8 +322,8 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         if step.value != app.program.pack:
             raise TraceError("the k axis is packed once.")
     elif name == "dependent_launch":
-        if step.value not in (0, 1):
-            raise TraceError("dependent_launch is 0 or 1.")
+        if step.value not in (0, 1, 2):
+            raise TraceError("dependent_launch is 0, 1 or 2.")
         app.dependent_launch = int(step.value)
     elif name == "transpose":
         schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)

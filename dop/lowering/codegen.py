@@ -180,7 +180,9 @@ def _generate_tiles(app: Application) -> Generated:
     (first, given), (second, wanted) = signatures(source)
     kernels = (
         KernelLaunch(first, shrink.grid, shrink.block, shrink.smem_bytes, given),
-        KernelLaunch(second, expand.grid, expand.block, 0, wanted, tiles.dependent),
+        KernelLaunch(
+            *(second, expand.grid, expand.block, expand.smem_bytes), wanted, tiles.dependent
+        ),
     )
     return Generated(
         "cuda",

@@ -2,10 +2,10 @@
 does it.
 
 A trace that tensorizes `accumulate` with register_update and `shrink_rf` with pipelined_product
-chooses them. Its steps are applied to the program like any others, so TVM has checked that stages
-are placed where they can be and regions are what the intrinsics want; the intrinsics then read
-their numbers off the loops. Pragmas that only they know: block_order, streaming (of accumulate),
-load_ahead (of accumulate and gather_b), cluster (of shrink_rf).
+or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
+checked that stages are placed where they can be and regions are what the intrinsics want; the
+intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def read_tiles(app: Application) -> TileKernels:
     Raises:
         TraceError: only one of the two is there, or the loops around one are not as it wants.
     """
-    if set(app.tiles) != {"register_update", "pipelined_product"}:
+    product = "warpgroup_product" if "warpgroup_product" in app.tiles else "pipelined_product"
+    if set(app.tiles) != {"register_update", product}:
         raise TraceError(f"{', '.join(app.tiles)} wants the other half's intrinsic beside it.")
     workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
-    _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, "pipelined_product", 12)
+    _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, product, 12)
     shrink = PipelinedShrink(
         workload,
         rows,
@@ -60,9 +61,12 @@ def read_tiles(app: Application) -> TileKernels:
         stages=hints.get(("shrink_rf", "pipeline_depth"), 2),
         row_warps=row_warps,
         rank_warps=rank_warps,
+        warpgroups=product == "warpgroup_product",
     )
+    if shrink.warpgroups and (tiles[0] != 1 or rows % 64 or k_tiles != 4):
+        raise TraceError("warpgroup_product wants a warp per 16 rows and steps of 64 elements.")
     if tiles[0] * row_warps * 16 != rows or tiles[1] * rank_warps * 16 != shrink.ranks:
-        raise TraceError("warps of pipelined_product leave rows or ranks over.")
+        raise TraceError(f"warps of {product} leave rows or ranks over.")
     _, blocks, row_warps, column_warps, steps, row_tiles, *edge = _loops(app, "register_update", 8)
     expand = RegisterExpand(
         workload,
@@ -75,6 +79,7 @@ def read_tiles(app: Application) -> TileKernels:
         b_ahead=hints.get(("gather_b", "load_ahead"), 0),
         tiles_first=not hints.get(("accumulate", "block_order"), 0),
         streaming=bool(hints.get(("accumulate", "streaming"), 0)),
+        shared_b="gather_b_in" in app.stages.names,
     )
     whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
     if not whole or any(width % expand.columns for width in workload.out_features):

@@ -71,6 +71,9 @@ inline float dop_high_bf16(unsigned w) { return high(w); }
 template <int N> void copy_words(unsigned (&words)[N], const void* at) { std::memcpy(words, at, 4 * N); }
 template <int N> void dop_read_v(unsigned (&words)[N], const void* at) { copy_words(words, at); }
 template <int N> void dop_read_b(unsigned (&words)[N], const void* at) { copy_words(words, at); }
+template <int N> void dop_read_shared(unsigned (&words)[N], const void* at) { copy_words(words, at); }
+template <class T> T dop_table(const T* at) { return *at; }
+inline void dop_wait_at_most(int) {}
 inline void dop_wait_for_v() {}
 inline void dop_dependents_may_start() {}
 inline void dop_commit() {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,12 +18,12 @@ from dop.workload import Workload
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 HERE = Path(__file__).parent
-SHARED = "  extern __shared__ __align__(128) unsigned char dop_shared[];\n"
+SHARED = re.compile(r"  extern __shared__ __align__\(\d+\) unsigned char dop_shared\[\];\n")
 
 
 def _library(tmp_path: Path, kernel: str, launch: str, parameters: str) -> ctypes.CDLL:
     assert "asm" not in kernel
-    kernel = kernel.replace(SHARED, "  unsigned char* dop_shared = dop_shared_memory;\n")
+    kernel = SHARED.sub("  unsigned char* dop_shared = dop_shared_memory;\n", kernel)
     text = (
         f'#include "{HERE}/cuda_emulator.hpp"\n{kernel}\n'
         f'extern "C" void run({parameters}) {{ {launch} }}\n'
@@ -61,10 +62,10 @@ ROW0 = np.array([2, 15, 0], np.int32)
 SLOT = np.array([1, 0, 0], np.int32)
 
 
-@pytest.mark.parametrize("rank", [24, 64])
-def test_register_expand(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "shared"), [(24, False), (64, False), (64, True)])
+def test_register_expand(tmp_path: Path, rank: int, shared: bool) -> None:
     w = Workload("two", 64, (128, 64), rank, "bfloat16")
-    k = RegisterExpand(w, 16, 1, 1, 1, steps=2, ahead=2, b_ahead=1, tiles_first=rank == 64)
+    k = RegisterExpand(w, 16, 1, 1, 1, 2, 2, tiles_first=rank == 64, shared_b=shared)
     rng = np.random.default_rng(rank)
     ranks = np.array([rank if rank < 24 else rank - 12, rank, 0], np.int32)
     scale = np.array([0.5, 2.0, 1.0], np.float32)
@@ -91,7 +92,7 @@ def test_register_expand(tmp_path: Path, rank: int) -> None:
     blocks = TILES * k.blocks
     kernel = k.source("kernel")
     launch = (
-        f"launch({blocks}, 1, {{32, 1, 1}}, 0, [&] {{ kernel("
+        f"launch({blocks}, 1, {{32, 1, 1}}, {k.smem_bytes}, [&] {{ kernel("
         "b, row_index, tile_rank, tile_row0, tile_rows, tile_scale, tile_slot, tiles, v, y, b1);"
         " });"
     )

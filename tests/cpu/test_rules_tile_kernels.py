@@ -74,6 +74,7 @@ def test_numbers_come_from_the_loops() -> None:
         shrink__rank_warps=2,
         shrink__k_tiles=4,
         shrink__stages=3,
+        expand__dependent=1,
     )
     shrink, expand = code.kernels
     assert shrink.grid == ("tiles", "4", "1")
@@ -118,10 +119,23 @@ def test_one_half_alone_is_refused() -> None:
         generate(O_16, Trace(tuple(s for s in steps if s is not last)), SM_90)
 
 
+def test_shared_b_and_warpgroups_are_sketches_of_their_own() -> None:
+    sketches = [s for s in build_space(QKV_64, SM_90).sketches if s.name.startswith("wide_tiles")]
+    assert len(sketches) == 4
+    for sketch in sketches:
+        code = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
+        shrink, expand = code.kernels
+        assert (expand.dynamic_smem_bytes > 0) == ("shared_b" in sketch.name)
+        assert ("m64n192k16" in code.source) == ("warpgroup" in sketch.name)
+        assert shrink.dynamic_smem_bytes > 0
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("workload", [O_16, QKV_64])
-def test_compiles_without_spills(workload: Workload, tmp_path: Path) -> None:
-    (tmp_path / "k.cu").write_text(build(workload).source)
+@pytest.mark.parametrize(("workload", "which"), [(O_16, 0), (QKV_64, -1)])
+def test_compiles_without_spills(workload: Workload, which: int, tmp_path: Path) -> None:
+    sketches = [s for s in build_space(workload, SM_90).sketches if s.name.startswith("wide_tiles")]
+    trace = sketches[which].bind(sketches[which].default())
+    (tmp_path / "k.cu").write_text(generate(workload, trace, SM_90).source)
     command = ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "k.cubin"), str(tmp_path / "k.cu")],

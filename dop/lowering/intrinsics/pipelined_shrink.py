@@ -24,6 +24,8 @@ class PipelinedShrink:
         depth: elements of k per step, 64 or 128.
         stages: steps in flight, 2 or more.
         row_warps, rank_warps: warps along rows and along ranks of all slices.
+        warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
+            of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
     """
 
     workload: Workload
@@ -33,6 +35,7 @@ class PipelinedShrink:
     stages: int
     row_warps: int
     rank_warps: int
+    warpgroups: bool = False
 
     @property
     def padded_rank(self) -> int:
@@ -98,6 +101,9 @@ class PipelinedShrink:
             "RANK_WARPS": self.rank_warps,
             "MI": self.tile_rows // (16 * self.row_warps),
             "NI": self.ranks // (16 * self.rank_warps),
+            "WARPGROUPS": int(self.warpgroups),
+            "ROW_GROUPS": self.tile_rows // 64,
+            "WGMMA": self._wgmma() if self.warpgroups else "",
             "X_COPIES": -(-self.tile_rows * pieces // threads),
             "A_COPIES": -(-self.ranks * pieces // threads),
         }
@@ -105,6 +111,20 @@ class PipelinedShrink:
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
         return text
+
+    def _wgmma(self) -> str:
+        """wgmma of 64 rows, 16 of k and the warpgroup's ranks, as a macro of two descriptors."""
+        ranks = self.ranks // self.rank_warps
+        count = ranks // 2
+        registers = ", ".join(f"%{n}" for n in range(count))
+        sums = ", ".join(f'"+f"(sum[0][{n // 4}][{n % 4}])' for n in range(count))
+        kind = {"bfloat16": "bf16", "float16": "f16"}[self.workload.dtype]
+        return (
+            "#define DOP_WGMMA(x_at, a_at) "
+            f'asm volatile("wgmma.mma_async.sync.aligned.m64n{ranks}k16.f32.{kind}.{kind} '
+            f'{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" '
+            f': {sums} : "l"(x_at), "l"(a_at) : "memory")'
+        )
 
 
 def _shift_of(w: Workload) -> str:
@@ -121,19 +141,6 @@ HELPERS = """\
 #else
 #define dop__cluster_dims__(...)
 #endif
-__device__ __forceinline__ unsigned dop_shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-__device__ __forceinline__ void dop_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N> __device__ __forceinline__ void dop_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-__device__ __forceinline__ void dop_copy(unsigned to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(at)
@@ -156,10 +163,17 @@ __device__ __forceinline__ void dop_cluster_sync() {
                ::: "memory");
 #endif
 }
-__device__ __forceinline__ void dop_dependents_may_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+__device__ __forceinline__ void dop_fence_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void dop_wgmma_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void dop_wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void dop_wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 """
 
@@ -169,16 +183,23 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
     @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
-  extern __shared__ __align__(128) unsigned char dop_shared[];
+  extern __shared__ __align__(1024) unsigned char dop_shared[];
   const int tile = blockIdx.x, part = blockIdx.y;
-  const int rows = tile_rows_ptr[tile];
   dop_dependents_may_start();
+  // The tables' entries are read side by side; a table that is not given reads as another one.
+  const int rows = dop_table(tile_rows_ptr + tile), row0 = dop_table(tile_row0_ptr + tile);
+  const long long slot = dop_table(tile_slot_ptr + tile);
+  const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
   if (rows <= 0) return;
-  const int lane = threadIdx.x, row_warp = threadIdx.z, rank_warp = threadIdx.y;
-  const int thread = (row_warp * @RANK_WARPS@ + rank_warp) * 32 + lane;
-  const int row0 = tile_row0_ptr[tile];
-  const int rank = tile_rank_ptr ? min(tile_rank_ptr[tile], @RANK@) : @RANK@;
-  const long long slot = tile_slot_ptr[tile];
+  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+  const int lane = threadIdx.x;
+  const int warp = (int)threadIdx.z * @RANK_WARPS@ + (int)threadIdx.y, thread = warp * 32 + lane;
+#if @WARPGROUPS@
+  const int row_warp = warp / 4 % @ROW_GROUPS@ * 4 + warp % 4;
+  const int rank_warp = warp / (@ROW_GROUPS@ * 4);
+#else
+  const int row_warp = threadIdx.z, rank_warp = threadIdx.y;
+#endif
   const unsigned x_shared = dop_shared_address(dop_shared);
   const unsigned a_shared = x_shared + @STAGES@ * @TM@ * @DEPTH@ * 2;
   // What this thread copies: 16-byte pieces of rows of x and of A.
@@ -199,7 +220,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   for (int c = 0; c < @X_COPIES@; ++c) {
     const int piece = thread + c * @THREADS@, row = piece / @PIECES@, column = piece % @PIECES@;
     x_bytes[c] = row < rows ? 16 : 0;
-    const int token = row < rows ? row_index_ptr[row0 + row] : 0;
+    const int token = row < rows ? dop_table(row_index_ptr + row0 + row) : 0;
     x_from[c] = x_ptr + (long long)token * @K@ + (part * (@STEPS@ * @DEPTH@) + column * 8);
     x_to[c] = row * (@DEPTH@ * 2) + (column ^ (row & 7)) * 16;
   }
@@ -238,15 +259,38 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   const int x_row = row_warp * (@MI@ * 16) + (lane & 15), x_piece = lane >> 4;
   const int a_row = rank_warp * (@NI@ * 16) + (lane >> 4) * 8 + (lane & 7);
   const int a_piece = (lane >> 3) & 1;
+#if @WARPGROUPS@
+@WGMMA@
+  // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
+  const unsigned long long layout = 1ull << 62 | 64ull << 32 | 1ull << 16;
+  const unsigned x_box = x_shared + row_warp / 4 * 8192;
+  const unsigned a_box = a_shared + rank_warp * (@NI@ * 16 * 128);
+#endif
 #pragma unroll 1
   for (int step = 0; step < @STEPS@; ++step) {
     dop_wait_but<@STAGES@ - 2>();
+#if @WARPGROUPS@
+    dop_fence_copies();
     __syncthreads();
+    dop_wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const unsigned stage = (unsigned)(step % @STAGES@);
+      DOP_WGMMA(layout | ((x_box + stage * (@TM@ * @DEPTH@ * 2) + k * 32) & 0x3ffff) >> 4,
+                layout | ((a_box + stage * (@RANKS@ * @DEPTH@ * 2) + k * 32) & 0x3ffff) >> 4);
+    }
+    dop_wgmma_commit();
+#else
+    __syncthreads();
+#endif
     if (step + @STAGES@ - 1 < @STEPS@) {
       DOP_COPY(step + @STAGES@ - 1)
     } else {
       dop_commit();
     }
+#if @WARPGROUPS@
+    dop_wgmma_wait();
+#else
     const unsigned stage = (unsigned)(step % @STAGES@);
     const unsigned xs = x_shared + stage * (@TM@ * @DEPTH@ * 2) + x_row * (@DEPTH@ * 2);
     const unsigned as = a_shared + stage * (@RANKS@ * @DEPTH@ * 2) + a_row * (@DEPTH@ * 2);
@@ -267,6 +311,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         }
       }
     }
+#endif
   }
 #undef DOP_COPY
   const int g = lane >> 2, q = lane & 3;

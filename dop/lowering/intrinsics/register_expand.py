@@ -32,6 +32,7 @@ class RegisterExpand:
         b_ahead: groups of B loaded ahead, 0 or 1.
         tiles_first: neighbouring blocks have neighbouring tiles, else neighbouring columns.
         streaming: y is marked as used once (evict first).
+        shared_b: the block's rows of B come through shared memory, once for all its rows.
     """
 
     workload: Workload
@@ -44,6 +45,12 @@ class RegisterExpand:
     b_ahead: int = 1
     tiles_first: bool = True
     streaming: bool = False
+    shared_b: bool = False
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory."""
+        return 2 * self.columns * self.workload.rank if self.shared_b else 0
 
     @property
     def columns(self) -> int:
@@ -90,7 +97,11 @@ class RegisterExpand:
             "MI": self.row_tiles,
             "STEPS": self.steps,
             "AHEAD": min(self.ahead, self.steps),
-            "BUFFERS": 1 + min(self.b_ahead, self.steps - 1),
+            "BUFFERS": 1 if self.shared_b else 1 + min(self.b_ahead, self.steps - 1),
+            "SHARED_B": int(self.shared_b),
+            "ROW_WARPS": self.row_warps,
+            "STEP_PIECES": 32 * self.column_warps * w.rank // 8,
+            "SWIZZLE": "(n & 1) * 4" if w.rank % 64 == 0 else "0",
             "COLUMN_WARPS": self.column_warps,
             "BLOCKS": self.blocks,
             "COLUMNS": self.columns,
@@ -164,6 +175,46 @@ __device__ __forceinline__ float dop_high_f16(unsigned word) {
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
   return value;
 }
+__device__ __forceinline__ int dop_table(const int* at) {
+  int value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ float dop_table(const float* at) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+  return value;
+}
+template <int N>
+__device__ __forceinline__ void dop_read_shared(unsigned (&words)[N], const void* at) {
+  const uint4 value = *static_cast<const uint4*>(at);
+  words[0] = value.x; words[1] = value.y; words[2] = value.z; words[3] = value.w;
+}
+__device__ __forceinline__ unsigned dop_shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ void dop_copy(unsigned to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void dop_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void dop_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void dop_wait_at_most(int groups) {
+  switch (groups) {  // a constant wherever it is used
+    case 0: dop_wait_but<0>(); break;
+    case 1: dop_wait_but<1>(); break;
+    case 2: dop_wait_but<2>(); break;
+    case 3: dop_wait_but<3>(); break;
+    case 4: dop_wait_but<4>(); break;
+    case 5: dop_wait_but<5>(); break;
+    case 6: dop_wait_but<6>(); break;
+    default: dop_wait_but<7>(); break;
+  }
+}
 __device__ __forceinline__ void dop_read_v(unsigned (&words)[4], const void* at) {
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -181,6 +232,11 @@ __device__ __forceinline__ void dop_read_b(unsigned (&words)[2], const void* at)
   const uint2 value = __ldg(static_cast<const uint2*>(at));
   words[0] = value.x; words[1] = value.y;
 }
+__device__ __forceinline__ void dop_dependents_may_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void dop_wait_for_v() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -196,19 +252,26 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
     const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
     @TYPE@* y_ptr@SHIFTS@) {
   const int tile = @TILE@;
-  const int rows = tile_rows_ptr[tile] - (int)threadIdx.z * @MI@ * 16;
-  if (rows <= 0) {
+  // The tables' entries are read side by side; a table that is not given reads as another one.
+  const int all_rows = dop_table(tile_rows_ptr + tile);
+  const int row_0 = dop_table(tile_row0_ptr + tile), slot = dop_table(tile_slot_ptr + tile);
+  const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
+  const float given_scale = dop_table(
+      (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
+  const int rows = all_rows - (int)threadIdx.z * @MI@ * 16;
+  if ((@SHARED_B@ ? all_rows : rows) <= 0) {
     dop_wait_for_v();  // every block waits: a later kernel must find both kernels complete
     return;
   }
   const int first = (@PART@) * @COLUMNS@, lane = threadIdx.x, g = lane >> 2, q = lane & 3;
   const int column = first + (int)threadIdx.y * (@STEPS@ * 32);
-  const int row0 = tile_row0_ptr[tile] + (int)threadIdx.z * @MI@ * 16;
-  const int rank = tile_rank_ptr ? min(tile_rank_ptr[tile], @RANK@) : @RANK@;
-  const float scale = tile_scale_ptr ? tile_scale_ptr[tile] : 1.0f;
+  const int row0 = row_0 + (int)threadIdx.z * @MI@ * 16;
+  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+  const float scale = tile_scale_ptr ? given_scale : 1.0f;
 @SLICE@
-  const @TYPE@* b = b_ptr + shift * 8 + (long long)tile_slot_ptr[tile] * ((long long)width * @RANK@)
-      + (long long)(column - offset) * @RANK@;
+  const @TYPE@* block_b = b_ptr + shift * 8 + (long long)slot * ((long long)width * @RANK@)
+      + (long long)(first - offset) * @RANK@;
+  const @TYPE@* b = block_b + (long long)(column - first) * @RANK@;
   // Old values of y.
   @TYPE@* y[@MI@][2];
   uint4 old[@AHEAD@][@MI@][2];
@@ -233,6 +296,23 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
       }
     }
   }
+#if @SHARED_B@
+  // B: a group of copies per step, row n of the block's columns at n * rank, pieces swizzled.
+  extern __shared__ __align__(128) unsigned char dop_shared[];
+  const unsigned b_shared = dop_shared_address(dop_shared);
+  const int thread = ((int)threadIdx.z * @COLUMN_WARPS@ + (int)threadIdx.y) * 32 + lane;
+#pragma unroll
+  for (int step = 0; step < @STEPS@; ++step) {
+#pragma unroll
+    for (int piece = thread; piece < @STEP_PIECES@; piece += @THREADS@) {
+      const int row = piece / (@RANK@ / 8), c = piece % (@RANK@ / 8);
+      const int n = row / 32 * (@STEPS@ * 32) + step * 32 + row % 32;
+      dop_copy(b_shared + (n * (@RANK@ / 8) + (c ^ (@SWIZZLE@))) * 16,
+               block_b + n * @RANK@ + c * 8, c * 8 < rank ? 16 : 0);
+    }
+    dop_commit();
+  }
+#endif
   // B: fragment (rank block p, n-tile j) of the next groups of columns.
   unsigned bw[@BUFFERS@][@KB@][4][@WORDS@];
 #define DOP_LOAD_B(buffer, step)                                                              \\
@@ -260,8 +340,22 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
   }
 #pragma unroll
   for (int step = 0; step < @STEPS@; ++step) {
+#if @SHARED_B@
+    dop_wait_at_most(@STEPS@ - 1 - step);
+    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < @KB@; ++p) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int in_group = 8 * (g >> 1) + 2 * j + (g & 1), c = p * 4 + q;
+        const int n = ((int)threadIdx.y * @STEPS@ + step) * 32 + in_group;
+        dop_read_shared(bw[0][p][j], dop_shared + (n * (@RANK@ / 8) + (c ^ (@SWIZZLE@))) * 16);
+      }
+    }
+#else
     if (@BUFFERS@ == 1) { DOP_LOAD_B(0, step) }
     if (@BUFFERS@ > 1 && step + 1 < @STEPS@) { DOP_LOAD_B((step + 1) % @BUFFERS@, step + 1) }
+#endif
 #pragma unroll
     for (int m = 0; m < @MI@; ++m) {
       float c[4][4];

@@ -31,7 +31,12 @@ from dop.space.rules.tensor_core_expand import (
     MatrixTiles,
     StagedB,
 )
-from dop.space.rules.tensor_core_registers import RegisterB, RegisterColumns, RegisterProduct
+from dop.space.rules.tensor_core_registers import (
+    RegisterB,
+    RegisterColumns,
+    RegisterProduct,
+    SharedB,
+)
 from dop.space.rules.tensor_core_shrink import MatrixSplitK, PipelinedX, StagedA
 from dop.space.rules.tokens import RowForm, TileForm
 
@@ -69,7 +74,9 @@ RULES: tuple[Rule, ...] = (
     RegisterColumns(),
     RegisterProduct(),
     RegisterB(),
+    SharedB(),
     ClusterSplitK(),
+    ClusterSplitK("warpgroup_split_k", warpgroups=True),
     ClusterA(),
     ClusterX(),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),

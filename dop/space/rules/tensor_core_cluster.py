@@ -23,30 +23,47 @@ HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
+MIN_WGMMA_TILES = 2
+"""16-rank tiles of all slices from which on wgmma may pay."""
+
 PART, STEP = 1, 5
 """Loop positions in shrink_rf: tile, part, tile, row warp, rank warp, pipeline step, k tile, ..."""
 
 
 @dataclass(frozen=True)
 class ClusterSplitK:
-    """shrink: its own kernel; parts of k are summed within a cluster."""
+    """shrink: its own kernel; parts of k are summed within a cluster.
+
+    `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
+    """
 
     name: str = "cluster_split_k"
+    warpgroups: bool = False
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
         w = state.workload
         if "registers" not in state.notes or w.in_features % 64:
             return []
+        ranks = w.slices * padded(w.rank) // EDGE
+        if self.warpgroups and (state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
+            return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
         most = min(CLUSTER, max(1, w.in_features // 256))  # four steps each at least
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
-        new.param(K_TILES.name, "tile", dividing(w.in_features // EDGE, (4, 8)), 4)
-        ranks = w.slices * padded(w.rank) // EDGE
-        new.param(ROW_WARPS.name, "warps", (1, 2, 4, 8), 4)
-        new.param(RANK_WARPS.name, "warps", dividing(ranks, (1, 2, 3, 4)), max(1, ranks // 4))
+        depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
+        new.param(K_TILES.name, "tile", depths, 4)
+        if self.warpgroups:
+            new.notes["warpgroups"] = 1
+            new.param(ROW_WARPS.name, "warps", (4, 8), 4)
+            groups = tuple(n for n in dividing(ranks, (1, 2, 3, 4)) if ranks // n <= 16)
+            new.param(RANK_WARPS.name, "warps", groups, groups[0])
+        else:
+            new.param(ROW_WARPS.name, "warps", (1, 2, 4, 8), 4)
+            groups = dividing(ranks, (1, 2, 3, 4))
+            new.param(RANK_WARPS.name, "warps", groups, max(1, ranks // 4))
         new.split("shrink", 4, [SPLIT_K], w.in_features, inner=False)
         new.rfactor("shrink", 4)
         new.cache_read("shrink_rf", "shared.dyn", "shrink")
@@ -111,7 +128,14 @@ class ClusterX:
         stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6), 3)
         new.pragma("shrink_rf", STEP, "pipeline_depth", stages)
         kind = INTRINSIC_TYPES[new.workload.dtype]
-        new.annotate("shrink_rf", STEP, "tensorize", f"pipelined_product_{kind}")
+        tile = "warpgroup_product" if "warpgroups" in new.notes else "pipelined_product"
+        new.annotate("shrink_rf", STEP, "tensorize", f"{tile}_{kind}")
+        if "warpgroups" in new.notes:
+            new.limit(
+                "row warps beside the tile's rows",
+                0,
+                lambda a: abs(a[TILE_ROWS.name] - EDGE * a[ROW_WARPS.name]),
+            )
         _limits(new)
         return [new]
 

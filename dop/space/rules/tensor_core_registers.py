@@ -21,12 +21,15 @@ GROUP = 32
 """Columns that a warp updates at once."""
 
 MAX_REGISTER_RANK = 128
+MAX_DIRECT_RANK = 64
+"""Above, reading B once per 16 to 64 rows is hopeless."""
+
 ROW_TILES, COLUMN_WARPS, STEPS = (
     Param("expand.row_tiles"),
     Param("expand.column_warps"),
     Param("expand.steps"),
 )
-WARP, STEP, TILE = 3, 4, 5
+BLOCK, WARP, STEP, TILE = 1, 3, 4, 5
 """Loop positions in accumulate: tile, column block, row warp, column warp, step, 16-row tile."""
 
 
@@ -91,7 +94,7 @@ class RegisterColumns:
 
         def registers(a: Annotation) -> int:
             old = 8 * a["expand.ahead"] * a[ROW_TILES.name]
-            operands = a[ROW_TILES.name] * rank // 4 + (1 + a["expand.b_ahead"]) * rank // 2
+            operands = a[ROW_TILES.name] * rank // 4 + (1 + a.get("expand.b_ahead", 0)) * rank // 2
             return old + operands + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
@@ -139,13 +142,41 @@ class RegisterB:
     stage: str = "gather_b"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "registers" not in state.notes:
+        if "registers" not in state.notes or state.workload.rank > MAX_DIRECT_RANK:
             return []
         new = state.fork(self.name)
-        ahead = new.param("expand.b_ahead", "pipeline", (0, 1), 1 if new.workload.rank <= 64 else 0)
+        ahead = new.param("expand.b_ahead", "pipeline", (0, 1), 1)
         new.cache_read("gather_b", "local", "expand")
         new.compute_at("gather_b", "accumulate", STEP)
         new.pragma("gather_b", STEP, "load_ahead", ahead)
         kind = INTRINSIC_TYPES[new.workload.dtype]
         new.annotate("accumulate", STEP, "tensorize", f"register_update_{kind}")
+        return [new]
+
+
+@dataclass(frozen=True)
+class SharedB:
+    """gather_b: the block's rows of B through shared memory, read from memory once for all rows
+    of the tile; all copies are on their way before v is waited for."""
+
+    name: str = "shared_b"
+    stage: str = "gather_b"
+
+    def apply(self, state: SketchState) -> list[SketchState]:
+        if "registers" not in state.notes or state.workload.rank % GROUP:
+            return []
+        new = state.fork(self.name)
+        new.cache_read("gather_b", "shared.dyn", "expand")
+        new.cache_read("gather_b", "local", "expand")
+        new.compute_at("gather_b_in", "accumulate", STEP)
+        new.compute_at("gather_b", "accumulate", BLOCK)
+        kind = INTRINSIC_TYPES[new.workload.dtype]
+        new.annotate("accumulate", STEP, "tensorize", f"register_update_{kind}")
+        row_bytes = 2 * new.workload.rank
+
+        def smem(a: Annotation) -> int:
+            return row_bytes * GROUP * a[STEPS.name] * a[COLUMN_WARPS.name]
+
+        new.limit("expand shared memory bytes", new.target.max_smem_bytes, smem)
+        new.estimate("expand.smem_bytes", smem)
         return [new]
