@@ -11,6 +11,11 @@ Needs torch only. The torch.library ops (torch.ops.dop) are registered by import
 from dop.ops import custom_ops as _custom_ops  # noqa: F401  registers torch.ops.dop
 from dop.ops.api import add_lora, segment_plan, sgmv_expand, sgmv_shrink
 from dop.ops.plan import SegmentPlan
+from dop.ops.punica import (
+    add_lora_sgmv,
+    add_lora_sgmv_custom_cutlass,
+    add_lora_sgmv_cutlass,
+)
 from dop.ops.sources import Choice
 from dop.ops.switches import allow_jit, checked
 from dop.ops.warm import explain_choice, forget, warmup
@@ -19,6 +24,9 @@ __all__ = [
     "Choice",
     "SegmentPlan",
     "add_lora",
+    "add_lora_sgmv",
+    "add_lora_sgmv_custom_cutlass",
+    "add_lora_sgmv_cutlass",
     "allow_jit",
     "checked",
     "explain_choice",

@@ -425,3 +425,29 @@ def test_bad_ids_touch_nothing():
     known = torch.where((ids >= 0) & (ids < 3), ids, -1)
     check(y, x, a, b, known, plan)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, torch.float32], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("rank", [1, 16, 37])
+def test_punica_signature(kind, transposed, rank):
+    layers, width, out, ends = 3, 200, 131, [0, 4, 4, 5, 30, 31]
+    sizes = (layers, rank, width) if transposed else (layers, width, rank)
+    a = [(torch.randn(*sizes, device=DEVICE) * width**-0.5).to(kind) for _ in range(5)]
+    b = [(torch.randn(layers, rank, out, device=DEVICE) * rank**-0.5).to(kind) for _ in range(5)]
+    pointers = [torch.tensor([t.data_ptr() for t in s], device=DEVICE) for s in (a, b)]
+    x, y = make_rows(31, width, out, kind)
+    want = y.double()
+    for i in range(5):
+        rows, down = slice(ends[i], ends[i + 1]), a[i][2].double()
+        want[rows] += x[rows].double() @ (down.T if transposed else down) @ b[i][2].double()
+    s = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    call = ops.add_lora_sgmv_custom_cutlass if transposed else ops.add_lora_sgmv_cutlass
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(y, x, *pointers, s, 2, rank)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    eps = torch.finfo(kind).eps
+    assert float(((y.double() - want).abs() / want.abs().clamp(min=1)).max()) < 8 * eps
