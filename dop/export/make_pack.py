@@ -20,6 +20,9 @@ from dop.measure.artifact import Artifact
 Key = tuple[str, str]
 """Workload key and trace key."""
 
+TILE_SIZES = (8, 16, 32, 64, 128)
+"""Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -55,9 +58,9 @@ def make_pack(
 ) -> Packed:
     """Chooses, builds and writes.
 
-    A kernel of the log that this version of Dop cannot build any more is passed over, and what
-    serves its batches is chosen anew; a kernel that cannot be built in the type it is transferred
-    to takes its workload out in that type. Both are noted.
+    A kernel of the log that this version of Dop cannot build any more, or that no plan can serve,
+    is passed over, and what serves its batches is chosen anew. A kernel that cannot be built in the
+    type it is transferred to takes its workload out in that type. Both are noted.
 
     Args:
         measured: of a CUDA device.
@@ -86,7 +89,7 @@ def make_pack(
         if not broken:
             break
         banned |= broken
-    notes = [f"{k[0]}: {k[1]} cannot be built and is passed over: {w}" for k, w in banned.items()]
+    notes = [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items()]
     selection, dropped = _transferable(selection, outcomes)
     notes += dropped
     artifacts = {k: a for k, a in outcomes.items() if isinstance(a, Artifact)}
@@ -113,9 +116,15 @@ def _build(
     jobs = [job_of(kernel, selection) for kernel in todo.values()]
     built = build_all(jobs, processes=processes, generate=generate)
     for done, (job, outcome) in enumerate(built, 1):
-        outcomes[_key(todo[job.name])] = outcome
+        outcomes[_key(todo[job.name])] = _servable(outcome)
         if progress is not None:
             progress(done, len(jobs))
+
+
+def _servable(outcome: Outcome) -> Outcome:
+    if isinstance(outcome, Artifact) and outcome.tile_rows not in (0, *TILE_SIZES):
+        return ExportError(f"it wants tiles of {outcome.tile_rows} rows, which no plan has.")
+    return outcome
 
 
 def _broken(selection: Selection, outcomes: dict[Key, Outcome]) -> dict[Key, str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pack_samples import TIMES, TRACES, WORKLOAD, fake_generate, pack_at, trace
@@ -16,6 +17,7 @@ from dop.errors import ConfigError, ExportError
 from dop.export.dtypes import parse_dtypes
 from dop.export.index import runs_on
 from dop.export.load import CudaLibrary, load
+from dop.export.make_pack import TILE_SIZES
 from dop.export.pack import SOURCES, PackFile, write_pack
 from dop.export.select import select
 from dop.export.transfer import translated
@@ -136,6 +138,18 @@ def test_a_kernel_that_cannot_be_built_any_more_is_passed_over(tmp_path, monkeyp
             times={key: {"old": 1.0} for key in TIMES},
         )
     assert not (tmp_path / "q.doppack").exists()
+
+
+def test_tiles_that_no_plan_has_are_passed_over(tmp_path, monkeypatch):
+    def odd(workload, steps, target):
+        code = fake_generate(workload, steps, target)
+        return SimpleNamespace(**{**vars(code), "tile_rows": 12 if code.tile_rows else 0})
+
+    packed = pack_at(tmp_path / "p.doppack", monkeypatch, generate=odd)
+    assert "tiles of 12 rows" in packed.notes[0]
+    assert {k.tile_rows for k in load(packed.path).kernels.values()} == {0}
+    plan = pytest.importorskip("dop.ops.plan")
+    assert plan.TILE_SIZES == TILE_SIZES
 
 
 def test_a_workload_that_cannot_be_transferred_is_left_out_and_noted(tmp_path, monkeypatch):
