@@ -120,10 +120,11 @@ class PipelinedShrink:
         sums = ", ".join(f'"+f"(sum[0][{n // 4}][{n % 4}])' for n in range(count))
         kind = {"bfloat16": "bf16", "float16": "f16"}[self.workload.dtype]
         return (
-            "#define DOP_WGMMA(x_at, a_at) "
+            "#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define DOP_WGMMA(x_at, a_at) "
             f'asm volatile("wgmma.mma_async.sync.aligned.m64n{ranks}k16.f32.{kind}.{kind} '
             f'{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" '
             f': {sums} : "l"(x_at), "l"(a_at) : "memory")'
+            "\n#else\n#define DOP_WGMMA(x_at, a_at) __trap()\n#endif"
         )
 
 
@@ -164,16 +165,24 @@ __device__ __forceinline__ void dop_cluster_sync() {
 #endif
 }
 __device__ __forceinline__ void dop_fence_copies() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void dop_wgmma_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void dop_wgmma_commit() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void dop_wgmma_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
 }
 """
 
@@ -314,6 +323,9 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #endif
   }
 #undef DOP_COPY
+#if @WARPGROUPS@
+#undef DOP_WGMMA
+#endif
   const int g = lane >> 2, q = lane & 3;
 #if @SPLIT@ == 1
 #pragma unroll
