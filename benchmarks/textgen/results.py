@@ -45,11 +45,19 @@ class CaseResult:
 
     @property
     def bound(self) -> float | None:
-        """Largest possible retention: the base model's step plus the reading of the adapters."""
-        if "base" not in self.runs:
+        """Largest possible retention: the base model's step plus the reading of the adapters.
+
+        None without the base model, or without decode steps.
+        """
+        steps = [ms for run in self.runs.get("base", ()) if (ms := run.token_ms) is not None]
+        return median(steps) / (median(steps) + self.read_ms) if steps else None
+
+    def ttft_ratio(self, arm: str, other: str) -> float | None:
+        """Mean time to first token of the other arm over this one's: above 1 is faster."""
+        if arm not in self.runs or other not in self.runs:
             return None
-        step = median(run.token_ms for run in self.runs["base"])
-        return step / (step + self.read_ms)
+        pairs = zip(self.runs[arm], self.runs[other], strict=True)
+        return median(b.ttft_ms.mean / a.ttft_ms.mean for a, b in pairs)
 
     def row(self, arm: str) -> dict[str, Any]:
         """The figures of one line of the table."""
@@ -58,8 +66,9 @@ class CaseResult:
         steps = [run.step_ms for run in runs if run.step_ms is not None]
         retention, bound = self.retention(arm), self.bound
 
-        def middle(name: str, figure: str) -> float:
-            return median(getattr(getattr(run, name), figure) for run in runs)
+        def middle(name: str, figure: str) -> float | None:
+            stats = [getattr(run, name) for run in runs]
+            return median(getattr(s, figure) for s in stats) if all(stats) else None
 
         row: dict[str, Any] = {
             "batch": self.case.batch_size,
@@ -78,6 +87,7 @@ class CaseResult:
         row["bound"] = None if is_base else bound
         row["of_bound"] = retention / bound if retention and bound and not is_base else None
         row["over_stock"] = None if arm == "stock" else self.ratio(arm, "stock")
+        row["ttft_over_stock"] = None if arm == "stock" else self.ttft_ratio(arm, "stock")
         return row
 
 
@@ -99,6 +109,7 @@ COLUMNS = (
     ("bound", "bound", ".2f"),
     ("of_bound", "of bound", ".0%"),
     ("over_stock", "x stock", ".2f"),
+    ("ttft_over_stock", "TTFT x", ".2f"),
 )
 
 
@@ -130,22 +141,26 @@ def table(results: Sequence[CaseResult]) -> str:
 
 
 def summary(results: Sequence[CaseResult]) -> list[str]:
-    """Geometric means over the cases, a line an arm."""
+    """Geometric means over the cases of the same lengths, a line for each arm."""
     lines = []
-    for arm in dict.fromkeys(arm for r in results for arm in r.runs):
-        over = [x for r in results if arm != "stock" and (x := r.ratio(arm, "stock"))]
-        kept = [x for r in results if arm != "base" and (x := r.retention(arm))]
-        words = []
-        if over:
-            worst = min(over)
-            words.append(
-                f"{_geometric(over):.2f}x stock in the geometric mean (least {worst:.2f}x)"
-            )
-        if kept:
-            words.append(f"retention {_geometric(kept):.2f} (least {min(kept):.2f})")
-        if words:
-            lines.append(f"{arm}: " + ", ".join(words))
+    for lengths in dict.fromkeys(r.case.lengths for r in results):
+        mine = [r for r in results if r.case.lengths == lengths]
+        for arm in dict.fromkeys(arm for r in mine for arm in r.runs):
+            words = []
+            if arm != "stock":
+                words += _mean("x stock", [r.ratio(arm, "stock") for r in mine])
+                words += _mean("x stock's TTFT", [r.ttft_ratio(arm, "stock") for r in mine])
+            if arm != "base":
+                words += _mean(" retention", [r.retention(arm) for r in mine])
+            if words:
+                lines.append(f"{lengths} {arm}: " + ", ".join(words))
     return lines
+
+
+def _mean(what: str, values: Sequence[float | None]) -> list[str]:
+    """ "1.90x stock (least 1.20)", in a list that is empty if there are no values."""
+    known = [v for v in values if v is not None]
+    return [f"{_geometric(known):.2f}{what} (least {min(known):.2f})"] if known else []
 
 
 def _geometric(values: Sequence[float]) -> float:
@@ -214,12 +229,16 @@ def plot(path: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> N
             bound = result.bound or 1.0
             axis.plot([i - 0.42, i + 0.42], [bound, bound], color="#333333", lw=1,
                       label="bound: reading the adapters alone" if i == 0 else None)  # fmt: skip
-    labels = [f"{r.case.popularity}\nb{r.case.batch_size}" for r in results]
+    several = len({r.case.lengths for r in results}) > 1
+    labels = [
+        f"{r.case.popularity}\nb{r.case.batch_size}" + (f"\n{r.case.lengths}" if several else "")
+        for r in results
+    ]
     axis.set_xticks(range(len(results)), labels)
     axis.set_ylabel("share of the base model's tokens/s" if based else "tokens/s")
     axis.set_title(title(header).split(" (")[0], fontsize=9)
     axis.legend(frameon=False, fontsize=8, ncols=len(arms) + 1, loc="upper center",
-                bbox_to_anchor=(0.5, -0.18))  # fmt: skip
+                bbox_to_anchor=(0.5, -0.24 if several else -0.16))  # fmt: skip
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.tight_layout()

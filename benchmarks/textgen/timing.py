@@ -33,7 +33,7 @@ class Run:
         tokens: generated.
         tokens_per_s: generated per second.
         ttft_ms: time to first token.
-        tpot_ms: time per output token after the first, of requests that have two.
+        tpot_ms: time per output token after the first, None if no request has two.
         step_ms: per decode step while the whole batch decodes; None unless lengths are fixed.
         decode_tokens_per_s: batch / step; None unless lengths are fixed.
     """
@@ -42,7 +42,7 @@ class Run:
     tokens: int
     tokens_per_s: float
     ttft_ms: Stats
-    tpot_ms: Stats
+    tpot_ms: Stats | None
     step_ms: float | None
     decode_tokens_per_s: float | None
 
@@ -52,9 +52,9 @@ class Run:
         return self.decode_tokens_per_s or self.tokens_per_s
 
     @property
-    def token_ms(self) -> float:
-        """Milliseconds of a step: measured, or the mean time per output token."""
-        return self.step_ms or self.tpot_ms.mean
+    def token_ms(self) -> float | None:
+        """Milliseconds of a decode step: measured, or the mean time per output token."""
+        return self.step_ms or (self.tpot_ms.mean if self.tpot_ms else None)
 
     def as_dict(self) -> dict[str, object]:
         """For the JSON lines."""
@@ -62,9 +62,7 @@ class Run:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the sorted values; nan if there are none."""
-    if not values:
-        return float("nan")
+    """Linear between the sorted values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -75,7 +73,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def stats_ms(seconds: Sequence[float]) -> Stats:
     """Of durations in seconds."""
     ms = [s * 1e3 for s in seconds]
-    return Stats(fmean(ms) if ms else float("nan"), percentile(ms, 0.5), percentile(ms, 0.99))
+    return Stats(fmean(ms), percentile(ms, 0.5), percentile(ms, 0.99))
 
 
 def step_ms(wave: Sequence[Timing]) -> float | None:
@@ -120,7 +118,7 @@ def summarise(waves: Sequence[Sequence[Timing]], fixed: bool) -> Run:
         tokens,
         tokens / seconds,
         stats_ms([t.token_s[0] - t.start_s for t in every]),
-        stats_ms(tpot),
+        stats_ms(tpot) if tpot else None,
         step,
         len(waves[0]) / step * 1e3 if step else None,
     )

@@ -79,6 +79,9 @@ def test_step_time_counts_only_the_full_batch():
     assert (run.seconds, run.tokens) == (pytest.approx(0.9), 8)
     assert run.ttft_ms.mean == pytest.approx(150)
     assert run.tpot_ms.p99 == pytest.approx(233.3, rel=0.01)
+    first = summarise([[Timing(0.0, [0.5]), Timing(0.1, [0.7])]], fixed=True)
+    assert first.tpot_ms is first.token_ms is None
+    assert first.pace == pytest.approx(2 / 0.7)
     free = summarise([[early, late]], fixed=False)
     assert free.step_ms is None
     assert free.pace == pytest.approx(8 / 0.9)
@@ -87,7 +90,6 @@ def test_step_time_counts_only_the_full_batch():
 def test_percentiles():
     assert percentile([3, 1, 2], 0.5) == 2
     assert percentile([0, 10], 0.99) == pytest.approx(9.9)
-    assert math.isnan(percentile([], 0.5))
 
 
 def run_of(pace: float, step: float | None = None) -> Run:
@@ -114,9 +116,21 @@ def test_retention_its_bound_and_ratios_are_of_one_repeat():
     assert len(lines) == 2 + 3
     assert len({len(line) for line in lines}) == 1
     assert all(len(line.split("|")) == len(COLUMNS) + 2 for line in lines)
-    assert "dop: 1.50x stock in the geometric mean (least 1.50x), retention 0.75" in "\n".join(
-        summary([result])
+    assert (
+        "2:2 dop: 1.50x stock (least 1.50), 1.00x stock's TTFT (least 1.00), 0.75 ret"
+        in "\n".join(summary([result]))
     )
+
+
+def test_prefill_alone_has_no_bound():
+    prefill = summarise([[Timing(0.0, [0.5])]], fixed=True)
+    slower = summarise([[Timing(0.0, [0.6])]], fixed=True)
+    result = CaseResult(Case(1, "distinct", "9:1"), 1.0, {"base": [prefill], "stock": [slower]})
+    row = result.row("stock")
+    assert row["bound"] is row["of_bound"] is row["tpot_mean_ms"] is None
+    assert row["retention"] == pytest.approx(0.5 / 0.6)
+    assert result.row("base")["ttft_over_stock"] == pytest.approx(1.2)
+    assert "nan" not in table([result])
 
 
 def test_a_missing_base_leaves_retention_out():
