@@ -6,8 +6,10 @@
 // segment of its row itself, so nothing is prepared on the host. Sums have one order.
 // Parameters are in the order of SHRINK and EXPAND in punica.py.
 
+#ifndef DOP_ON_HOST
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 namespace {
 
@@ -51,7 +53,7 @@ __device__ void shrink(const T* x, const long long* a, const int* ends, float* v
     }
   }
   for (int r = 0; r < kRanks; ++r) {
-    for (int step = 16; step; step /= 2) sums[r] += __shfl_down_sync(~0u, sums[r], step);
+    for (int step = 16; step; step /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], step);
     if (lane == 0) partial[threadIdx.x / 32][r] = sums[r];
   }
   __syncthreads();
@@ -91,6 +93,8 @@ __device__ void expand(const float* v, const long long* b, const int* ends, T* y
     expand(v, b, ends, y, out, rank, segments, layer);                                           \
   }
 
+#ifndef DOP_ON_HOST
 DOP_PUNICA(f16, __half)
 DOP_PUNICA(bf16, __nv_bfloat16)
+#endif
 DOP_PUNICA(f32, float)

@@ -2,7 +2,7 @@
 
 Source: punica-ai/punica, src/punica/ops/__init__.py (semantics and argument order).
 
-Rebuild the binary after a change of punica.cu: python -m dop.ops.punica (needs nvcc).
+After a change of punica.cu: python -c "from dop.ops.punica import build; build()" (needs nvcc).
 """
 
 from __future__ import annotations
@@ -232,7 +232,3 @@ def build() -> int:
         data = lzma.compress(path.read_bytes(), preset=9)
     BINARY.write_bytes(data)
     return len(data)
-
-
-if __name__ == "__main__":
-    print(f"{BINARY}: {build()} bytes")

@@ -1,4 +1,4 @@
-"""The short path to the driver, with a driver of Python: packing, caching, what goes the long way."""
+"""The short path to the driver, with a driver of Python: packing, caching, the long way."""
 
 import fake_driver
 import pytest
@@ -65,7 +65,7 @@ def test_launch_parameters(case):
 
 
 def test_another_plan_other_weights_and_one_tensor_stay_short(case, monkeypatch):
-    driver, a, b, x, y = case
+    _, a, b, x, y = case
     c, d = stacks(SLOTS, RANK, WIDTH, [t.shape[1] for t in b], seed=9)
     for weights in ((a, b), (c, d)):
         ops.add_lora(y.clone(), x, *weights, make_plan())
@@ -215,3 +215,43 @@ def test_empty_batch_launches_nothing(case):
     driver, a, b, x, y = case
     ops.add_lora(y[:0], x[:0], a, b, make_plan([]))
     assert not driver.launches
+
+
+def test_every_shipped_kernel_finds_its_arguments(monkeypatch):
+    from dop import packs
+    from dop.ops.checks import shape_of
+    from dop.ops.sources import Search, pack_kernel
+    from dop.ops.warm import _TORCH_TYPES
+
+    monkeypatch.setattr(launch, "driver", lambda: fake_driver.FakeDriver(()))
+    for entry in packs.shipped():
+        library = packs._open(entry.path)
+        for info in library.kernels.values():
+            w = info.workload
+            shape = shape_of(w.in_features, w.out_features, w.rank, _TORCH_TYPES[w.dtype], 0)
+            kernel = pack_kernel(library, info, Search(shape, 8, 64, None))
+            workspace = torch.empty(launch.workspace_bytes(kernel, 8, 64), dtype=torch.uint8)
+            functions = range(1, len(kernel.launches) + 1)
+            block = launch.Block(kernel, functions, shape, (8, 64), 0, workspace)
+            assert len(block.calls) == len(kernel.launches)
+
+
+@pytest.mark.parametrize("outs", [(64,), (64, 8, 8)])
+def test_generic_kernels_find_their_arguments(monkeypatch, outs):
+    from types import SimpleNamespace
+
+    from dop.ops.checks import shape_of
+    from dop.ops.generic import kernels
+    from dop.ops.sources import Search
+
+    gpu = SimpleNamespace(capability=90, multiprocessors=132)
+    monkeypatch.setattr(kernels, "device", lambda ordinal: gpu)
+    monkeypatch.setattr(launch, "driver", lambda: fake_driver.FakeDriver(()))
+    shape = shape_of(64, outs, 5, torch.bfloat16, 0)
+    for tokens in (1, 8, 300):
+        search = Search(shape, tokens, 16, None)
+        for make in (kernels.kernel, kernels.shrink_kernel, kernels.expand_kernel):
+            kernel = make(search)
+            workspace = torch.empty(launch.workspace_bytes(kernel, tokens, 16), dtype=torch.uint8)
+            functions = range(1, len(kernel.launches) + 1)
+            launch.Block(kernel, functions, shape, (tokens, 16), 0, workspace)

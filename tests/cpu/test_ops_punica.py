@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
 import fake_driver
 import pytest
@@ -68,6 +69,47 @@ def test_launches_pass_what_the_kernels_take(monkeypatch):
     ops.add_lora_sgmv(y, x, *pointers, s, 1, RANK, a_is_transposed=False)
     assert (seen[2]["layer"], seen[2]["transposed"]) == (1, 0)
     launch.forget()
+
+
+ON_HOST = """
+#include "cuda_on_host.h"
+#include "punica.cu"
+extern "C" void run(const float* x, const long long* a, const long long* b, const int* ends,
+                    float* v, float* y, int tokens, int in, int out, int rank, int segments,
+                    int layer, int transposed) {
+  auto first = [=] {
+    dop_punica_shrink_f32(x, a, ends, v, in, rank, segments, layer, transposed);
+  };
+  auto second = [=] { dop_punica_expand_f32(v, b, ends, y, out, rank, segments, layer); };
+  host::launch(first, {(unsigned)tokens, (unsigned)(rank + 7) / 8, 1}, {128, 1, 1}, 0, 1);
+  host::launch(second, {(unsigned)tokens, (unsigned)(out + 127) / 128, 1}, {128, 1, 1}, 0, 2);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The kernels of punica.cu on the CPU."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("punica")
+    (folder / "run.cc").write_text(ON_HOST)
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{punica.SOURCE.parent}"]
+    command += [f"-I{Path(__file__).parent}", "-o", str(folder / "run.so"), str(folder / "run.cc")]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(folder / "run.so")).run
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_kernels_themselves(on_host, transposed):
+    y, x, a, b, pointers, s = case(transposed=transposed)
+    want = reference(y, x, a, b, 2, transposed)
+    last = y[9].clone()
+    v = torch.full((10, RANK), float("nan"))
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (x, *pointers, s, v, y)]
+    on_host(*addresses, 10, WIDTH, OUT, RANK, 4, 2, int(transposed))
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[9], last)
 
 
 def test_errors():
