@@ -26,17 +26,11 @@ def records(engine: str, slots: int = 64, model: str = "llama-3.1-8b") -> list[E
             for candidate in candidates:
                 times = Measurement((rng.uniform(1e-6, 1e-4),))
                 chosen = options(task, candidate.values)
+                versions = {"triton": "3.6.0", engine: "0"}
                 found.append(
                     EngineRecord(
-                        task,
-                        scenario,
-                        chosen,
-                        candidate.trace,
-                        times,
-                        DEVICE,
-                        {"triton": "3.6.0", engine: "0"},
-                        0.0,
-                    )  # fmt: skip
+                        task, scenario, chosen, candidate.trace, times, DEVICE, versions, 0.0
+                    )
                 )
     return found
 

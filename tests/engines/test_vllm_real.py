@@ -1,0 +1,177 @@
+"""The plugin over real vLLM classes, on CPU tensors: no engine, no GPU kernels of vLLM.
+
+Runs wherever `import vllm.lora.model_manager` works (also a vLLM without its binaries).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sources import load_file, package_folder
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from vllm.lora.layers import (
+    LoRAMapping,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.punica_wrapper import punica_gpu
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.utils import torch_utils
+
+HIDDEN, SLOTS, RANK = 32, 3, 8
+CONFIG = SimpleNamespace(
+    max_loras=SLOTS,
+    max_lora_rank=RANK,
+    fully_sharded_loras=False,
+    specialize_active_lora=False,
+    lora_dtype=torch.float16,
+)
+
+
+@pytest.fixture(autouse=True)
+def metadata(monkeypatch):
+    """vLLM imports its metadata class only where Triton is; it needs none. Nor does it a GPU."""
+    monkeypatch.setattr(torch_utils, "PIN_MEMORY", torch.cuda.is_available())
+    if not hasattr(punica_gpu, "LoRAKernelMeta"):
+        path = package_folder("vllm") / "lora/ops/triton_ops/lora_kernel_metadata.py"
+        module = load_file(path, "lora_kernel_metadata")
+        monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", module.LoRAKernelMeta, raising=False)
+
+
+def plain_layer(kind, wrapper, widths):
+    """A layer of vLLM's class without its parallel base layer: the base adds nothing."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer._enable_aux_cuda_stream = False
+    layer.lora_config, layer.punica_wrapper = CONFIG, wrapper
+    layer.tp_size, layer.tp_rank, layer.n_slices = 1, 0, len(widths)
+    layer.output_slices = widths
+    total = sum(widths)
+    quant = SimpleNamespace(apply=lambda _, x, bias: x.new_zeros(x.shape[0], total))
+    # Its forward decides which way packed projections take.
+    layer.base_layer = MergedColumnParallelLinear.__new__(MergedColumnParallelLinear)
+    nn.Module.__init__(layer.base_layer)
+    layer.base_layer.quant_method = quant
+    layer.lora_a_stacked = tuple(
+        torch.zeros(SLOTS, 1, RANK, HIDDEN, dtype=torch.float16) for _ in widths
+    )
+    layer.lora_b_stacked = tuple(
+        torch.zeros(SLOTS, 1, width, RANK, dtype=torch.float16) for width in widths
+    )
+    return layer
+
+
+def build(manager_class=LoRAModelManager):
+    from dop.integrations.vllm_wrapper import DopPunicaWrapper
+
+    wrapper = DopPunicaWrapper(64, 8, "cpu", lora_config=CONFIG)
+    manager = manager_class.__new__(manager_class)
+    manager.lora_config, manager.is_pooling_model, manager.supports_mm = CONFIG, False, False
+    manager.punica_wrapper_mapping = {"language_model": wrapper}
+    manager.lora_index_to_id = [None] * SLOTS
+    manager.vocab_size, manager._last_mapping = 100, None
+    manager._registered_adapters, manager._active_adapters = {}, {}
+    manager.modules = {
+        "qkv_proj": plain_layer(MergedQKVParallelLinearWithLoRA, wrapper, (48, 16, 16)),
+        "gate_up_proj": plain_layer(MergedColumnParallelLinearWithLoRA, wrapper, (64, 64)),
+        "o_proj": plain_layer(RowParallelLinearWithLoRA, wrapper, (32,)),
+    }
+    return manager, wrapper
+
+
+def adapter(manager, lora_id, rank, seed):
+    rng = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=rng).half()
+
+    weights = {}
+    for name, layer in manager.modules.items():
+        a = [random(rank, HIDDEN) for _ in layer.output_slices]
+        b = [random(width, rank) for width in layer.output_slices]
+        if len(a) == 1:
+            weights[name] = LoRALayerWeights(name, rank, rank, a[0], b[0])
+        else:
+            weights[name] = PackedLoRALayerWeights(name, rank, [rank] * len(a), a, b)
+    manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, weights)
+    assert manager.activate_adapter(lora_id)
+
+
+def check(manager, ids, padded=3):
+    for name, layer in manager.modules.items():
+        x = torch.randn(len(ids) + padded, HIDDEN).half()
+        got = layer.apply(x).float()
+        want = torch.zeros_like(got)
+        for row, lora_id in enumerate(ids):
+            if lora_id > 0:
+                weights = manager._registered_adapters[lora_id].loras[name]
+                a, b = weights.lora_a, weights.lora_b
+                pairs = [(a, b)] if torch.is_tensor(a) else zip(a, b, strict=True)
+                parts = [x[row].float() @ u.float().T @ v.float().T for u, v in pairs]
+                want[row] = torch.cat(parts)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
+
+
+def test_vllms_layers_and_manager_through_dop(monkeypatch):
+    manager, wrapper = build()
+    monkeypatch.setattr(punica_gpu.PunicaWrapperGPU, "add_lora_linear", None)  # never vLLM's own
+    monkeypatch.setattr(punica_gpu.PunicaWrapperGPU, "add_shrink", None)
+    adapter(manager, 7, 8, 1)
+    adapter(manager, 8, 3, 2)
+    ids = (7, 7, 0, 8, 8, 7)
+    manager.set_adapter_mapping(LoRAMapping(ids, ids))
+    check(manager, ids)
+    assert wrapper._plans.rank_list == [8, 3, 8]
+    assert wrapper._headless == {0, 1}
+
+
+def test_reloaded_under_the_same_mapping(monkeypatch):
+    manager, _ = build()
+    ids = (1, 2, 2)
+    adapter(manager, 1, 8, 1)
+    adapter(manager, 2, 8, 2)
+    manager.set_adapter_mapping(LoRAMapping(ids, ids))
+    check(manager, ids)
+    for lora_id in (1, 2):
+        manager.remove_adapter(lora_id)
+    adapter(manager, 2, 2, 22)
+    adapter(manager, 1, 5, 11)
+    assert manager.lora_index_to_id == [2, 1, None]
+    manager.set_adapter_mapping(LoRAMapping(ids, ids))
+    check(manager, ids)
+
+
+def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
+    from dop.integrations import vllm_metadata
+
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 7, 64):
+        for captured in ([SLOTS + 1], [1, 2, 4]):
+            metas = [
+                punica_gpu.LoRAKernelMeta.make(SLOTS, 64, "cpu", captured_lora_counts=captured)
+                for _ in range(2)
+            ]
+            assert vllm_metadata.is_known(metas[0])
+            for meta in metas:
+                meta.token_lora_mapping.fill_(9)
+                meta.token_indices_sorted_by_lora_ids.fill_(9)
+            slots = torch.randint(-1, SLOTS, (tokens,), generator=generator, dtype=torch.int32)
+            for given in (slots, torch.full_like(slots, -1), torch.full_like(slots, 1)):
+                metas[0].prepare_tensors(given)
+                vllm_metadata.fill(metas[1], given)
+                for name in vllm_metadata.FIELDS[:-1]:
+                    assert torch.equal(getattr(metas[0], name), getattr(metas[1], name)), name
+
+
+def test_the_lru_manager_activates_through_the_patch():
+    assert hasattr(LoRAModelManager.activate_adapter, "stock")
+    assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
