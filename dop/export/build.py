@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -120,7 +122,9 @@ def build_all(
     context = multiprocessing.get_context("spawn")
     with (
         _one_thread_each(),
-        ProcessPoolExecutor(count, mp_context=context) as pool,
+        ProcessPoolExecutor(
+            count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool,
     ):
         try:
             yield from zip(jobs, pool.map(_attempt, jobs), strict=True)
@@ -128,6 +132,17 @@ def build_all(
             raise ExportError(
                 "a process that builds kernels died.", "Give fewer --jobs: memory may be short."
             ) from error
+
+
+def _end_with(parent: int) -> None:
+    """Lets a process end soon after its parent: one that is killed cannot tell its pool."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
