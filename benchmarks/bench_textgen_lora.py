@@ -52,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--maxlen", type=int, help="longest prompt with its output")
     add("--repeats", type=int, default=3, help="runs of each arm and case (default 3)")
     add("--slots", type=int, help="adapter slots (default: largest batch, 64 on vLLM)")
+    add("--adapters", type=int, help="distinct adapters (default: as many as slots)")
     add("--dtype", choices=("float32", "float16", "bfloat16"))
     add("--device", choices=("cpu", "cuda"))
     add("--seed", type=int, default=0)
@@ -103,6 +104,7 @@ def _complete(options: argparse.Namespace) -> None:
     options.maxlen = max([options.maxlen, *(sum(c.fixed) for c in options.cases if c.fixed)])
     options.batch = max(case.batch_size for case in options.cases)
     options.slots = options.slots or (64 if options.engine == "vllm" else options.batch)
+    options.adapters = options.adapters or options.slots
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -152,6 +154,7 @@ def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str
             model,
             rank=options.lora_rank,
             slots=options.slots,
+            count=options.adapters,
             batch_size=options.batch,
             maxlen=options.maxlen,
             dtype=dtype,
@@ -181,7 +184,12 @@ def measure(
     found = []
     for case in options.cases:
         groups = waves(
-            case, options.num_batches, options.maxlen, options.slots, model.vocabulary, options.seed
+            case,
+            options.num_batches,
+            options.maxlen,
+            options.adapters,
+            model.vocabulary,
+            options.seed,
         )
         read_ms = case.in_flight(options.slots) * one / bandwidth * 1e3
         result = CaseResult(case, read_ms, {name: [] for name in options.arms})
@@ -219,6 +227,7 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
         "model": model.name,
         "rank": options.lora_rank,
         "slots": options.slots,
+        "adapters": options.adapters,
         "dtype": options.dtype,
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
@@ -243,13 +252,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         arms = load(options, model, options.work or Path(temporary))
         try:
+            before = {name: arm.device_bytes() for name, arm in arms.items()}
             found = measure(arms, options, model, bandwidth)
+            about["device_bytes"] = {n: [before[n], arms[n].device_bytes()] for n in arms}
         finally:
             for arm in arms.values():
                 arm.close()
     print(report.table(found))
     for line in report.summary(found):
         print(line)
+    for name, (first, last) in about["device_bytes"].items():
+        if first is not None and options.engine == "vllm":
+            print(f"{name}: {first >> 20} MiB of the GPU before, {last >> 20} MiB after")
     if options.save_to:
         report.write(options.save_to, about, found)
         print(f"written to {options.save_to}")

@@ -25,6 +25,10 @@ class Arm(Protocol):
         """Serve the jobs, at most `concurrency` in flight; their times in the same order."""
         ...
 
+    def device_bytes(self) -> int | None:
+        """Memory of the GPU that torch has handed out to the arm's process; None on a CPU."""
+        ...
+
     def close(self) -> None:
         """Free what the arm holds; may be called twice."""
         ...
@@ -49,6 +53,10 @@ class OneAdapterAtATime:
             times = self._arm.run([jobs[i] for i in mine], concurrency)
             found.update(zip(mine, times, strict=True))
         return [found[i] for i in range(len(jobs))]
+
+    def device_bytes(self) -> int | None:
+        """That of the other arm."""
+        return self._arm.device_bytes()
 
     def close(self) -> None:
         """Nothing: the other arm is closed by its owner."""

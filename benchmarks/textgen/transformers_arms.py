@@ -34,6 +34,10 @@ class TransformersArm:
             assert len(output.tokens) == job.output
         return [Timing(o.start_s, o.token_s) for o in outputs]
 
+    def device_bytes(self) -> int | None:
+        """Of this process, in which all arms are."""
+        return torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()
@@ -62,12 +66,13 @@ def load_arms(
     *,
     rank: int,
     slots: int,
+    count: int,
     batch_size: int,
     maxlen: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Arm]:
-    """The arms base, stock and dop.
+    """The arms base, stock and dop; `count` adapters take turns in `slots`.
 
     Raises:
         ConfigError: an arm that this engine has not.
@@ -78,7 +83,7 @@ def load_arms(
     shared = _model(model, dtype, device)
     adapters: dict[str, Adapter] = {}
     if set(names) != {"base"}:
-        adapters = {f"a{i}": random_adapter(shared, rank, i) for i in range(slots)}
+        adapters = {f"a{i}": random_adapter(shared, rank, i) for i in range(count)}
     sizes = {
         "max_requests": batch_size,
         "max_length": maxlen,

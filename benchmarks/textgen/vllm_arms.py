@@ -39,7 +39,8 @@ class VllmOptions:
     """How the engines are loaded.
 
     Attributes:
-        rank, slots: of the adapters; slots is vLLM's max_loras.
+        rank, slots: of the adapters; slots is vLLM's max_loras. Further adapters are read from
+            disk when a request asks for them, and throw others out.
         batch_sizes: of the cases: requests in flight, and the batches that get CUDA graphs.
         maxlen: longest prompt with its output.
         kv_tokens: tokens whose keys and values have to fit at once.
@@ -48,7 +49,6 @@ class VllmOptions:
         tuned: folder of tuned-config JSON files, for the arm tuned-json.
         memory: share of the GPU that must be free for an arm before it loads.
         eager: no torch.compile and no CUDA graphs.
-        cached_adapters: adapters kept in host memory; vLLM's max_cpu_loras.
         extra: further arguments of vllm.LLM.
     """
 
@@ -62,7 +62,6 @@ class VllmOptions:
     tuned: Path | None = None
     memory: float = 0.1
     eager: bool = False
-    cached_adapters: int | None = None
     extra: Mapping[str, Any] | None = None
 
 
@@ -109,6 +108,12 @@ class VllmArm:
         lines = [[j.prompt, j.output, j.adapter] for j in jobs]
         self._send({"op": "run", "jobs": lines, "concurrency": concurrency})
         return [Timing(start, times) for start, times in self._answer(RUN_S)["times"]]
+
+    def device_bytes(self) -> int | None:
+        """Of the arm's process."""
+        self._send({"op": "memory"})
+        found: int | None = self._answer(RUN_S)["bytes"]
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -237,7 +242,7 @@ def llm_arguments(
         arguments |= {
             "enable_lora": True,
             "max_loras": options.slots,
-            "max_cpu_loras": max(options.slots, options.cached_adapters or 0),
+            "max_cpu_loras": options.slots,
             "max_lora_rank": next(r for r in VLLM_RANKS if r >= options.rank),
         }
     return {**arguments, **(options.extra or {})}

@@ -3,7 +3,7 @@
     python -m benchmarks.textgen.vllm_worker IN_FD OUT_FD
 
 The first line holds the settings. Then {"op": "run", "jobs": [...], "concurrency": n} is answered
-by the times of every token, {"op": "stop"} ends the process.
+by the times of every token, {"op": "memory"} by device_bytes(), {"op": "stop"} ends the process.
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ class Served:
         return [[start, times] for start, times in zip(starts, tokens, strict=True)]
 
 
+def device_bytes() -> int | None:
+    """Bytes that torch has handed out on the GPU, after everything has finished."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
 def main() -> int:
     """Serves until told to stop; returns the exit code."""
     commands = os.fdopen(int(sys.argv[1]), "r")
@@ -92,7 +102,10 @@ def main() -> int:
             command = json.loads(line)
             if command["op"] == "stop":
                 break
-            answer(times=served.run(command["jobs"], command["concurrency"]))
+            if command["op"] == "memory":
+                answer(bytes=device_bytes())
+            else:
+                answer(times=served.run(command["jobs"], command["concurrency"]))
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")

@@ -98,8 +98,8 @@ def waves(
 
     Fixed lengths: a group is one batch of exactly the case's mix, so that all of its requests
     decode side by side. Punica's lengths: one group of all requests, adapters shared over all
-    of them as Punica does, `batch_size` in flight. An engine has `adapters` slots: adapter i
-    stands in for i + adapters (Punica mirrors its weights so).
+    of them as Punica does, `batch_size` in flight. Adapter i of `adapters` stands in for
+    i + adapters (Punica mirrors its weights so).
     """
     rng = random.Random(seed)
 
@@ -110,7 +110,7 @@ def waves(
         prompt, output = case.fixed
         groups = []
         for wave in range(batches):
-            ids = _adapters(case.popularity, case.batch_size, seed + wave)
+            ids = _adapters(case.popularity, case.batch_size, seed, wave)
             groups.append([job(prompt, output, i) for i in ids])
         return groups
     count = case.batch_size * batches
@@ -119,7 +119,7 @@ def waves(
     return [[job(*pair, i) for pair, i in zip(lengths, ids, strict=True)]]
 
 
-def _adapters(popularity: str, count: int, seed: int) -> list[int]:
-    if popularity == "distinct":
-        return list(range(count))  # unshuffled: neighbours stay distinct modulo the slots
-    return named(popularity, count).token_to_adapter(seed)
+def _adapters(popularity: str, count: int, seed: int, wave: int = 0) -> list[int]:
+    if popularity == "distinct":  # in order: neighbours stay distinct modulo the adapters
+        return list(range(wave * count, (wave + 1) * count))
+    return named(popularity, count).token_to_adapter(seed + wave)

@@ -43,7 +43,8 @@ def test_fixed_lengths_come_in_batches_of_the_mix():
         assert {(len(j.prompt), j.output) for j in group} == {(5, 7)}
         assert sorted(j.adapter for j in group) == sorted([0, 1, 2, 3] * 4)
     assert groups[0] != groups[1]
-    assert ids(waves(Case(4, "distinct", "5:7"), 2, 64, 64, 100)) == [[0, 1, 2, 3]] * 2
+    distinct = waves(Case(4, "distinct", "5:7"), 3, 64, 6, 100)
+    assert ids(distinct) == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]]
     assert {*ids(waves(Case(4, "identical", "5:7"), 1, 64, 64, 100))[0]} == {0}
 
 
@@ -258,6 +259,7 @@ def test_a_vllm_process_serves_and_ends(tmp_path, fake_vllm):
             times = arm.run(jobs, 3)
             assert [len(t.token_s) for t in times] == [j.output for j in jobs]
             assert all(t.start_s <= t.token_s[0] <= t.token_s[-1] for t in times)
+        assert arms["dop"].device_bytes() is None
         with pytest.raises(DopError, match="unlucky"):
             arms["base"].run([Job([13], 2, 0)], 1)
     finally:

@@ -52,6 +52,12 @@ def test_options_that_make_no_sense(bad):
         parse(bad)
 
 
+def test_more_adapters_than_slots(capsys):
+    few = ["--arms", "dop", "--cases", "4/distinct/3:3", "--slots", "2", "--adapters", "5"]
+    assert main([*SMALL, *few, "--num-batches", "3"]) == 0
+    assert "b4/distinct/3:3: dop" in capsys.readouterr().out
+
+
 def test_arms_of_another_engine():
     with pytest.raises(ConfigError, match="tuned-json"):
         main([*SMALL, "--arms", "tuned-json"])
