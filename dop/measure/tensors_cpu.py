@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dop.measure import tensor_cache
 from dop.measure.accuracy import Errors, Floats, compare, reference
-from dop.measure.inputs import mixed_facts, stack_slots, window_slots, windows
+from dop.measure.inputs import window_slots
 from dop.measure.plan import Plan, SlotFacts, Table, make_plan
 from dop.scenario import Scenario
 from dop.target import Target
@@ -106,13 +106,8 @@ def _copy_aligned(table: Table) -> Table:
 
 
 @dataclass
-class Weights:
+class Weights(tensor_cache.Weights[Floats, Batch]):
     """Stacks of one workload, and the batches made for it."""
-
-    a: list[Floats]
-    b: list[Floats]
-    slots: int
-    batches: dict[tuple[Scenario, int, bool], Batch] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -123,35 +118,26 @@ class Weights:
         return sum(int(array.nbytes) for array in arrays)
 
 
-class TensorCache:
+class TensorCache(tensor_cache.TensorCache[Weights, Batch]):
     """Weights of the last workloads, within a memory budget."""
 
     def __init__(self, target: Target, budget_bytes: int = BUDGET_BYTES) -> None:
-        self._cache_bytes = min(target.l2_bytes, CACHE_LIMIT_BYTES)
-        self._budget = budget_bytes
-        self._held: OrderedDict[str, Weights] = OrderedDict()
+        super().__init__(min(target.l2_bytes, CACHE_LIMIT_BYTES), WINDOW_LIMIT, budget_bytes)
 
-    def weights(self, workload: Workload, scenarios: Sequence[Scenario], least: int) -> Weights:
-        """Stacks with slots for every scenario and at least `least` of them."""
-        slots = max(least, stack_slots(workload, scenarios, self._cache_bytes, WINDOW_LIMIT))
-        held = self._held.get(workload.key)
-        if held is None or held.slots < slots:
-            self._held.pop(workload.key, None)
-            held = self._held[workload.key] = _make_weights(workload, slots)
-        self._held.move_to_end(workload.key)
-        while len(self._held) > 1 and sum(w.nbytes for w in self._held.values()) > self._budget:
-            self._held.popitem(last=False)
-        return held
+    def make_weights(self, workload: Workload, slots: int) -> Weights:
+        """Stacks of normal values."""
+        return _make_weights(workload, slots)
 
-    def batch(self, workload: Workload, scenario: Scenario, *, timed: bool) -> Batch:
-        """Tensors of a scenario; one window, with mixed ranks and scales, if it is only checked."""
-        weights = self._held[workload.key]
-        facts = None if timed else mixed_facts(workload, weights.slots)
-        count = windows(workload, scenario, self._cache_bytes, WINDOW_LIMIT) if timed else 1
-        key = (scenario, count, timed)
-        if key not in weights.batches:
-            weights.batches[key] = _make_batch(workload, weights, scenario, count, facts)
-        return weights.batches[key]
+    def make_batch(
+        self,
+        workload: Workload,
+        weights: Weights,
+        scenario: Scenario,
+        count: int,
+        facts: SlotFacts | None,
+    ) -> Batch:
+        """Normal values, and what a call must make of them."""
+        return _make_batch(workload, weights, scenario, count, facts)
 
 
 def element_type(workload: Workload) -> type:
