@@ -21,7 +21,7 @@ OPERATORS = ("dop", "extra")
 """What the operator is called in bench_sgmv's rows and in bench_peers.py's."""
 VLLM = "vllm"
 ERROR_SLACK = 1.05
-"""Errors of two operators that round alike differ by chance; measured under 2 %."""
+"""An allowance, not a measurement: errors of two operators that round alike differ by chance."""
 
 
 @dataclass
