@@ -1,0 +1,84 @@
+"""Shipped packs on a GPU that runs their binaries: every kernel loads, serves the batches that its
+table gives to it, and is right, those transferred from the other type too."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from dop import ops, packs  # noqa: E402
+from dop.export.index import runs_on  # noqa: E402
+from dop.packs.answer import Batch, explain  # noqa: E402
+from dop.workload import Workload  # noqa: E402
+
+NAME = torch.cuda.get_device_name()
+MAJOR, MINOR = torch.cuda.get_device_capability()
+ARCH = f"sm_{MAJOR}{MINOR}"
+HERE = [entry for entry in packs.shipped() if runs_on(entry.arch, ARCH)]
+CASES = sorted({key for entry in HERE for key in entry.workloads})
+MOST_SLOTS, MOST_TOKENS = 16, 4096
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def batches_of(workload: Workload) -> dict[str, tuple[int, int | None]]:
+    """For each kernel of the workload a batch that it serves."""
+    library = packs.find(NAME, ARCH, workload.key)[0].library()
+    table = library.table.workloads[workload.key]
+    counts = sorted({row.tokens for row in table.rows if row.tokens <= MOST_TOKENS})
+    found: dict[str, tuple[int, int | None]] = {}
+    for tokens, adapters in itertools.product(counts, (None, 1, 2, 3, 4, 6, 8, 12, 16)):
+        if adapters is None or adapters <= tokens:
+            found.setdefault(table.choose(tokens, adapters), (tokens, adapters))
+    for tokens in counts:  # every token its own adapter: the hint alone decides
+        found.setdefault(table.choose(tokens, tokens), (tokens, tokens))
+    assert set(found) >= set(table.trace_keys) - {
+        row.trace_key for row in table.rows if row.tokens > MOST_TOKENS
+    }
+    return found
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_every_kernel_is_right_where_it_serves(key):
+    workload = Workload.parse(key)
+    dtype = getattr(torch, workload.dtype)
+    generator = torch.Generator("cuda").manual_seed(7)
+    slots = MOST_SLOTS
+
+    def draw(*shape: int):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    a = [draw(slots, workload.rank, workload.in_features) / 64 for _ in workload.out_features]
+    b = [draw(slots, out, workload.rank) for out in workload.out_features]
+    for trace, (tokens, adapters) in batches_of(workload).items():
+        answer = explain(Batch(workload, tokens, adapters, NAME, ARCH))
+        assert answer.trace == trace
+        choice = ops.explain_choice(key, tokens=tokens, adapters=adapters, slots=slots)
+        assert choice.name == answer.kernel
+        used = min(slots, adapters or slots)
+        ids = torch.randint(-1, used, (tokens,), generator=generator, device="cuda").int()
+        x, y = draw(tokens, workload.in_features), draw(tokens, workload.total_out)
+        want = y.double()
+        for slot in range(used):
+            mine = ids == slot
+            v = [x[mine].double() @ stack[slot].double().T for stack in a]
+            parts = [part @ stack[slot].double().T for part, stack in zip(v, b, strict=True)]
+            want[mine] += torch.cat(parts, dim=1)
+        before = y.clone()
+        plan = ops.segment_plan(ids, slots=slots, adapters=adapters)
+        ops.add_lora(y, x, a, b, plan)
+        torch.cuda.synchronize()
+        assert torch.equal(y[ids < 0], before[ids < 0])
+        error = (y.double() - want).abs().max() / want.abs().max()
+        assert error <= TOLERANCE[dtype], (key, trace, tokens, adapters, float(error))
+
+
+def test_shipped_packs_know_this_gpu():
+    """On another GPU there is nothing to test: say so instead of passing in silence."""
+    if not HERE:
+        pytest.skip(f"no shipped pack has binaries for {ARCH}")
+    assert CASES
