@@ -295,7 +295,18 @@ def _say_pragma(tracker: LoopTracker, position: int, step: PragmaStep) -> str:
             "writes unrolled code out itself" if step.value else "leaves unrolling to the compiler"
         )
         return f"In {where} the code generator {how}."
+    if step.name == "dependent_launch":
+        return _DEPENDENT_WORDS.get(step.value, f"Launches dependent kernels in a way {value}.")
     return f"Attaches pragma {step.name} = {value} to {where}."
+
+
+_DEPENDENT_WORDS: dict[object, str] = {
+    0: "Launches kernels one after the other.",
+    1: "Launches the second kernel as a dependent of the first: it loads what does not depend on v "
+    "while the first still runs, then waits.",
+    2: "Launches every kernel as a dependent of the one before it in the stream: the first waits "
+    "before it reads anything, the second before it reads v.",
+}
 
 
 def _say_align(tracker: LoopTracker, position: int, step: StorageAlignStep) -> str:

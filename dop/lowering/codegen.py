@@ -179,9 +179,13 @@ def _generate_tiles(app: Application) -> Generated:
     shrink, expand = tiles.shrink, tiles.expand
     (first, given), (second, wanted) = signatures(source)
     kernels = (
-        KernelLaunch(first, shrink.grid, shrink.block, shrink.smem_bytes, given),
         KernelLaunch(
-            *(second, expand.grid, expand.block, expand.smem_bytes), wanted, tiles.dependent
+            *(first, shrink.grid, shrink.block, shrink.smem_bytes),
+            *(given, tiles.dependent > 1),
+        ),
+        KernelLaunch(
+            *(second, expand.grid, expand.block, expand.smem_bytes),
+            *(wanted, tiles.dependent > 0),
         ),
     )
     return Generated(

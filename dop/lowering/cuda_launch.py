@@ -10,6 +10,12 @@ Two edits of the generated text, kernel by kernel:
   of y, overlaps with its predecessor. The first kernel lets the next one start at once
   (griddepcontrol.launch_dependents): what its own predecessors wrote is complete by then, since
   it was launched without the attribute.
+- With value 2 the first kernel is a dependent launch too, whatever comes before it: it waits
+  before it reads anything and releases its successor behind the wait, so by the time that one
+  starts, everything before the pair is complete, as with value 1. Later kernels release at once, in
+  front of their own wait: only the next launch overlaps with them. The workspace stays safe: the
+  next call's first kernel writes it behind its wait, thus after the end of the kernel that reads
+  it, however early that one released. A program of one kernel knows value 2 only.
 
 Every block of a dependent kernel waits, one without rows too. If none did, the kernel could end
 before its predecessor, and a later kernel would no longer be ordered behind that one.
@@ -40,7 +46,8 @@ __device__ void dop_release_successor() {
 """Without effect on GPUs before Hopper, where kernels are launched one after the other."""
 
 _KERNEL = re.compile(
-    r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{\n(.*?)^\}\n',
+    r'^extern "C" __global__ void (?:\w*__cluster_dims__\([^)]*\) )?'
+    r"(?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{\n(.*?)^\}\n",
     re.MULTILINE | re.DOTALL,
 )
 _ENTRY = re.compile(
@@ -51,6 +58,10 @@ _ENTRY = re.compile(
 )
 """An entry of the block's tile: of a table that may be null, or of another one."""
 
+_GUARD = "  if (tile_rows_here <= 0) return;\n"
+_ROW = re.compile(r"\brow_index_ptr\[\(?tile_row0_here(?: \+ (\d+)\))?\]")
+"""The token of a row whose number in the tile is known."""
+
 
 def order_start(
     source: str, kernels: Sequence[str], workspaces: Sequence[str], dependent: int
@@ -60,7 +71,8 @@ def order_start(
     Args:
         kernels: names in the order of their launches.
         workspaces: what kernels hand to later ones.
-        dependent: value of PR dependent_launch; 0: plain launches.
+        dependent: value of PR dependent_launch; 0: plain launches; 1: all but the first wait;
+            2: the first one too, before it reads anything.
 
     Raises:
         BuildError: the text is not of the form that these edits expect.
@@ -76,11 +88,15 @@ def order_start(
         if dependent and name != kernels[0]:
             body = _waiting(body, name, workspaces)
             waiting.add(name)
-            # Workspaces change while the kernel runs, so they are no constants to it. And loads of
-            # constants would move behind the wait: compilers keep only the others in their place.
-            head = head.replace(" __restrict__", "")
-        if dependent and name != kernels[-1]:
+        if dependent > 1 or (dependent and name != kernels[-1]):
             body = RELEASE + body
+        if dependent > 1 and name == kernels[0]:
+            body = WAIT + body
+            waiting.add(name)
+        if name in waiting:
+            # Workspaces change while the kernel runs, so they are no constants to it. And loads of
+            # constants would move across the wait: compilers keep only the others in their place.
+            head = head.replace(" __restrict__", "")
         parts += [source[end : match.start()], head, body]
         end = match.end(2)
     source = "".join([*parts, source[end:]])
@@ -88,6 +104,31 @@ def order_start(
         first = source.index('extern "C" __global__')
         source = source[:first] + HELPERS + source[first:]
     return source, frozenset(waiting)
+
+
+def wait_first(kernel: str) -> str:
+    """A kernel, as text, that releases its successor by itself: it waits before it reads anything.
+
+    Raises:
+        BuildError: the text holds no kernel.
+    """
+    match = _KERNEL.search(kernel)
+    if not match:
+        raise BuildError("there is no kernel to wait in.")
+    head = kernel[: match.start(2)].replace(" __restrict__", "")
+    return head + WAIT + kernel[match.start(2) :]
+
+
+def release_first(kernel: str) -> str:
+    """A kernel, as text, that lets its successor start at once.
+
+    Raises:
+        BuildError: the text holds no kernel.
+    """
+    match = _KERNEL.search(kernel)
+    if not match:
+        raise BuildError("there is no kernel to release from.")
+    return kernel[: match.start(2)] + RELEASE + kernel[match.start(2) :]
 
 
 def _tables_first(body: str) -> str:
@@ -113,7 +154,27 @@ def _tables_first(body: str) -> str:
         operands.append(f'"{"f" if real else "r"}"({name}_here)')
     # An empty statement that uses them: no compiler moves the loads behind a branch.
     lines.append(f'  asm volatile("" :: {", ".join(operands)});\n')
-    return "".join([*lines, body])
+    return "".join([*lines, _rows_first(body)])
+
+
+def _rows_first(body: str) -> str:
+    """The body of a tile's kernel with the tokens of its rows read side by side behind the guard.
+
+    As generated, each row's token is read where its row of x or y is, behind a branch, and again
+    behind every store that might change the table.
+    """
+    rows = sorted({int(m[1] or 0) for m in _ROW.finditer(body)})
+    if not rows or _GUARD not in body:
+        return body
+    lines = [
+        f"  const int row_{i}_here = {i} < tile_rows_here ? "
+        f"row_index_ptr[tile_row0_here + {i}] : 0;\n"
+        for i in rows
+    ]
+    operands = ", ".join(f'"r"(row_{i}_here)' for i in rows)
+    lines.append(f'  asm volatile("" :: {operands});\n')
+    body = _ROW.sub(lambda m: f"row_{int(m[1] or 0)}_here", body)
+    return body.replace(_GUARD, _GUARD + "".join(lines), 1)
 
 
 def _waiting(body: str, name: str, workspaces: Sequence[str]) -> str:

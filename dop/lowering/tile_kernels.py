@@ -14,31 +14,50 @@ from dataclasses import dataclass
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
+from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
 from dop.lowering.intrinsics import pipelined_shrink, register_expand
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 
 NAMES = ("main_kernel", "main_kernel_1")
 INCLUDES = {"bfloat16": "#include <cuda_bf16.h>\n", "float16": "#include <cuda_fp16.h>\n"}
+FRESH_TABLE = """\
+__device__ __forceinline__ int dop_fresh_table(const int* at) {
+  int value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+"""
+"""Reads a table behind a wait, when the kernel before may have written it."""
 
 
 @dataclass(frozen=True)
 class TileKernels:
-    """Both kernels of a trace."""
+    """Both kernels of a trace.
+
+    Attributes:
+        dependent: value of PR dependent_launch.
+    """
 
     shrink: PipelinedShrink
     expand: RegisterExpand
-    dependent: bool
+    dependent: int
 
     @property
     def source(self) -> str:
         """CUDA C++ of both."""
+        shrink, expand = self.shrink.source(NAMES[0]), self.expand.source(NAMES[1])
+        if self.dependent > 1:
+            # No load through the read-only path may pass the wait.
+            shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
+            expand = release_first(expand)
         return (
             INCLUDES[self.shrink.workload.dtype]
             + register_expand.HELPERS
             + pipelined_shrink.HELPERS
-            + self.shrink.source(NAMES[0])
-            + self.expand.source(NAMES[1])
+            + (HELPERS + FRESH_TABLE if self.dependent > 1 else "")
+            + shrink
+            + expand
         )
 
 
@@ -84,7 +103,7 @@ def read_tiles(app: Application) -> TileKernels:
     whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
     if not whole or any(width % expand.columns for width in workload.out_features):
         raise TraceError("warps of register_update leave rows or columns over.")
-    return TileKernels(shrink, expand, bool(app.dependent_launch))
+    return TileKernels(shrink, expand, app.dependent_launch)
 
 
 def _loops(app: Application, tile: str, count: int) -> tuple[int, ...]:

@@ -93,45 +93,11 @@ class Block:
         start: launches one of `calls`.
         area: the argument area; `view` its bytes.
         calls: per launch (config, function, parameters), as ctypes passes them on fastest.
+        overlaps: whether the GPU knows dependent launches.
     """
 
-    __slots__ = ("area", "calls", "dtype", "keep", "kernel", "start", "stream", "tile_rows",
-                 "view", "x_shape", "y_shape")  # fmt: skip
-
-    def __init__(
-        self,
-        kernel: DeviceKernel,
-        functions: Sequence[int],
-        shape: Shape,
-        batch: tuple[int, int],
-        stream: int,
-        workspace: Tensor | None,
-    ) -> None:
-        """
-        Args:
-            kernel: the choice.
-            functions: CUfunction of each launch.
-            shape: shapes of the call site.
-            batch: tokens and slots of the plan.
-            stream: CUstream.
-            workspace: uint8, at least `workspace_bytes`; None if that is 0.
-        """
-        tokens, slots = batch
-        self.stream, self.start = stream, driver().launch
-        self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
-        self.x_shape = torch.Size((tokens, shape.in_features))
-        self.y_shape = torch.Size((tokens, shape.total_out))
-        tiles = tile_count(tokens, kernel.tile_rows, slots) if kernel.tile_rows else tokens
-        numbers = {"tokens": tokens, "tiles": tiles, "slots": slots, **kernel.constants}
-        base = 0 if workspace is None else workspace.data_ptr()
-        spaces, _ = workspace_places(kernel, tokens, tiles)
-        numbers |= {name: base + offset for name, offset in spaces.items()}
-        places = argument_places(kernel.tile_rows, tuple(numbers))
-        self.area = (ctypes.c_char * (WORD * (FIXED_WORDS + len(numbers))))()
-        self.view = memoryview(self.area).cast("B")
-        struct.pack_into(
-            f"={len(numbers)}q", self.area, FIXED_WORDS * WORD, *map(_signed, numbers.values())
-        )
+    __slots__ = ("area", "calls", "dtype", "keep", "kernel", "overlaps", "start", "stream",
+                 "tile_rows", "view", "x_shape", "y_shape")  # fmt: skip
         self.keep: list[Any] = [workspace]
         calls = []
         for launch, function in zip(kernel.launches, functions, strict=True):
@@ -158,12 +124,20 @@ class Block:
     def _config(self, launch: Launch, grid: Sequence[int], stream: int) -> int:
         room = (ctypes.c_char * (_CONFIG.size + _ATTRIBUTE.size))()
         address = ctypes.addressof(room)
-        attributes = address + _CONFIG.size if launch.dependent else 0
+        dependent = launch.dependent and self.overlaps
+        attributes = address + _CONFIG.size if dependent else 0
         figures = (*grid, *launch.block, launch.dynamic_smem_bytes)
-        _CONFIG.pack_into(room, 0, *figures, stream, attributes, int(launch.dependent))
+        _CONFIG.pack_into(room, 0, *figures, stream, attributes, int(dependent))
         _ATTRIBUTE.pack_into(room, _CONFIG.size, SERIALIZATION_ATTRIBUTE, 1)
         self.keep.append(room)
         return address
+
+
+@lru_cache(maxsize=64)
+def has_dependent_launches(device: int) -> bool:
+    """Whether a GPU knows programmatic dependent launches: Hopper and newer do. A negative number
+    stands for no GPU, where nothing is launched."""
+    return device < 0 or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _signed(word: int) -> int:

@@ -50,6 +50,48 @@ def test_weights_and_y_are_loaded_before_the_wait(sketch: Sketch) -> None:
 
 
 @pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
+def test_a_dependent_shrink_waits_before_it_reads(sketch: Sketch) -> None:
+    code = generate(O_PROJ, sketch.bind({**sketch.default(), "expand.dependent": 2}), SM_90)
+    shrink, expand = bodies(code.source)
+    assert [k.dependent for k in code.kernels] == [True, True]
+    # Waits, then releases, then reads; no pointer is a constant that could be read earlier.
+    assert shrink.split(";")[:2] == [f"\n  {WAIT}"[:-1], f"\n  {RELEASE}"[:-1]]
+    assert shrink.count(WAIT) == 1
+    heads = re.findall(r"__global__ [^;{]*\{", code.source)
+    assert len(heads) == 2
+    assert not any("__restrict__" in head for head in heads)
+    assert expand.split(";")[0].strip() == RELEASE[:-1]
+    last = expand.rindex(WAIT)
+    assert "v_rf_ptr" not in expand[:last]
+    assert "b_ptr" not in expand[last:]
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_tiles_in_registers_wait_as_the_trace_says(value: int) -> None:
+    sketch = next(s for s in build_space(O_PROJ, SM_90).sketches if s.name.startswith("wide_tiles"))
+    code = generate(O_PROJ, sketch.bind({**sketch.default(), "expand.dependent": value}), SM_90)
+    shrink, expand = bodies(code.source)
+    assert [k.dependent for k in code.kernels] == [value > 1, value > 0]
+    assert shrink.count(WAIT) == (value > 1)
+    assert expand.startswith(f"\n  {RELEASE}") == (value > 1)
+    if value > 1:
+        assert shrink.startswith(f"\n  {WAIT}")
+        assert shrink.index("dop_dependents_may_start();") > shrink.index(WAIT)
+        assert "dop_table(" not in shrink.replace("dop_fresh_table(", "")
+
+
+def test_one_kernel_can_wait_for_whatever_is_before_it() -> None:
+    sketch = next(s for s in build_space(O_PROJ, SM_90).sketches if "one_kernel" in s.name)
+    choices = next(d.choices for d in sketch.domains if d.name == "expand.dependent")
+    assert choices == (0, 2)
+    code = generate(
+        O_PROJ, sketch.bind({**sketch.default(), "expand.steps": 1, "expand.dependent": 2}), SM_90
+    )
+    assert [k.dependent for k in code.kernels] == [True]
+    assert bodies(code.source)[0].startswith(f"\n  {WAIT}\n  {RELEASE}")
+
+
+@pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
 def test_without_the_pragma_launches_are_plain(sketch: Sketch) -> None:
     code = generate(O_PROJ, sketch.bind({**sketch.default(), "expand.dependent": 0}), SM_90)
     assert not any(k.dependent for k in code.kernels)
@@ -81,7 +123,7 @@ def test_a_pragma_of_another_value_is_refused() -> None:
         else s
         for s in trace.steps
     ]
-    with pytest.raises(TraceError, match="0 or 1"):
+    with pytest.raises(TraceError, match="0, 1 or 2"):
         apply_trace(O_PROJ, Trace(tuple(steps)))
 
 

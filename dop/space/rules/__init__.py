@@ -42,7 +42,7 @@ from dop.space.rules.tokens import RowForm, TileForm
 
 RULES: tuple[Rule, ...] = (
     RowForm(),
-    TileForm("row_tiles", (2, 4, 8), 4, "cuda"),
+    TileForm("row_tiles", (2, 4, 8, 16), 8, "cuda"),
     WideColumns(),
     ExpandInWideColumns(),
     EarlyB(),

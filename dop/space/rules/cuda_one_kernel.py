@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dop.space.rule import SketchState
 from dop.space.rules.cuda_shrink import LANES, groups_of
+from dop.space.rules.launches import dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing, powers_of_two, vector_width
 from dop.space.sketch import Annotation
 
@@ -38,6 +39,7 @@ class BlockColumns:
         new.annotate("accumulate", 3, "threadIdx.x")
         new.annotate("accumulate", 5, "unroll")
         new.notes["one_kernel"] = 1
+        dependent_launch(new, (0, 2))
 
         def columns(a: Annotation) -> int:
             return a["expand.steps"] * a["expand.warps"] * LANES

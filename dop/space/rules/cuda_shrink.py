@@ -37,12 +37,17 @@ class SplitKShrink:
         new = state.fork(self.name)
         w = new.workload
         load = vector_width(w.in_features, w.element_bytes)
-        parts = dividing(groups_of(new, load), range(1, 33))
-        split_k = new.param("shrink.split_k", "split_k", parts, 8)
+        steps = groups_of(new, load)
+        parts = dividing(steps, range(1, 65))
+        # About four steps a lane: more parts start sooner at one token, but every block of expand
+        # reads all of them (measured, docs/performance.md).
+        short = [n for n in parts if steps // n <= 8] or [parts[-1]]
+        wanted = min(short, key=lambda n: abs(n - steps / 4))
+        split_k = new.param("shrink.split_k", "split_k", parts, wanted)
         # Exact factors: TVM's cross-thread reduction writes back without the split's predicate.
         factors = dividing(w.rank, range(1, 17))
-        warps = new.param("shrink.warps", "warps", factors, 4)
-        ranks = new.param("shrink.ranks", "tile", factors, 4)
+        warps = new.param("shrink.warps", "warps", factors, 4 if w.rank <= 16 else 8)
+        ranks = new.param("shrink.ranks", "tile", factors, 1 if w.rank <= 16 else 2)
         new.pragma("shrink", 0, "pack_k", (LANES, load))
         # s, t, i, r, group, lane, element -> s, t, i, r, part, group, lane, element
         new.split("shrink", 4, [split_k], inner=False)

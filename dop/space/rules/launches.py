@@ -9,10 +9,14 @@ from dop.space.rule import SketchState
 HOPPER = 90
 
 
-def dependent_launch(state: SketchState) -> None:
-    """Lets the search choose programmatic dependent launch of the expand kernel, where it exists:
-    on Hopper and newer. Elsewhere the sketch is the same without it."""
+def dependent_launch(state: SketchState, values: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Lets the search choose programmatic dependent launches, where they exist: on Hopper and
+    newer. Elsewhere the sketch is the same without them.
+
+    Values: 0 none; 1 the expand kernel; 2 the shrink kernel too, which waits before it reads
+    anything (and the only dependent form of a sketch of one kernel).
+    """
     arch = re.match(r"sm_(\d+)", state.target.arch)
     if arch and int(arch[1]) >= HOPPER:
-        value = state.param("expand.dependent", "pipeline", (0, 1), 1)
+        value = state.param("expand.dependent", "pipeline", values, values[-1])
         state.pragma("accumulate", 0, "dependent_launch", value)
