@@ -1,4 +1,4 @@
-"""The few headers that generated CUDA includes and that no wheel brings beside torch: parts of CUDA's
+"""The few headers that generated CUDA includes and no wheel brings beside torch: parts of CUDA's
 C++ core libraries (CCCL), cut down to what is used. NVRTC gets them by name, from memory.
 
 cuda_fp16.h and cuda_bf16.h themselves come from NVIDIA's runtime wheel or the toolkit.

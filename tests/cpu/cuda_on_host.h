@@ -268,3 +268,59 @@ inline int __reduce_max_sync(unsigned, int value) {
   for (int i = 1; i < 32; ++i) most = max(most, host::brought_by<int>(i));
   return most;
 }
+
+// Asynchronous copies: nothing arrives before it is waited for.
+inline void copy_async(void* to, const void* from, int used) {
+  if (used < 0 || used > 16) host::fail("an asynchronous copy of a wrong size");
+  if (used > 0 && ((uintptr_t)from & 15)) host::fail("an asynchronous copy that is not aligned");
+  if ((uintptr_t)to & 15) host::fail("an asynchronous copy to what is not aligned");
+  host::current->open.push_back({to, from, 16, used});
+}
+inline void copy_commit() {
+  host::current->groups.push_back(std::move(host::current->open));
+  host::current->open.clear();
+}
+template <int kLeft>
+void copy_wait() {
+  auto& groups = host::current->groups;
+  while ((int)groups.size() > kLeft) {
+    for (const host::Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, copy.bytes);
+      std::memcpy(copy.to, copy.from, copy.used);
+    }
+    groups.pop_front();
+  }
+}
+
+inline void load_matrices(unsigned (&m)[4], const void* row) {
+  if ((uintptr_t)row & 15) host::fail("ldmatrix of a row that is not aligned");
+  host::gather(row, 8);
+  const int lane = host::lane();
+  for (int i = 0; i < 4; ++i) {
+    const unsigned* const from = (const unsigned*)host::brought_by<const void*>(8 * i + lane / 4);
+    m[i] = from[lane % 4];
+  }
+}
+
+struct Operands {
+  unsigned a[4], b[2];
+};
+
+template <class T>
+void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
+  host::gather(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, 9);
+  const int lane = host::lane();
+  const auto element = [](unsigned word, int half) {
+    return to_float(T{(unsigned short)(half ? word >> 16 : word)});
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + (i & 1), down = i >> 1;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const Operands left = host::brought_by<Operands>(row * 4 + k % 8 / 2);
+      const Operands right = host::brought_by<Operands>(column * 4 + k % 8 / 2);
+      sum += (double)element(left.a[k / 8 * 2 + down], k & 1) * element(right.b[k / 8], k & 1);
+    }
+    c[i] = (float)sum;
+  }
+}

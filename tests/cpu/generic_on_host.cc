@@ -36,5 +36,13 @@ extern "C" int host_run(const char* which, const Launch* how, void* const* value
   DOP_KERNEL(dop_expand_rows_f16)
   DOP_KERNEL(dop_expand_rows_bf16)
   DOP_KERNEL(dop_expand_rows_f32)
+  DOP_KERNEL(dop_shrink_tiles16_f16)
+  DOP_KERNEL(dop_shrink_tiles16_bf16)
+  DOP_KERNEL(dop_shrink_tiles64_f16)
+  DOP_KERNEL(dop_shrink_tiles64_bf16)
+  DOP_KERNEL(dop_expand_tiles16_f16)
+  DOP_KERNEL(dop_expand_tiles16_bf16)
+  DOP_KERNEL(dop_expand_tiles64_f16)
+  DOP_KERNEL(dop_expand_tiles64_bf16)
   return 1;
 }

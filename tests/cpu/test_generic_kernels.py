@@ -178,3 +178,103 @@ def test_shrink_alone_is_zero_where_nothing_is_to_be_added():
             if rank:
                 want = problem.x[t].double() @ problem.a[s][slot, :rank].double().T
                 torch.testing.assert_close(v[s, t, :rank].double(), want, rtol=1e-5, atol=1e-5)
+
+
+TILE_CASES = [
+    (BF16, 16, 16, 128, [64]),
+    (F16, 64, 16, 256, [96, 40]),
+    (BF16, 16, 13, 129, [67, 5, 30]),
+    (F16, 16, 64, 2048, [136]),
+    (BF16, 64, 72, 320, [200]),
+    (F16, 64, 1, 40, [8]),
+    (BF16, 16, 129, 72, [70, 70]),
+    (F16, 16, 24, 4096 + 8, [64]),
+]
+CROWD = [2, -1, 0, 2, 3, 9, 2] + [1] * 70 + [0] * 17 + [2] * 5
+
+
+@pytest.mark.parametrize(("dtype", "tile_rows", "rank", "width", "outs"), TILE_CASES)
+def test_tile_form(dtype, tile_rows, rank, width, outs):
+    problem = Problem(CROWD, width, outs, rank, dtype)
+    launches, splits, numbers = kernels.tile_kernel(problem.call, tile_rows, problem.slots)
+    problem.launch(launches, numbers, splits, tile_rows)
+    problem.check()
+
+
+@pytest.mark.parametrize("tile_rows", [16, 64])
+def test_tile_form_with_ranks_of_its_own_reads_nothing_behind_them(tile_rows):
+    problem = Problem(CROWD, 96, [50], 40, BF16, ranks=[3, 40, 16, 9])
+    for a, b in zip(problem.a, problem.b, strict=True):
+        for slot, rank in enumerate(problem.ranks):
+            a[slot, rank:] = float("nan")
+            b[slot, :, rank:] = float("nan")
+    launches, splits, numbers = kernels.tile_kernel(problem.call, tile_rows, problem.slots)
+    problem.launch(launches, numbers, splits, tile_rows)
+    problem.check()
+
+
+def test_tile_form_sums_splits_and_runs_of_columns():
+    problem = Problem(CROWD[:40], 2048, [300], 16, F16)
+    for splits, width in ((3, 64), (2, 192)):
+        problem.whole.copy_(problem.before)
+        numbers = kernels.constants(problem.call, splits=splits) | {"run": width}
+        launches = [
+            kernels.shrink_tiles(problem.call, 16, splits),
+            kernels.expand_tiles(problem.call, 16, width),
+        ]
+        problem.launch(launches, numbers, splits, 16)
+        problem.check()
+
+
+def test_tile_form_is_the_same_in_any_order_of_threads():
+    results = []
+    for seed in range(3):
+        problem = Problem(CROWD, 300, [100], 16, BF16)
+        launches, splits, numbers = kernels.tile_kernel(problem.call, 64, problem.slots)
+        problem.launch(launches, numbers, splits, 64, seed=seed)
+        results.append(problem.whole.clone())
+    assert all(torch.equal(one, results[0]) for one in results)
+
+
+def test_tile_form_takes_arrays_of_pointers():
+    problem = Problem(CROWD, 80, [40], 8, F16)
+    a = torch.tensor([slot.data_ptr() for slot in problem.a[0]])
+    b = torch.tensor([slot.data_ptr() for slot in problem.b[0]])
+    launches, splits, numbers = kernels.tile_kernel(problem.call, 16, 4, indirect=True)
+    problem.launch(launches, numbers, splits, 16, stacks=(a, b))
+    problem.check()
+
+
+def test_tensor_cores_keep_more_of_v_than_one_operand_holds():
+    """v goes to the tensor cores as two parts: the error is that of y's own rounding."""
+    problem = Problem([0] * 20, 64, [64], 16, BF16)
+    problem.before.zero_()
+    problem.whole.zero_()
+    launches, splits, numbers = kernels.tile_kernel(problem.call, 16, problem.slots)
+    problem.launch(launches, numbers, splits, 16)
+    want = problem.expected()
+    rounded = want.to(BF16).double()
+    error, least = (problem.y.double() - want).norm(), (rounded - want).norm()
+    assert error < 1.02 * least
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapters", "rank", "dtype", "want"),
+    [
+        (1, 1, 16, F16, 0),
+        (64, 64, 16, BF16, 0),
+        (64, 1, 16, BF16, 0),
+        (64, 1, 64, BF16, 64),
+        (64, 8, 64, BF16, 0),
+        (128, 8, 128, F16, 16),
+        (64, None, 64, BF16, 0),
+        (2048, 4, 16, BF16, 64),
+        (2048, None, 16, BF16, 64),
+        (2048, 1, 512, BF16, 16),
+        (2048, 1, 4096, BF16, 0),
+        (2048, 4, 16, F32, 0),
+    ],
+)
+def test_choice_of_the_form(tokens, adapters, rank, dtype, want):
+    call = kernels.Call(4096, (4096,), rank, dtype, tokens, 132)
+    assert kernels.best_tile_rows(call, 16 if tokens > 64 else 64, adapters) == want

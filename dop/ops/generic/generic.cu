@@ -27,3 +27,28 @@
 DOP_ROWS(f16, Half)
 DOP_ROWS(bf16, Bfloat)
 DOP_ROWS(f32, float)
+
+#include "tiles.cuh"
+
+#define DOP_TILES(name, T, rows)                                                                   \
+  extern "C" __global__ void __launch_bounds__(kTileThreads, 5) dop_shrink_tiles##rows##_##name(      \
+      const T* x, const T* a, long long a1_shift, long long a2_shift, const int* tile_slot,        \
+      const int* tile_row0, const int* tile_rows, const int* tile_rank, const int* row_index,      \
+      float* v, int tokens, int in_features, int rank, int slices, int x_stride, int indirect) {   \
+    shrink_tiles<rows>(x, a, a1_shift, a2_shift, tile_slot, tile_row0, tile_rows, tile_rank,       \
+                       row_index, v, tokens, in_features, rank, slices, x_stride, indirect);       \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kTileThreads, 5) dop_expand_tiles##rows##_##name(      \
+      const float* v, const T* b, long long b1_shift, long long b2_shift, const int* tile_slot,    \
+      const int* tile_row0, const int* tile_rows, const int* tile_rank, const float* tile_scale,   \
+      const int* row_index, const T* y_in, T* y, int tokens, int rank, int slices, int splits,     \
+      int out0, int out1, int out2, int y_stride, int run, int indirect) {                         \
+    expand_tiles<rows>(v, b, b1_shift, b2_shift, tile_slot, tile_row0, tile_rows, tile_rank,       \
+                       tile_scale, row_index, y_in, y, tokens, rank, slices, splits, out0, out1,   \
+                       out2, y_stride, run, indirect);                                             \
+  }
+
+DOP_TILES(f16, Half, 16)
+DOP_TILES(f16, Half, 64)
+DOP_TILES(bf16, Bfloat, 16)
+DOP_TILES(bf16, Bfloat, 64)

@@ -33,7 +33,32 @@ EXPAND_ROWS = (
     *("v", "b", "b1_shift", "b2_shift", "token_slot", "token_rank", "token_scale", "y_in", "y"),
     *("rank", "slices", "splits", "out0", "out1", "out2", "y_stride", "lanes_log2", "indirect"),
 )
+SHRINK_TILES = (
+    *("x", "a", "a1_shift", "a2_shift", "tile_slot", "tile_row0", "tile_rows", "tile_rank"),
+    *("row_index", "v", "tokens", "in_features", "rank", "slices", "x_stride", "indirect"),
+)
+EXPAND_TILES = (
+    *("v", "b", "b1_shift", "b2_shift", "tile_slot", "tile_row0", "tile_rows", "tile_rank"),
+    *("tile_scale", "row_index", "y_in", "y", "tokens", "rank", "slices", "splits"),
+    *("out0", "out1", "out2", "y_stride", "run", "indirect"),
+)
 """Parameters of the kernels, in order; see generic.cu."""
+
+TILE_THREADS = 128
+TILE_HEIGHTS = (64, 16)
+DEPTH = 64
+ROW_BYTES = 2 * DEPTH
+BLOCK_RANKS = 64
+BLOCK_COLUMNS = 64
+SHRINK_STAGES = 4
+EXPAND_STAGES = 3
+"""Twins of the constants in tiles.cuh."""
+
+MAX_SMEM_BYTES = 99 << 10
+"""Shared memory of a block on every GPU from sm_80 on."""
+MANY_TOKENS = 512
+MANY_PRODUCTS = 2048
+"""Rows of an adapter x rank from which tensor cores are worth their longer chain of loads."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +146,93 @@ def expand_rows(call: Call, v: str = "v") -> Launch:
     return Launch(name, grid, (ROW_THREADS, 1, 1), 4 * (call.rank + 8 * call.pack), arguments)
 
 
-def row_kernel(
-    call: Call, *, indirect: bool = False
-) -> tuple[tuple[Launch, ...], int, dict[str, int]]:
+def tile_splits(call: Call, tile_rows: int, tiles: int) -> int:
+    """As `row_splits`, for tiles: a block has a step of 64 elements at least four times."""
+    blocks = tiles * call.slices * ceil_div(call.rank, BLOCK_RANKS)
+    wanted = BLOCKS_PER_MULTIPROCESSOR * call.multiprocessors // max(1, blocks)
+    return max(1, min(wanted, call.in_features // (4 * DEPTH)))
+
+
+def shrink_tiles(call: Call, tile_rows: int, splits: int) -> Launch:
+    """Launch of the tile form's shrink."""
+    ranks = min(BLOCK_RANKS, ceil_div(call.rank, 16) * 16)
+    smem = SHRINK_STAGES * (tile_rows + ranks) * ROW_BYTES
+    grid = ("tiles", str(call.slices * ceil_div(call.rank, BLOCK_RANKS)), str(splits))
+    name = f"dop_shrink_tiles{tile_rows}_{SUFFIX[call.dtype]}"
+    return Launch(name, grid, (TILE_THREADS, 1, 1), smem, SHRINK_TILES)
+
+
+def expand_smem_bytes(rank: int, tile_rows: int) -> int:
+    """Dynamic shared memory of the tile form's expand."""
+    v = 2 * tile_rows * (ceil_div(rank, 16) * 32 + 16)
+    return v + EXPAND_STAGES * BLOCK_COLUMNS * ROW_BYTES + tile_rows * (BLOCK_COLUMNS + 4) * 4
+
+
+def column_run(call: Call, tiles: int) -> int:
+    """Columns that a block of expand walks through, a multiple of 64: few blocks of long runs if
+    there are tiles enough, since each block adds up the parts of v anew."""
+    columns = ceil_div(sum(call.outs), BLOCK_COLUMNS)
+    blocks = max(1, ceil_div(BLOCKS_PER_MULTIPROCESSOR * call.multiprocessors, max(1, tiles)))
+    return BLOCK_COLUMNS * max(1, min(16, columns // blocks))
+
+
+def expand_tiles(call: Call, tile_rows: int, run: int) -> Launch:
+    """Launch of the tile form's expand."""
+    grid = ("tiles", str(sum(ceil_div(out, run) for out in call.outs)), "1")
+    name = f"dop_expand_tiles{tile_rows}_{SUFFIX[call.dtype]}"
+    smem = expand_smem_bytes(call.rank, tile_rows)
+    return Launch(name, grid, (TILE_THREADS, 1, 1), smem, EXPAND_TILES)
+
+
+def best_tile_rows(call: Call, slots: int, adapters: int | None) -> int:
+    """Rows per tile for a batch, or 0 for the row form.
+
+    Tensor cores pay where an adapter has several rows: the row form reads an adapter's weights for
+    each of them, from the L2 cache at best. At rank 16 it won up to 64 rows of one adapter, at rank
+    64 it lost by a factor of three (docs/performance.md, experiment 2).
+    """
+    if call.dtype not in (torch.float16, torch.bfloat16) or call.tokens < 16:
+        return 0
+    rows = call.tokens / max(1, min(call.tokens, slots, adapters or call.tokens))
+    many = call.tokens >= MANY_TOKENS and rows >= 2
+    if not many and (rows < 4 or rows * call.rank < MANY_PRODUCTS):
+        return 0
+    fitting = [
+        height for height in TILE_HEIGHTS if expand_smem_bytes(call.rank, height) <= MAX_SMEM_BYTES
+    ]
+    if rows < 32:
+        fitting = [height for height in fitting if height == TILE_HEIGHTS[-1]]
+    return fitting[0] if fitting else 0
+
+
+Parts = tuple[tuple[Launch, ...], int, dict[str, int]]
+
+
+def row_kernel(call: Call, *, indirect: bool = False) -> Parts:
     """The row form: launches, splits and constants."""
     splits = row_splits(call)
     numbers = constants(call, splits=splits, indirect=indirect)
     return (shrink_rows(call, splits), expand_rows(call)), splits, numbers
 
 
+def tile_kernel(call: Call, tile_rows: int, slots: int, *, indirect: bool = False) -> Parts:
+    """The tile form for tiles of 16 or 64 rows: launches, splits and constants."""
+    # Most of the tiles that a plan has room for are empty; the full ones decide.
+    tiles = max(1, call.tokens // tile_rows)
+    splits, run = tile_splits(call, tile_rows, tiles), column_run(call, tiles)
+    numbers = constants(call, splits=splits, indirect=indirect) | {"run": run}
+    launches = shrink_tiles(call, tile_rows, splits), expand_tiles(call, tile_rows, run)
+    return launches, splits, numbers
+
+
 @lru_cache(maxsize=4096)
-def _kernel(call: Call, ordinal: int, indirect: bool) -> DeviceKernel:
-    launches, splits, numbers = row_kernel(call, indirect=indirect)
-    return _device_kernel(
-        call, ordinal, "rows", 0, launches, splits, numbers, "one row at a time on plain cores"
-    )
+def _kernel(call: Call, ordinal: int, slots: int, tile_rows: int, indirect: bool) -> DeviceKernel:
+    if tile_rows:
+        parts = tile_kernel(call, tile_rows, slots, indirect=indirect)
+        text = f"tiles of {tile_rows} rows on tensor cores"
+        return _device_kernel(call, ordinal, f"tiles{tile_rows}", tile_rows, *parts, text)
+    parts = row_kernel(call, indirect=indirect)
+    return _device_kernel(call, ordinal, "rows", 0, *parts, "one row at a time on plain cores")
 
 
 def _device_kernel(
@@ -179,7 +276,9 @@ def kernel(search: Search, *, indirect: bool = False) -> DeviceKernel:
         MissingDependencyError: the GPU is older than sm_80.
         BuildError: the binaries are missing.
     """
-    return _kernel(_call(search.shape, search.tokens), search.shape.device, indirect)
+    call = _call(search.shape, search.tokens)
+    tile_rows = best_tile_rows(call, search.slots, search.adapters)
+    return _kernel(call, search.shape.device, search.slots, tile_rows, indirect)
 
 
 def shrink_kernel(search: Search) -> DeviceKernel:

@@ -18,7 +18,7 @@ from dop.measure import cuda_driver as cuda
 FOLDER = Path(__file__).parent
 SOURCES = {
     "plan": ("plan.cu",),
-    "generic": ("generic.cu", "common.cuh", "rows.cuh"),
+    "generic": ("generic.cu", "common.cuh", "rows.cuh", "tiles.cuh"),
 }
 """Translation units and the files of each."""
 CUBINS = (80, 86, 89, 90, 100, 120)
