@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dop.packs.catalog import write_catalog
 from dop.workload import Workload
 
 KEY = WORKLOAD.key
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -188,3 +191,30 @@ def test_errors_are_one_line(arguments, why, capsys):
     lines = [line for line in error.splitlines() if not line.startswith("no GPU here")]
     assert len(lines) == 1
     assert why in lines[0]
+
+
+BASE_INSTALL = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tvm", "torch", "orjson", "typer", "rich", "numpy"):
+            raise ModuleNotFoundError(f"{name} must not be needed", name=name)
+sys.meta_path.insert(0, Refuse())
+from dop.packs.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_it_works_without_the_tuners_packages():
+    def ask_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", BASE_INSTALL, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    device = ("--device-name", "NVIDIA H200")
+    done = ask_process("--model", "Llama-3.1-8B", "--tokens", "32", "--json", *device)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert [a["batch"]["workload"]["name"] for a in answers][0] == "qkv_proj"
+    wrong = ask_process("--model", "nobody", "--tokens", "32", *device)
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1
