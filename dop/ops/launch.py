@@ -98,6 +98,42 @@ class Block:
 
     __slots__ = ("area", "calls", "dtype", "keep", "kernel", "overlaps", "start", "stream",
                  "tile_rows", "view", "x_shape", "y_shape")  # fmt: skip
+
+    def __init__(
+        self,
+        kernel: DeviceKernel,
+        functions: Sequence[int],
+        shape: Shape,
+        batch: tuple[int, int],
+        stream: int,
+        workspace: Tensor | None,
+    ) -> None:
+        """
+        Args:
+            kernel: the choice.
+            functions: CUfunction of each launch.
+            shape: shapes of the call site.
+            batch: tokens and slots of the plan.
+            stream: CUstream.
+            workspace: uint8, at least `workspace_bytes`; None if that is 0.
+        """
+        tokens, slots = batch
+        self.stream, self.start = stream, driver().launch
+        self.overlaps = has_dependent_launches(shape.device)
+        self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
+        self.x_shape = torch.Size((tokens, shape.in_features))
+        self.y_shape = torch.Size((tokens, shape.total_out))
+        tiles = tile_count(tokens, kernel.tile_rows, slots) if kernel.tile_rows else tokens
+        numbers = {"tokens": tokens, "tiles": tiles, "slots": slots, **kernel.constants}
+        base = 0 if workspace is None else workspace.data_ptr()
+        spaces, _ = workspace_places(kernel, tokens, tiles)
+        numbers |= {name: base + offset for name, offset in spaces.items()}
+        places = argument_places(kernel.tile_rows, tuple(numbers))
+        self.area = (ctypes.c_char * (WORD * (FIXED_WORDS + len(numbers))))()
+        self.view = memoryview(self.area).cast("B")
+        struct.pack_into(
+            f"={len(numbers)}q", self.area, FIXED_WORDS * WORD, *map(_signed, numbers.values())
+        )
         self.keep: list[Any] = [workspace]
         calls = []
         for launch, function in zip(kernel.launches, functions, strict=True):
