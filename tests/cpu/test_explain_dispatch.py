@@ -214,7 +214,7 @@ def test_it_works_without_the_tuners_packages():
     done = ask_process("--model", "Llama-3.1-8B", "--tokens", "32", "--json", *device)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    assert [a["batch"]["workload"]["name"] for a in answers][0] == "qkv_proj"
+    assert answers[0]["batch"]["workload"]["name"] == "qkv_proj"
     wrong = ask_process("--model", "nobody", "--tokens", "32", *device)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
