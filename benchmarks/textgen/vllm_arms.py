@@ -139,15 +139,18 @@ class VllmArm:
     def _answer(self, seconds: float) -> dict[str, Any]:
         limit = time.monotonic() + seconds
         while b"\n" not in self._rest:
-            left = limit - time.monotonic()
-            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
+            # Children of a process that died may hold its end of the pipe open: look at it, too.
+            dead = self._process.poll() is not None
+            if select.select([self._answers], [], [], 0 if dead else 1.0)[0]:
+                chunk = self._answers.read(1 << 20)
+                self._rest += chunk
+                dead = dead or not chunk
+            if b"\n" not in self._rest and dead:
+                raise DopError(f"vLLM's process of arm {self.name} died.", self._hint())
+            if time.monotonic() > limit:
                 raise DopError(
                     f"arm {self.name} did not answer within {seconds:.0f} s.", self._hint()
                 )
-            chunk = self._answers.read(1 << 20)
-            if not chunk:
-                raise DopError(f"vLLM's process of arm {self.name} died.", self._hint())
-            self._rest += chunk
         line, _, self._rest = self._rest.partition(b"\n")
         found: dict[str, Any] = json.loads(line)
         if "error" in found:

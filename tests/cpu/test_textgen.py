@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+import time
 from statistics import fmean, median
 
 import pytest
@@ -279,6 +280,18 @@ def test_a_vllm_that_does_not_load_shows_its_log(tmp_path, fake_vllm):
     broken.write_text("raise RuntimeError('no kernel image')\n")
     with pytest.raises(DopError, match="no kernel image"):
         load_arms(["base"], find_model(TINY, 64), options(tmp_path))
+
+
+def test_a_vllm_that_crashes_is_noticed_at_once(tmp_path, fake_vllm):
+    """Even if a child of it keeps the pipe open."""
+    broken = tmp_path / "fake" / "vllm" / "__init__.py"
+    broken.write_text(
+        "import os, time\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(30)\nos._exit(0)\n"
+    )
+    begin = time.monotonic()
+    with pytest.raises(DopError, match="base died"):
+        load_arms(["base"], find_model(TINY, 64), options(tmp_path))
+    assert time.monotonic() - begin < 20
 
 
 def test_vllm_has_to_be_installed(tmp_path, monkeypatch):
