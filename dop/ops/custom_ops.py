@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dop.errors import ShapeError
+from dop.ops import eager
 from dop.ops.plan import SegmentPlan, buffer_size, fill
 
 LIBRARY = torch.library.Library("dop", "DEF")  # type: ignore[no-untyped-call]
@@ -34,13 +35,17 @@ UNKNOWN = -1
 def _plan_of(buffer: Tensor, tokens: int, slots: int, adapters: int) -> SegmentPlan:
     """A plan around a buffer. It is marked as one whose content may change unnoticed, so that
     nothing derived from it is trusted later."""
+    _check_size(buffer, tokens, slots)
+    hint = None if adapters == UNKNOWN else adapters
+    return SegmentPlan(buffer, tokens, slots, hint, in_graph=True)
+
+
+def _check_size(buffer: Tensor, tokens: int, slots: int) -> None:
     if buffer.numel() != buffer_size(tokens, slots):
         raise ShapeError(
             f"a plan of {buffer.numel()} elements for {tokens} tokens and {slots} slots.",
             "Under torch.compile give plans as segment_plan returned them.",
         )
-    hint = None if adapters == UNKNOWN else adapters
-    return SegmentPlan(buffer, tokens, slots, hint, in_graph=True)
 
 
 def _segment_plan(
@@ -65,6 +70,7 @@ def _segment_plan_out(
     scales: Tensor | None,
     scale: float,
 ) -> None:
+    _check_size(plan, token_to_adapter.shape[0], slots)
     fill(plan, token_to_adapter, slots, ranks, scales, scale)
 
 
@@ -87,10 +93,24 @@ def _add_lora(
     scales: Tensor | None,
     scale: float,
 ) -> None:
+    own = _plan_of(plan, tokens, slots, adapters)
+    # Where a dispatch mode is still on, the public function would lead back here.
+    call = eager.add_lora if torch._C._len_torch_dispatch_stack() else _short_add_lora
+    call(y, x, a, b, own, _scale(scales, scale), ranks)
+
+
+def _short_add_lora(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: SegmentPlan,
+    scale: Any,
+    ranks: Tensor | None,
+) -> None:
     from dop.ops import api
 
-    own = _plan_of(plan, tokens, slots, adapters)
-    api.run(y, x, a, b, own, _scale(scales, scale), ranks)
+    api.add_lora(y, x, a, b, plan, scale=scale, ranks=ranks)
 
 
 def _sgmv_shrink(
@@ -102,9 +122,7 @@ def _sgmv_shrink(
     adapters: int,
     ranks: Tensor | None,
 ) -> Tensor:
-    from dop.ops import api
-
-    return api.sgmv_shrink(x, a, _plan_of(plan, tokens, slots, adapters), ranks=ranks)
+    return eager.shrink(x, a, _plan_of(plan, tokens, slots, adapters), ranks)
 
 
 def _sgmv_expand(
@@ -119,10 +137,8 @@ def _sgmv_expand(
     scales: Tensor | None,
     scale: float,
 ) -> None:
-    from dop.ops import api
-
     own = _plan_of(plan, tokens, slots, adapters)
-    api.sgmv_expand(y, v, b, own, scale=_scale(scales, scale), ranks=ranks)
+    eager.expand(y, v, b, own, _scale(scales, scale), ranks)
 
 
 def _fake_segment_plan(token_to_adapter: Tensor, slots: int, *_: Any) -> Tensor:

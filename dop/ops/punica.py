@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dop.errors import DeviceError, DtypeError, ExportError, ShapeError
 from dop.measure.artifact import Buffer, Launch
-from dop.ops import api, checks, launch
+from dop.ops import checks, eager, launch
 from dop.ops.checks import DTYPES, Shape, shape_of, stack_words
 from dop.ops.launch import LOCAL, DeviceKernel
 
@@ -99,16 +99,16 @@ def add_lora_sgmv(
     _check(y, x, wa_ptr, wb_ptr, s, layer_idx, lora_rank)
     if x.shape[0] == 0 or wa_ptr.shape[0] == 0:
         return
-    if not api.on_gpu(x.get_device()):
+    if not eager.on_gpu(x.get_device()):
         _on_cpu(y, x, wa_ptr, wb_ptr, s, layer_idx, lora_rank, a_is_transposed)
         return
     index = x.get_device()
     shape = shape_of(x.shape[1], (y.shape[1],), lora_rank, x.dtype, index)
-    with api._device_guard(index):
-        stream = api._stream(index)
+    with eager.device_guard(index):
+        stream = eager.stream_of(index)
         key = ("punica", shape.number, x.shape[0], wa_ptr.shape[0], layer_idx, a_is_transposed,
                stream)  # fmt: skip
-        capturing = api.is_captured(stream)
+        capturing = eager.is_captured(stream)
         block = None if capturing else LOCAL.blocks.get(key)
         if block is None:
             kernel = _kernel(shape, wa_ptr.shape[0], layer_idx, a_is_transposed)

@@ -9,7 +9,7 @@ import torch
 
 from dop.config.hf import workloads_from_model
 from dop.errors import ConfigError, DopError
-from dop.ops import api, checks, cpu_pack, launch, sources
+from dop.ops import api, checks, cpu_pack, eager, launch, sources
 from dop.ops.checks import DTYPES, Shape, shape_of
 from dop.ops.plan import SegmentPlan
 from dop.ops.sources import Choice
@@ -58,10 +58,10 @@ def warmup(
     index = sources.parse_device(device)
     options = {"ranks": tuple(ranks), "tp": tp, "dtype": dtype}
     shapes = list(_shapes(what, index, options))
-    if not api.on_gpu(index):
+    if not eager.on_gpu(index):
         return []
     hints = tuple(adapters)
-    with api._device_guard(index):
+    with eager.device_guard(index):
         nobody = torch.full((1,), -1, dtype=torch.int32, device=index)
         api.segment_plan(nobody, slots=slots)
         # The largest batch first: its workspace serves the others.
@@ -73,7 +73,7 @@ def warmup(
 
 def _ready(shape: Shape, tokens: int, slots: int, adapters: int | None) -> Choice:
     choice = sources.choose(shape, tokens, slots, adapters)
-    api.block_for(shape, _Batch(tokens, slots, adapters))
+    eager.block_for(shape, _Batch(tokens, slots, adapters))
     return choice
 
 
@@ -142,7 +142,7 @@ def explain_choice(
     found = Workload.parse(workload) if isinstance(workload, str) else workload
     index = sources.parse_device(device)
     shape = _shape(found, index)
-    if not api.on_gpu(index):
+    if not eager.on_gpu(index):
         return _on_cpu(shape, tokens, adapters)
     return sources.choose(shape, tokens, slots, adapters)
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 
 from dop.measure.artifact import Buffer, Launch
-from dop.ops import api, launch, sources
+from dop.ops import api, eager, launch, sources
 from dop.ops.launch import DeviceKernel
 from dop.ops.sources import Choice
 
@@ -71,7 +71,9 @@ class FakeDriver:
             names = ("tile_slot", "tile_row0", "tile_rows", "tile_rank")
             tables = [at(p[n], p["tiles"], torch.int32) for n in names]
             scale = at(p["tile_scale"], p["tiles"], torch.float32)
-            for t, (slot, row0, rows, rank) in enumerate(zip(*map(torch.Tensor.tolist, tables))):
+            for t, (slot, row0, rows, rank) in enumerate(
+                zip(*map(torch.Tensor.tolist, tables), strict=True)
+            ):
                 yield t, index[row0 : row0 + rows].long(), slot, rank, float(scale[t])
             return
         slot, rank = (at(p[n], p["tokens"], torch.int32) for n in ("token_slot", "token_rank"))
@@ -81,7 +83,7 @@ class FakeDriver:
                 yield t, torch.tensor([t]), int(slot[t]), int(rank[t]), float(scale[t])
 
     def _stack(self, p, side, s):
-        slices, rank, width, outs, slots = self.sizes
+        _, rank, width, outs, slots = self.sizes
         address = p[side] + (16 * p[f"{side}{s}_shift"] if s else 0)
         size = (slots, rank, width) if side == "a" else (slots, outs[s], rank)
         return at(address, slots * size[1] * size[2], torch.float32).view(size)
@@ -148,11 +150,13 @@ def install(monkeypatch, sizes, tile_rows: int) -> FakeDriver:
     launch.forget()
     monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(launch, "_LOADED", {})
-    monkeypatch.setattr(api, "_stream", lambda device: STREAM)
-    monkeypatch.setattr(api, "_capturing", lambda: False)
-    monkeypatch.setattr(api, "_current_device", lambda: -1)
-    monkeypatch.setattr(api, "_device_guard", lambda device: nullcontext())
-    monkeypatch.setattr(api, "on_gpu", lambda device: True)
+    for module, prefix in ((api, "_"), (eager, "")):
+        name = "_stream" if module is api else "stream_of"
+        monkeypatch.setattr(module, name, lambda device: STREAM)
+        monkeypatch.setattr(module, f"{prefix}capturing", lambda: False)
+        monkeypatch.setattr(module, f"{prefix}current_device", lambda: -1)
+    monkeypatch.setattr(eager, "device_guard", lambda device: nullcontext())
+    monkeypatch.setattr(eager, "on_gpu", lambda device: True)
     choice = Choice("key", "fake", 0, None, chosen, "")
     monkeypatch.setattr(sources, "choose", lambda *_: choice)
     return driver

@@ -237,6 +237,22 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}
 
 
+def test_the_ops_themselves_check_their_arguments():
+    a, b = stacks(3, 2, 8, (8, 4))
+    x, y = rows(6, 8, 12)
+    plan = ops.segment_plan(ids_of(6, 3), slots=3)
+    with pytest.raises(ShapeError, match="x has shape"):
+        OPS.add_lora(y, x[:, 1:], a, b, *facts(plan), None, None, 1.0)
+    with pytest.raises(ShapeError, match="x has shape"):
+        OPS.sgmv_shrink(x[1:], a, *facts(plan), None)
+    with pytest.raises(ShapeError, match="v has shape"):
+        OPS.sgmv_expand(y, torch.zeros(2, 6, 3), b, *facts(plan), None, None, 1.0)
+    with pytest.raises(ShapeError, match="a plan of"):
+        OPS.add_lora(y, x, a, b, plan.buffer[:-16], 6, 3, -1, None, None, 1.0)
+    with pytest.raises(ShapeError, match="elements"):
+        OPS.segment_plan_out(plan.buffer[16:], ids_of(6, 3), 3, None, None, 1.0)
+
+
 @pytest.mark.parametrize("plan_inside", [True, False])
 def test_compile_with_dynamic_tokens(plan_inside):
     a, b = stacks(3, 2, 8, (8, 4))

@@ -7,7 +7,7 @@ from sgmv_reference import reference, rows, stacks
 
 from dop import ops
 from dop.measure.cuda_driver import CudaError
-from dop.ops import api, launch
+from dop.ops import api, eager, launch
 from dop.ops.checks import STACKS
 
 SLOTS, RANK, WIDTH = 6, 8, 32
@@ -42,7 +42,7 @@ def test_first_and_later_calls_are_right_and_later_ones_short(case, monkeypatch)
     want = reference(y, x, a, b, IDS)
     assert ops.add_lora(y, x, a, b, plan) is y
     near(y, want)
-    monkeypatch.setattr(api, "run", refuse)
+    monkeypatch.setattr(eager, "add_lora", refuse)
     for seed in (5, 6):
         x, y = rows(TOKENS, WIDTH, y.shape[1], seed=seed)
         before, want = y.clone(), reference(y, x, a, b, IDS)
@@ -69,7 +69,7 @@ def test_another_plan_other_weights_and_one_tensor_stay_short(case, monkeypatch)
     c, d = stacks(SLOTS, RANK, WIDTH, [t.shape[1] for t in b], seed=9)
     for weights in ((a, b), (c, d)):
         ops.add_lora(y.clone(), x, *weights, make_plan())
-    monkeypatch.setattr(api, "run", refuse)
+    monkeypatch.setattr(eager, "add_lora", refuse)
     ids = [(i * 5) % 7 - 1 for i in range(TOKENS)]
     plan = make_plan(ids, ranks=[8, 3, 1, 2, 5, 7], scale=[1.0, 2.0, 0.5, 3.0, 1.0, -1.0])
     for weights in ((a, b), (c, d)):
@@ -85,7 +85,7 @@ def test_ranks_and_scale_of_the_call(case, monkeypatch):
     _, a, b, x, y = case
     plan = make_plan(scale=2.0, ranks=[8] * SLOTS)
     ops.add_lora(y.clone(), x, a, b, plan)
-    monkeypatch.setattr(api, "run", refuse)
+    monkeypatch.setattr(eager, "add_lora", refuse)
     ranks = torch.tensor([8, 3, 1, 2, 5, 0], dtype=torch.int32)
     scale = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, -1.0])
     for _ in range(2):
@@ -154,6 +154,7 @@ def test_capture_takes_workspaces_of_its_own_and_keeps_no_block(case, monkeypatc
     ops.add_lora(y.clone(), x, a, b, plan)
     kept = dict(launch.LOCAL.blocks)
     monkeypatch.setattr(api, "_capturing", lambda: True)
+    monkeypatch.setattr(eager, "capturing", lambda: True)
     asked = []
     real = launch.Room.at_least
     monkeypatch.setattr(
@@ -224,6 +225,7 @@ def test_every_shipped_kernel_finds_its_arguments(monkeypatch):
     from dop.ops.warm import _TORCH_TYPES
 
     monkeypatch.setattr(launch, "driver", lambda: fake_driver.FakeDriver(()))
+    monkeypatch.setattr(launch, "has_dependent_launches", lambda device: True, raising=False)
     for entry in packs.shipped():
         library = packs._open(entry.path)
         for info in library.kernels.values():
@@ -247,6 +249,7 @@ def test_generic_kernels_find_their_arguments(monkeypatch, outs):
     gpu = SimpleNamespace(capability=90, multiprocessors=132)
     monkeypatch.setattr(kernels, "device", lambda ordinal: gpu)
     monkeypatch.setattr(launch, "driver", lambda: fake_driver.FakeDriver(()))
+    monkeypatch.setattr(launch, "has_dependent_launches", lambda device: True, raising=False)
     shape = shape_of(64, outs, 5, torch.bfloat16, 0)
     for tokens in (1, 8, 300):
         search = Search(shape, tokens, 16, None)

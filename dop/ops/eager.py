@@ -1,0 +1,273 @@
+"""Eager calls the long way: everything checked, and whatever the short path later uses is made.
+
+Nothing here asks whether it is being traced: the ops of custom_ops.py come here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop.errors import DtypeError, ShapeError
+from dop.ops import checks, cpu, cpu_pack, halves, launch, sources
+from dop.ops.checks import Shape, Stacks, stacks_of
+from dop.ops.derived import derived_words
+from dop.ops.launch import LOCAL, Block
+from dop.ops.plan import SegmentPlan, buffer_size, check_capacity, fill, upload
+from dop.ops.switches import CHECKED
+
+Stack = Tensor | Sequence[Tensor]
+Scale = float | Tensor | Sequence[float]
+Ranks = Tensor | Sequence[int] | None
+
+
+def _no_stream(device: int) -> int:
+    return 0
+
+
+stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
+"""Current CUstream of a device."""
+
+capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+"""Whether the current stream records a CUDA graph."""
+
+current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+
+
+def on_gpu(device: int) -> bool:
+    """Whether a device index is a GPU's."""
+    return device >= 0
+
+
+def is_captured(stream: int) -> bool:
+    """Whether the current stream records a CUDA graph; the default stream (0) cannot."""
+    return bool(stream) and capturing()
+
+
+def device_guard(device: int) -> Any:
+    """Makes a GPU the current one for a `with` block."""
+    return torch.cuda.device(device)
+
+
+def per_slot_ranks(ranks: Ranks, slots: int, device: torch.device) -> Tensor | None:
+    """Ranks as an int32 tensor [slots] on the device.
+
+    Raises:
+        ShapeError, DeviceError, DtypeError: they do not fit.
+    """
+    if ranks is None:
+        return None
+    if not isinstance(ranks, Tensor):
+        if len(ranks) != slots:
+            raise ShapeError(f"{len(ranks)} ranks.", f"Give one per slot, {slots}.")
+        return upload([int(rank) for rank in ranks], torch.int32, device)
+    checks.check_per_slot("ranks", ranks, slots, device)
+    return ranks if ranks.dtype == torch.int32 and ranks.is_contiguous() else _int32(ranks)
+
+
+def _int32(ranks: Tensor) -> Tensor:
+    return ranks.to(torch.int32).contiguous()
+
+
+def per_slot_scale(scale: Scale, slots: int, device: torch.device) -> tuple[Tensor | None, float]:
+    """A scale as (tensor [slots] or None, number).
+
+    Raises:
+        ShapeError, DeviceError: it does not fit.
+    """
+    if isinstance(scale, (int, float)):
+        return None, float(scale)
+    if not isinstance(scale, Tensor):
+        if len(scale) != slots:
+            raise ShapeError(f"{len(scale)} scales.", f"Give one per slot, {slots}.")
+        return upload([float(s) for s in scale], torch.float32, device), 1.0
+    checks.check_per_slot("scale", scale, slots, device)
+    return scale.contiguous(), 1.0
+
+
+def call_facts(
+    plan: SegmentPlan, rank: int, scale: Scale, ranks: Ranks
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Ranks, scales and scale of a call, checked."""
+    rank_tensor = per_slot_ranks(ranks, plan.slots, plan.buffer.device)
+    scales, number = per_slot_scale(scale, plan.slots, plan.buffer.device)
+    if CHECKED and rank_tensor is not None:
+        checks.check_rank_range(rank_tensor, rank)
+    return rank_tensor, scales, number
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        DtypeError: it names the argument.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name} is a {type(tensor).__name__}.", "Give a tensor.")
+
+
+def make_plan(
+    token_to_adapter: Tensor,
+    slots: int,
+    ranks: Tensor | None,
+    facts: tuple[Tensor | None, float],
+    adapters: int | None,
+    out: SegmentPlan | None,
+) -> SegmentPlan:
+    """`segment_plan` of checked arguments; facts: scales and scale."""
+    device, tokens = token_to_adapter.device, token_to_adapter.shape[0]
+    scales, number = facts
+    if CHECKED:
+        checks.check_id_range(token_to_adapter, slots, ranks)
+    if out is None:
+        buffer = torch.empty(buffer_size(tokens, slots), dtype=torch.int32, device=device)
+        out = SegmentPlan(buffer, tokens, slots)
+    else:
+        check_capacity(out, tokens, slots, device)
+    if token_to_adapter.is_cuda:
+        with device_guard(token_to_adapter.get_device()):
+            fill(out.buffer, token_to_adapter, slots, ranks, scales, number)
+            in_graph = capturing()
+    else:
+        fill(out.buffer, token_to_adapter, slots, ranks, scales, number)
+        in_graph = False
+    plain = ranks is None and scales is None and number == 1.0
+    out.refilled(adapters, ranks is not None, is_plain=plain, in_graph=in_graph)
+    return out
+
+
+def add_lora(
+    y: Tensor, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan, scale: Scale, ranks: Ranks
+) -> Tensor:
+    """`add_lora` with everything checked; makes what the short path then uses."""
+    check_tensors(x=x, y=y)
+    stacks = stacks_of(a, b)
+    shape = stacks.shape
+    checks.check_plan(plan, stacks)
+    checks.check_rows("x", x, plan.tokens, shape.in_features, shape)
+    checks.check_rows("y", y, plan.tokens, shape.total_out, shape)
+    list_a, list_b = checks.as_list(a, "a"), checks.as_list(b, "b")
+    checks.check_no_gradient("add_lora", x, y, *list_a, *list_b)
+    rank_tensor, scales, number = call_facts(plan, shape.rank, scale, ranks)
+    if plan.tokens == 0:
+        return y
+    if not on_gpu(shape.device):
+        cpu_path(y, x, list_a, list_b, stacks, plan, rank_tensor, scales, number)
+        return y
+    with device_guard(shape.device):
+        _run_cuda(y, x, stacks, plan, rank_tensor, scales, number)
+    return y
+
+
+def cpu_path(
+    y: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    stacks: Stacks,
+    plan: SegmentPlan,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> None:
+    """A call on CPU tensors: by an exported library if there is one, else by torch."""
+    plain = plan.is_plain and ranks is None and scales is None and scale == 1.0
+    if plain and cpu_pack.run(y, x, a, b, stacks, plan):
+        return
+    cpu.add_lora(y, x, a, b, plan, ranks, scales, scale)
+
+
+def _run_cuda(
+    y: Tensor,
+    x: Tensor,
+    stacks: Stacks,
+    plan: SegmentPlan,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> None:
+    block = block_for(stacks.shape, plan)
+    words = derived_words(plan, block.tile_rows, ranks, scales, scale)
+    x, target = _dense(x), _dense(y)
+    launch.launch(block, x.data_ptr(), target.data_ptr(), stacks.words, words)
+    if target is not y:
+        y.copy_(target)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if kernels can read it, else a contiguous, aligned copy."""
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor if tensor.data_ptr() % checks.ALIGN_BYTES == 0 else tensor.clone()
+
+
+def block_for(shape: Shape, plan: SegmentPlan) -> Block:
+    """Launches for a call site and a plan on the current stream.
+
+    Blocks are kept, but for those made while a graph is captured: their workspace belongs to the
+    graph's memory.
+    """
+    stream = stream_of(shape.device)
+    key = (shape.number, plan.batch, stream)
+    captured = is_captured(stream)
+    found = None if captured else LOCAL.blocks.get(key)
+    if found is None:
+        choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters)
+        assert choice.kernel is not None
+        batch = (plan.tokens, plan.slots)
+        found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured)
+        if not captured:
+            launch.remember(key, found)
+    return found
+
+
+def shrink(x: Tensor, a: Stack, plan: SegmentPlan, ranks: Ranks) -> Tensor:
+    """`sgmv_shrink` with everything checked."""
+    check_tensors(x=x)
+    a = checks.as_list(a, "a")
+    rank, width = checks.check_side(a, "a", plan)
+    checks.check_rows("x", x, plan.tokens, width, checks.side_shape(a[0]))
+    checks.check_no_gradient("sgmv_shrink", x, *a)
+    ranks, _, _ = call_facts(plan, rank, 1.0, ranks)
+    index = x.get_device()
+    if plan.tokens == 0:
+        return x.new_zeros((len(a), 0, rank), dtype=torch.float32)
+    if not on_gpu(index):
+        return cpu.shrink(x, a, plan, ranks)
+    with device_guard(index):
+        stream = stream_of(index)
+        return halves.shrink(_dense(x), a, plan, ranks, stream, is_captured(stream))
+
+
+def expand(
+    y: Tensor,
+    v: Tensor,
+    b: Stack,
+    plan: SegmentPlan,
+    scale: Scale,
+    ranks: Ranks,
+) -> Tensor:
+    """`sgmv_expand` with everything checked."""
+    check_tensors(y=y, v=v)
+    b = checks.as_list(b, "b")
+    rank, total = checks.check_side(b, "b", plan)
+    checks.check_rows("y", y, plan.tokens, total, checks.side_shape(b[0]))
+    checks.check_v(v, (len(b), plan.tokens, rank), y)
+    checks.check_no_gradient("sgmv_expand", y, v, *b)
+    facts = call_facts(plan, rank, scale, ranks)
+    index = y.get_device()
+    if plan.tokens == 0:
+        return y
+    if not on_gpu(index):
+        cpu.expand(y, v, b, plan, *facts)
+        return y
+    with device_guard(index):
+        stream, target = stream_of(index), _dense(y)
+        halves.expand(target, _dense(v), b, plan, facts, stream, is_captured(stream))
+        if target is not y:
+            y.copy_(target)
+    return y
