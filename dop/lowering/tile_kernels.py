@@ -29,6 +29,19 @@ __device__ __forceinline__ int dop_fresh_table(const int* at) {
 }
 """
 """Reads a table behind a wait, when the kernel before may have written it."""
+FEW_ROWS = 32
+EARLY_LOADS = {
+    "const uint4 value = __ldg(static_cast<const uint4*>(at));": (
+        'uint4 value;\n  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"\n'
+        '               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(at));'
+    ),
+    "const uint2 value = __ldg(static_cast<const uint2*>(at));": (
+        'uint2 value;\n  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];"\n'
+        '               : "=r"(value.x), "=r"(value.y) : "l"(at));'
+    ),
+}
+"""B's loads of a dependent expand kernel: as loads of constants they would move behind the wait,
+which costs a trip to memory where a tile has few rows (decode)."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,17 @@ class TileKernels:
     def source(self) -> str:
         """CUDA C++ of both."""
         shrink, expand = self.shrink.source(NAMES[0]), self.expand.source(NAMES[1])
+        helpers = register_expand.HELPERS
+        if self.dependent and self.expand.tile_rows <= FEW_ROWS:
+            for constant, plain in EARLY_LOADS.items():
+                helpers = helpers.replace(constant, plain)
         if self.dependent > 1:
             # No load through the read-only path may pass the wait.
             shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
             expand = release_first(expand)
         return (
             INCLUDES[self.shrink.workload.dtype]
-            + register_expand.HELPERS
+            + helpers
             + pipelined_shrink.HELPERS
             + (HELPERS + FRESH_TABLE if self.dependent > 1 else "")
             + shrink

@@ -125,7 +125,7 @@ class ClusterX:
         new = state.fork(self.name)
         new.cache_read("gather_x", "shared.dyn", "shrink_rf")
         new.compute_at("gather_x", "shrink_rf", STEP)
-        stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6), 3)
+        stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6, 8), 3)
         new.pragma("shrink_rf", STEP, "pipeline_depth", stages)
         kind = INTRINSIC_TYPES[new.workload.dtype]
         tile = "warpgroup_product" if "warpgroups" in new.notes else "pipelined_product"
