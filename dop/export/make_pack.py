@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ Key = tuple[str, str]
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
+
+
+_SPECIFIC = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
+"""Instructions of one architecture only ("sm_90a"): such a source serves no other GPU, where it
+would stop with a trap, so it is not shipped. Its binary is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ def make_pack(
         dtypes: element types to ship, see `dop.export.transfer`.
         max_regret: see `dop.dispatch.cover`.
         processes: that build at a time.
-        sources: ship the CUDA sources too.
+        sources: ship the CUDA sources too, of kernels that other architectures can build.
         generate: stand-in for the code generator.
         progress: is told (kernels built, kernels to build).
 
@@ -193,11 +199,11 @@ def _contents(
         entry["min_arch"] = take_apart(artifact.source).min_arch
         if kernel.transferred_from:
             entry["transferred_from"] = kernel.transferred_from
-        if sources:
+        if sources and not _SPECIFIC.search(artifact.source):
             entry["source"] = SOURCES
             entry["source_span"] = texts.add(artifact.source)
         kernels.append(entry)
-    if sources:
+    if texts.joined():
         files[SOURCES] = texts.joined()
     transferred = sorted({k.workload.key for k in selection.kernels if k.transferred_from})
     provenance = {

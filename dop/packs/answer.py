@@ -11,7 +11,7 @@ from typing import Any
 from dop.dispatch.table import Fit, Row, Table, WorkloadTable
 from dop.errors import ConfigError
 from dop.export.choice import Library
-from dop.export.index import KernelInfo
+from dop.export.index import KernelInfo, arch_number
 from dop.export.load import load_cuda
 from dop.packs import Match, find
 from dop.packs.fallback import without_pack
@@ -140,11 +140,10 @@ def explain(batch: Batch, pack: Path | None = None) -> Answer:
         info = library.choose(key, batch.tokens, batch.adapters)
         if match.how != Match.SOURCE:
             return _tuned(batch, library, "pack", [match.note] if match.note else [])
-        if info.min_arch <= int("".join(c for c in batch.arch if c.isdigit())):
+        if info.source and info.min_arch <= arch_number(batch.arch)[0]:
             return _tuned(batch, library, "nvrtc", [match.note])
-        passed.append(
-            f"{match.entry.path.name} holds {info.name}, which needs sm_{info.min_arch} or newer"
-        )
+        needs = f"needs sm_{info.min_arch} or newer" if info.source else "is of its GPU alone"
+        passed.append(f"{match.entry.path.name} holds {info.name}, whose source {needs}")
     return without_pack(batch, passed)
 
 

@@ -35,7 +35,7 @@ class PackEntry:
         newest: date of its newest record, ISO order.
         workloads: keys that it serves.
         transferred: those of them that were tuned in another dtype.
-        sources: whether it carries CUDA sources.
+        sources: whether it carries CUDA sources, of some kernels at least.
         size_bytes: of the file; 0 for a folder.
         shipped: whether it came with Dop.
     """
@@ -99,7 +99,7 @@ def entry_of(path: Path, index: Index) -> PackEntry | None:
         str(index.provenance.get("newest_record", "")),
         frozenset(index.table.workloads),
         frozenset(k.workload.key for k in kernels if k.transferred_from),
-        all(kernel.source for kernel in kernels),
+        any(kernel.source for kernel in kernels),
         path.stat().st_size if path.is_file() else 0,
     )
 

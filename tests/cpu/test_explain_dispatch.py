@@ -101,7 +101,7 @@ def test_older_gpus_build_what_they_can_and_fall_back(pack):
     assert "NVRTC" in reasons(row)
     tile = ask(64, 1, device="NVIDIA A100", arch="sm_80")  # that kernel needs sm_90
     assert tile.served_by == "generic"
-    assert "needs sm_90" in reasons(tile)
+    assert "source needs sm_90" in reasons(tile)
     assert ask(8, 8, device="NVIDIA V100", arch="sm_70").served_by == "nothing"
 
 

@@ -109,6 +109,19 @@ def test_sources_are_small_and_may_be_left_out(packed, tmp_path, monkeypatch):
     assert without.size_bytes < packed.size_bytes
 
 
+def test_a_source_of_one_architecture_is_not_shipped(tmp_path, monkeypatch):
+    def with_wgmma(workload, steps, target):
+        code = fake_generate(workload, steps, target)
+        body = "wgmma.mma_async.sync" if code.tile_rows else ""
+        return SimpleNamespace(**{**vars(code), "source": f"{code.source}// {body}\n"})
+
+    packed = pack_at(tmp_path / "p.doppack", monkeypatch, generate=with_wgmma)
+    library = load(packed.path)
+    for info in library.kernels.values():
+        assert (library.source(info) is None) == (info.tile_rows > 0)
+        assert library.binary(info)
+
+
 def test_opening_reads_the_index_only(packed, monkeypatch):
     seen = []
     member = PackFile._member
