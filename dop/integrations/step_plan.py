@@ -13,7 +13,7 @@ back from the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,6 @@ class _Level:
     plan: Any = None
     fresh: bool = False
     captured: bool = False
-    views: dict[int, Any] = field(default_factory=dict)
 
 
 class StepPlans:
@@ -69,6 +68,8 @@ class StepPlans:
         self.adapters = 0
         self._unhinted = 0 if hint_small else small
         self.rank_list = [rank] * slots
+        self._ranks_changed = False
+        self._views: dict[int, SegmentPlan] = {}
         self._pinned = self.device.type == "cuda"
         self._ranks = torch.full((slots,), rank, dtype=torch.int32, device=self.device)
         self._scale: torch.Tensor | float = 1.0
@@ -86,7 +87,10 @@ class StepPlans:
 
     def set_rank(self, slot: int, rank: int) -> None:
         """Note the true rank of the adapter in a slot; it counts from the next `update`."""
-        self.rank_list[slot] = min(max(rank, 1), self.rank)
+        known = min(max(rank, 1), self.rank)
+        if self.rank_list[slot] != known:
+            self.rank_list[slot] = known
+            self._ranks_changed = True
 
     def use_scales(self, scales: torch.Tensor) -> None:
         """Scale of every slot, float32 [slots] at a fixed address, read at every refill."""
@@ -104,11 +108,13 @@ class StepPlans:
         self.adapters = _distinct(slots) if adapters is None else adapters
         self._host[:tokens] = slots
         self._host[tokens:] = NO_ADAPTER
-        self._copy(self._ranks, torch.tensor(self.rank_list, dtype=torch.int32))
+        if self._ranks_changed:
+            self._copy(self._ranks, torch.tensor(self.rank_list, dtype=torch.int32))
+            self._ranks_changed = False
+        self._views.clear()
         filled = False
         for level in self._levels:
             level.fresh = False
-            level.views.clear()
             if level.capacity >= tokens and (level.captured or not filled):
                 self._refill(level)
                 filled = True
@@ -119,18 +125,20 @@ class StepPlans:
         Raises:
             ValueError: fewer rows than the step has tokens.
         """
+        view = self._views.get(tokens)
+        if view is None or capturing(self.device):
+            view = self._views[tokens] = self._view(tokens)
+        return view
+
+    def _view(self, tokens: int) -> SegmentPlan:
         if tokens < self.tokens:
             raise ValueError(f"{tokens} rows for a step of {self.tokens} tokens")
         self._grow(tokens)
         level = next(each for each in self._levels if each.capacity >= tokens)
-        view = level.views.get(tokens)
-        if view is None:
-            if not level.fresh:
-                self._refill(level)
-            view = level.views[tokens] = narrow(level.plan, tokens, self._hint(tokens))
-        if not level.captured and capturing(self.device):
-            level.captured = True
-        return view
+        if not level.fresh:
+            self._refill(level)
+        level.captured = level.captured or capturing(self.device)
+        return narrow(level.plan, tokens, self._hint(tokens))
 
     def _grow(self, tokens: int) -> None:
         """Add a level if no other holds so many tokens; what graphs have captured stays."""
@@ -150,7 +158,14 @@ class StepPlans:
     def _refill(self, level: _Level) -> None:
         from dop.ops import segment_plan
 
-        self._copy(level.slots, self._host[: level.capacity])
+        if capturing(self.device):
+            # A copy from the host would be repeated by every replay, from memory that is gone.
+            filled = next(each for each in self._levels if each.fresh)
+            shared = min(filled.capacity, level.capacity)
+            level.slots.fill_(NO_ADAPTER)
+            level.slots[:shared].copy_(filled.slots[:shared])
+        else:
+            self._copy(level.slots, self._host[: level.capacity])
         level.plan = segment_plan(
             level.slots,
             slots=self.slots,
