@@ -6,6 +6,7 @@ Standard library only, and every probe is guarded: this must work where nothing 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -21,34 +22,68 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 _PACKAGES = {
-    "dop": "dop",
-    "torch": "torch",
-    "tvm": "apache-tvm",
-    "tvm-ffi": "apache-tvm-ffi",
-    "lightgbm": "lightgbm",
-    "numpy": "numpy",
+    "dop": ("dop", "dop"),
+    "torch": ("torch", "torch"),
+    "tvm": ("apache-tvm", "tvm"),
+    "tvm-ffi": ("apache-tvm-ffi", "tvm_ffi"),
+    "lightgbm": ("lightgbm", "lightgbm"),
+    "numpy": ("numpy", "numpy"),
 }
-"""Name in records -> name of the distribution."""
+"""Name in records -> names of the distribution and of its module."""
+
+_ASK_MODULES = """
+import importlib, json, sys
+path, names = json.loads(sys.argv[1])
+sys.path[:] = path
+found = {}
+for name, module in names.items():
+    try:
+        found[name] = str(importlib.import_module(module).__version__)
+    except Exception:
+        pass
+print("\\n" + json.dumps(found))
+"""
+"""Prints the versions that modules themselves give."""
 
 
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
     found = {"python": platform.python_version()}
-    for name, package in _PACKAGES.items():
+    bare: dict[str, str] = {}
+    for name, (package, module) in _PACKAGES.items():
         try:
             found[name] = metadata.version(package)
-        except Exception:  # not installed, or metadata that is damaged
-            continue
+        except Exception:  # not installed, unpacked by hand, or metadata that is damaged
+            if _guard(functools.partial(importlib.util.find_spec, module)):
+                bare[name] = module
+    found |= _module_versions(bare)
     for name, probe in (("nvcc", nvcc_version), ("driver", gpu_driver_version)):
         if value := _guard(probe):
             found[name] = value
     return tuple(found.items())
 
 
+def _module_versions(modules: dict[str, str]) -> dict[str, str]:
+    """Versions that modules without metadata give, by name. Those that are not imported yet are
+    asked in a child, so that nothing heavy comes into this process."""
+    found = {}
+    for name, module in modules.items():
+        if version := getattr(sys.modules.get(module), "__version__", None):
+            found[name] = str(version)
+    absent = {name: module for name, module in modules.items() if name not in found}
+    if absent:
+        answer = _output(
+            sys.executable, "-c", _ASK_MODULES, json.dumps([sys.path, absent]), limit_s=60
+        )
+        found |= _guard(lambda: json.loads(answer.splitlines()[-1])) or {}
+    return found
+
+
 def versions() -> dict[str, str]:
     """Versions by name (dop, python, torch, tvm, tvm-ffi, lightgbm, numpy, nvcc, driver).
 
-    What is not installed is left out. Nothing heavy is imported; cached for the process.
+    From the packages' metadata, else what the module says. What is not there is left out. Nothing
+    heavy is imported; cached for the process.
     """
     return dict(_versions())
 
@@ -152,11 +187,11 @@ def _guard(probe: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _output(*command: str) -> str:
+def _output(*command: str, limit_s: float = 10) -> str:
     """Standard output of a command, "" if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
