@@ -47,14 +47,18 @@ def cuh(
     as_json: bool = _JSON,
 ) -> None:
     """Write a self-contained CUDA C++ header: kernels, dispatch and host API."""
-    from dop.export.cuda_header import header
+    from dop.export.cuda_header import header_of
     from dop.export.files import write_file
+    from dop.export.select import read_measured
 
     _check_file(output)
-    selection = _select(log, device, "cuda", regret)
-    text = header(selection).encode()
-    write_file(output, text)
-    _report(selection, output, len(text), as_json)
+    _check_regret(regret)
+    measured = read_measured(log, device=device, kind="cuda")
+    text, selection, notes = header_of(measured, regret / 100)
+    for line in (*(f"warning: {w}" for w in measured.warnings), *(f"note: {n}" for n in notes)):
+        note(line)
+    write_file(output, text.encode())
+    _report(selection, output, len(text.encode()), as_json, notes)
 
 
 @app.command()
@@ -133,12 +137,17 @@ def catalog(folder: Path = _CATALOG, as_json: bool = _JSON) -> None:
 
 
 def _check_pack(output: Path, regret: float) -> None:
-    from dop.errors import ConfigError
     from dop.export.pack import SUFFIX
 
     _check_file(output)
     if output.suffix != SUFFIX:
         raise ExportError(f"{output} is no name of a pack.", f"Let it end in {SUFFIX}.")
+    _check_regret(regret)
+
+
+def _check_regret(regret: float) -> None:
+    from dop.errors import ConfigError
+
     if not regret >= 0:
         raise ConfigError(f"a regret of {regret} percent.", "Give 0 or more.")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dop.errors import DopError, ExportError
-from dop.export.cuda_text import CudaText, cxx, take_apart
+from dop.export.cuda_text import ONE_GPU, CudaText, cxx, take_apart
 from dop.export.provenance import in_comment
-from dop.export.select import Kernel, Selection, workload_name
+from dop.export.select import Kernel, Measured, Selection, choose, workload_name
 from dop.workload import DTYPES, Workload
 
 if TYPE_CHECKING:
@@ -41,6 +41,37 @@ class _Part:
     text: CudaText
 
 
+class UnfitKernelsError(ExportError):
+    """Kernels that a header cannot hold; `keys`: (workload key, trace key) -> why."""
+
+    def __init__(self, keys: dict[tuple[str, str], str]) -> None:
+        self.keys = keys
+        super().__init__(next(iter(keys.values())), "The log may come from another version of Dop.")
+
+
+def header_of(
+    measured: Measured, max_regret: float, generate: Generate | None = None
+) -> tuple[str, Selection, list[str]]:
+    """The header of a log's device; kernels that it cannot hold are passed over, and what serves
+    their batches is chosen anew.
+
+    Returns:
+        The text, what is in it, and notes on what was passed over.
+
+    Raises:
+        ExportError: as `header`, or nothing is left.
+    """
+    banned: dict[tuple[str, str], str] = {}
+    while True:
+        selection = choose(measured, max_regret, banned)
+        try:
+            text = header(selection, generate)
+        except UnfitKernelsError as error:
+            banned |= error.keys
+            continue
+        return text, selection, [f"passed over: {why}" for why in banned.values()]
+
+
 def header(selection: Selection, generate: Generate | None = None) -> str:
     """The header's text; the same log gives the same text.
 
@@ -49,7 +80,8 @@ def header(selection: Selection, generate: Generate | None = None) -> str:
         generate: `dop.lowering.codegen.generate`, or a stand-in.
 
     Raises:
-        ExportError: the selection is not for CUDA, or a kernel cannot be put into a header.
+        ExportError: the selection is not for CUDA.
+        UnfitKernelsError: kernels of it cannot be put into a header.
     """
     if selection.target.kind != "cuda":
         raise ExportError(
@@ -72,17 +104,22 @@ def header(selection: Selection, generate: Generate | None = None) -> str:
 def _parts(selection: Selection, generate: Generate | None) -> list[_Part]:
     make = generate or _generator()
     parts = []
+    unfit: dict[tuple[str, str], str] = {}
     for kernel in selection.kernels:
+        key = (kernel.workload.key, kernel.trace_key)
         try:
             code = make(kernel.workload, kernel.record.trace, selection.target)
         except DopError as error:
-            raise ExportError(
-                f"{kernel.name} cannot be generated: {error.cause}",
-                "The log may come from another version of Dop.",
-            ) from error
-        if len(code.workspaces) > MAX_WORKSPACES:
-            raise ExportError(f"{kernel.name} has {len(code.workspaces)} workspaces.")
-        parts.append(_Part(kernel, code, take_apart(code.source)))
+            unfit[key] = f"{kernel.name} cannot be generated: {error.cause}"
+            continue
+        if ONE_GPU.search(code.source):
+            unfit[key] = f"{kernel.name} has instructions of {selection.target.arch} alone."
+        elif len(code.workspaces) > MAX_WORKSPACES:
+            unfit[key] = f"{kernel.name} has {len(code.workspaces)} workspaces."
+        else:
+            parts.append(_Part(kernel, code, take_apart(code.source)))
+    if unfit:
+        raise UnfitKernelsError(unfit)
     return parts
 
 

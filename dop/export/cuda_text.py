@@ -34,6 +34,11 @@ _SM90 = re.compile(
 """What no GPU before Hopper has."""
 
 
+ONE_GPU = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
+"""Instructions of one architecture only ("sm_90a"): compiled for another one, "sm_90" included,
+such a source stops with a trap. Its binary is shipped, its text is not."""
+
+
 @dataclass(frozen=True, slots=True)
 class CudaText:
     """A source taken apart.

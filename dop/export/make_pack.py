@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from dop.errors import ExportError
 from dop.export.build import Generate, Outcome, build_all
-from dop.export.cuda_text import take_apart
+from dop.export.cuda_text import ONE_GPU, take_apart
 from dop.export.index import FORMAT, VERSION
 from dop.export.library import described, job_of
 from dop.export.pack import SOURCES, hashed_name, write_pack
@@ -23,11 +22,6 @@ Key = tuple[str, str]
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
-
-
-_SPECIFIC = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
-"""Instructions of one architecture only ("sm_90a"): such a source serves no other GPU, where it
-would stop with a trap, so it is not shipped. Its binary is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +193,7 @@ def _contents(
         entry["min_arch"] = take_apart(artifact.source).min_arch
         if kernel.transferred_from:
             entry["transferred_from"] = kernel.transferred_from
-        if sources and not _SPECIFIC.search(artifact.source):
+        if sources and not ONE_GPU.search(artifact.source):
             entry["source"] = SOURCES
             entry["source_span"] = texts.add(artifact.source)
         kernels.append(entry)

@@ -288,3 +288,23 @@ def test_generated_kernels_are_right_on_a_gpu(real):
     )
     done = subprocess.run([str(real / "check"), "gpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_of_one_gpu_alone_are_passed_over(tmp_path):
+    """A header is compiled for any architecture; wgmma built for another one would trap."""
+    from dop.export.cuda_header import header_of
+    from dop.export.select import read_measured
+
+    def with_wgmma(workload, trace, target):
+        code = fake_generate(workload, trace, target)
+        if trace.key == TRACES["4"].key:
+            code.source = code.source.replace("uint one", 'asm("wgmma.mma_async;"); uint one')
+        return code
+
+    times = {"T8/distinct/8": {"4": 1.0, "3": 2.0}, "T64/identical/1": {"4": 1.0, "3": 2.0}}
+    log = write_log(tmp_path / "log.jsonl", records_of(FAKE[0], TRACES, times))
+    text, selection, notes = header_of(read_measured(log), 0.05, with_wgmma)
+    assert "wgmma" not in text
+    assert [k.trace_key for k in selection.kernels] == [TRACES["3"].key]
+    assert len(notes) == 1
+    assert "sm_90a alone" in notes[0]
