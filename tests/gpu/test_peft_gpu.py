@@ -40,13 +40,12 @@ def model():
     for name, weight in made.named_parameters():
         if "lora_B" in name:
             noise = torch.randn(weight.shape, generator=generator, device="cuda")
-            weight.data = (noise * 0.02).to(weight.dtype)
+            weight.data = (noise * 0.15).to(weight.dtype)
     return made.eval().requires_grad_(False)
 
 
 def names() -> list[str]:
-    rows = [f"n{i}" for i in range(ADAPTERS)]
-    return rows
+    return [f"n{i}" for i in range(ADAPTERS)]
 
 
 @torch.inference_mode()
@@ -70,10 +69,10 @@ def seconds(model, rows, tokens, calls) -> float:
 
 
 def close(got, expected):
-    """Within bf16's rounding of four layers: 2 % of the largest logit, 0.5 % on average."""
+    """Within bf16's rounding of four layers; a wrong adapter is off by tens of percent."""
     size = expected.abs().max()
-    assert (got - expected).abs().max() <= 0.02 * size
-    assert (got - expected).abs().mean() <= 0.005 * size
+    assert (got - expected).abs().max() <= 0.03 * size
+    assert (got - expected).abs().mean() <= 0.007 * size
 
 
 @pytest.mark.parametrize("tokens", [1, 17])
