@@ -18,7 +18,7 @@ from dop.ops.launch import LOCAL, STACKS_AT, TABLES_AT, XY, pack_xy
 from dop.ops.plan import ROW_TABLES, SegmentPlan, plain_words
 from dop.ops.switches import CHECKED
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _grad_enabled = torch.is_grad_enabled
 _stream, _capturing, _current_device = eager.stream_of, eager.capturing, eager.current_device

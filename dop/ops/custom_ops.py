@@ -19,11 +19,11 @@ from dop.ops.plan import SegmentPlan, buffer_size, fill
 LIBRARY = torch.library.Library("dop", "DEF")  # type: ignore[no-untyped-call]
 
 _FACTS = "Tensor? ranks, Tensor? scales, float scale"
-_PLAN = "Tensor plan, int tokens, int slots, int adapters"
+_PLAN = "Tensor plan, SymInt tokens, SymInt slots, SymInt adapters"
 
 SCHEMAS = {
-    "segment_plan": f"(Tensor token_to_adapter, int slots, {_FACTS}) -> Tensor",
-    "segment_plan_out": f"(Tensor(a!) plan, Tensor token_to_adapter, int slots, {_FACTS}) -> ()",
+    "segment_plan": f"(Tensor token_to_adapter, SymInt slots, {_FACTS}) -> Tensor",
+    "segment_plan_out": f"(Tensor(a!) plan, Tensor token_to_adapter, SymInt slots, {_FACTS}) -> ()",
     "add_lora": f"(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_PLAN}, {_FACTS}) -> ()",
     "sgmv_shrink": f"(Tensor x, Tensor[] a, {_PLAN}, Tensor? ranks) -> Tensor",
     "sgmv_expand": f"(Tensor(a!) y, Tensor v, Tensor[] b, {_PLAN}, {_FACTS}) -> ()",

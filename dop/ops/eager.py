@@ -16,7 +16,15 @@ from dop.ops import checks, cpu, cpu_pack, halves, launch, sources
 from dop.ops.checks import Shape, Stacks, stacks_of
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
-from dop.ops.plan import SegmentPlan, buffer_size, check_capacity, fill, upload
+from dop.ops.plan import (
+    UNNUMBERED,
+    SegmentPlan,
+    batch_number,
+    buffer_size,
+    check_capacity,
+    fill,
+    upload,
+)
 from dop.ops.switches import CHECKED
 
 Stack = Tensor | Sequence[Tensor]
@@ -211,6 +219,8 @@ def block_for(shape: Shape, plan: SegmentPlan) -> Block:
     Blocks are kept, but for those made while a graph is captured: their workspace belongs to the
     graph's memory.
     """
+    if plan.batch == UNNUMBERED:
+        plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
     stream = stream_of(shape.device)
     key = (shape.number, plan.batch, stream)
     captured = is_captured(stream)

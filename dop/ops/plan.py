@@ -91,6 +91,7 @@ def buffer_size(tokens: Any, slots: int) -> Any:
     return (len(ROW_TABLES) + 1 + SCRATCH_TABLES) * padded(tokens) + tiles
 
 
+UNNUMBERED = -1
 _BATCHES: dict[Any, int] = {}
 
 
@@ -137,7 +138,9 @@ class SegmentPlan:
         self.is_plain = False
         self.in_graph = in_graph
         self.version = 0
-        self.batch = batch_number(tokens, slots, adapters)
+        # A traced plan is never launched itself, and its numbers may be symbols.
+        traced = torch.compiler.is_dynamo_compiling() or type(tokens) is not int
+        self.batch = UNNUMBERED if traced else batch_number(tokens, slots, adapters)
         self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
         self.segments: Any = None
