@@ -14,8 +14,16 @@ from dop.space.rules.launches import dependent_launch
 from dop.space.rules.numbers import ceil_div, powers_of_two, vector_width
 from dop.space.sketch import Annotation
 
+MAX_WRITTEN_OUT = 8192
+"""Products of a thread that are unrolled: nvcc takes minutes over more."""
+
 BLOCK, THREAD, STEP = 1, 2, 3
 """Loop positions in accumulate: t, column block, thread, step, row, vector."""
+
+
+def _products(rank: int, a: Annotation) -> int:
+    rows = a.get("tokens.tile_rows", 1)
+    return rows * rank * a["expand.vector"] * a.get("expand.steps", 1)
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,7 @@ class EarlyB:
         half = w.rank * w.element_bytes // 4
         new.estimate("expand.b_registers", lambda a: half * a["expand.vector"])
         new.limit("registers for B", 160, lambda a: half * a["expand.vector"])
+        new.limit("products written out by expand", MAX_WRITTEN_OUT, lambda a: _products(w.rank, a))
         return [new]
 
 
@@ -205,4 +214,5 @@ class DirectB:
         half = w.rank * w.element_bytes // 4
         new.estimate("expand.b_registers", lambda a: half * a["expand.vector"])
         new.limit("registers for B", 160, lambda a: half * a["expand.vector"])
+        new.limit("products written out by expand", MAX_WRITTEN_OUT, lambda a: _products(w.rank, a))
         return [new]

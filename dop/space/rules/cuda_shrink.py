@@ -14,6 +14,9 @@ from dop.space.rules.numbers import ceil_div, dividing, vector_width
 from dop.space.sketch import Annotation
 
 LANES = 32
+MAX_WRITTEN_OUT = 4096
+"""Products of a thread that are unrolled: nvcc takes minutes over more."""
+
 BLOCK, RANKS, WARP = 0, 1, 2
 """Loop positions in shrink_rf: t, (slice, part, rank block), warp, row, rank, lane."""
 
@@ -124,7 +127,12 @@ class SplitKShrink:
             return held + rows * a["shrink.ranks"]
 
         new.limit("threads per block", new.target.max_threads, threads)
+
+        def products(a: Annotation) -> int:
+            return a.get("tokens.tile_rows", 1) * a["shrink.ranks"] * groups(a) * load
+
         new.limit("registers per thread", 220, registers)
+        new.limit("products written out by shrink", MAX_WRITTEN_OUT, products)
         new.limit("ranks beyond the last", w.rank, ranks)
         new.estimate("shrink.threads", threads)
         new.estimate("shrink.registers", registers)
