@@ -16,6 +16,7 @@ from typing import Any
 from dop.errors import ExportError
 from dop.export.files import write_file
 from dop.export.index import DAMAGED, INDEX, Index, arch_number
+from dop.export.index import FORMAT as LIBRARY
 from dop.export.load import read_index
 
 CATALOG = "catalog.json"
@@ -80,9 +81,19 @@ def scan(folder: Path) -> tuple[PackEntry, ...]:
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is no folder.", "Check DOP_PACK_PATH.")
-    found = sorted([*folder.rglob(f"*{SUFFIX}"), *(p.parent for p in folder.rglob(INDEX))])
+    libraries = [path.parent for path in folder.rglob(INDEX) if _is_ours(path)]
+    found = sorted([*folder.rglob(f"*{SUFFIX}"), *libraries])
     entries = (entry_of(path, read_index(path)) for path in found)
     return tuple(entry for entry in entries if entry is not None)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an index.json is a library's: other programs have files of that name."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == LIBRARY
 
 
 def entry_of(path: Path, index: Index) -> PackEntry | None:

@@ -93,6 +93,8 @@ def test_an_exported_folder_counts_as_a_pack(own_shipped, tmp_path, monkeypatch)
     packed = pack_at(tmp_path / "p.doppack", monkeypatch)
     folder = tmp_path / "libs" / "mine"
     export_library(select(packed.path.with_suffix(".jsonl")), folder, fake_generate)
+    (tmp_path / "libs" / "other").mkdir()
+    (tmp_path / "libs" / "other" / "index.json").write_text('{"pages": 3}')  # not ours
     use(monkeypatch, tmp_path / "libs")
     (match,) = packs.find("NVIDIA H200", "sm_90", KEY)
     library = match.library()
