@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,11 @@ def _short(jobs: Sequence[Job]) -> list[Job]:
 
 
 def measure(
-    arms: Mapping[str, Arm], options: argparse.Namespace, model: BenchModel, bandwidth: float
+    arms: Mapping[str, Arm],
+    options: argparse.Namespace,
+    model: BenchModel,
+    bandwidth: float,
+    save: Callable[[Sequence[CaseResult]], None],
 ) -> list[CaseResult]:
     """All cases; in every repeat all arms, each time starting with another."""
     one = model.adapter_bytes(options.lora_rank, getattr(torch, options.dtype))
@@ -201,6 +205,7 @@ def measure(
             for name in names[shift:] + names[:shift]:
                 result.runs[name].append(serve(arms[name], groups, case))
         found.append(result)
+        save(found)
         paces = ", ".join(f"{name} {result.pace(name):.0f}" for name in names)
         print(f"{case.key}: {paces} tokens/s", flush=True)
     return found
@@ -249,11 +254,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.cuda.empty_cache()
     about = header(options, model, bandwidth)
     print(report.title(about), flush=True)
+
+    def save(so_far: Sequence[CaseResult]) -> None:  # a run that is stopped keeps what it has
+        if options.save_to:
+            report.write_lines(options.save_to, about, so_far)
+
     with tempfile.TemporaryDirectory() as temporary:
         arms = load(options, model, options.work or Path(temporary))
         try:
             before = {name: arm.device_bytes() for name, arm in arms.items()}
-            found = measure(arms, options, model, bandwidth)
+            found = measure(arms, options, model, bandwidth, save)
             about["device_bytes"] = {n: [before[n], arms[n].device_bytes()] for n in arms}
         finally:
             for arm in arms.values():

@@ -168,7 +168,14 @@ def _geometric(values: Sequence[float]) -> float:
 
 
 def write(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
-    """results.jsonl (a header, then every run and every row), table.md, plot.svg."""
+    """results.jsonl, table.md, plot.svg."""
+    write_lines(folder, header, results)
+    (folder / "table.md").write_text(f"{title(header)}\n\n{table(results)}\n")
+    plot(folder / "plot.svg", header, results)
+
+
+def write_lines(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
+    """results.jsonl: a header, then every run and every row. Written anew after every case."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"kind": "run", **header}]
     for result in results:
@@ -180,9 +187,9 @@ def write(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -
             ]
     lines += [{"kind": "row", **row} for row in rows(results)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "results.jsonl").write_text(text)
-    (folder / "table.md").write_text(f"{title(header)}\n\n{table(results)}\n")
-    plot(folder / "plot.svg", header, results)
+    partial = folder / "results.jsonl.part"
+    partial.write_text(text)
+    partial.replace(folder / "results.jsonl")
 
 
 def title(header: dict[str, Any]) -> str:
