@@ -11,11 +11,11 @@ from torch import Tensor
 from dop.errors import ShapeError
 from dop.measure import cuda_driver
 from dop.ops import checks, eager
-from dop.ops.checks import STACKS
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack, per_slot_ranks, per_slot_scale
 from dop.ops.launch import LOCAL, STACKS_AT, TABLES_AT, XY, pack_xy
 from dop.ops.plan import ROW_TABLES, SegmentPlan, plain_words
+from dop.ops.stacks import STACKS
 from dop.ops.switches import CHECKED
 
 _is_compiling = torch.compiler.is_dynamo_compiling

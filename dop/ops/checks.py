@@ -1,155 +1,23 @@
-"""What a call must look like: shapes, types, devices. Each error says what was given and wanted.
-
-Checked weights become `Stacks`, which are kept as long as the tensors live, so that weights are
-looked at once and not in every call.
-"""
+"""What a call must look like: shapes, types, devices. Each error says what was given and wanted."""
 
 from __future__ import annotations
 
-import struct
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dop.errors import AdapterIdError, ConfigError, DeviceError, DtypeError, ShapeError
+from dop.ops.shapes import ALIGN_BYTES, DTYPES, device_name, shape_of, three_axes
+from dop.ops.shapes import Shape as Shape
 from dop.workload import MAX_SLICES
 
-DTYPES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-}
+if TYPE_CHECKING:
+    from dop.ops.stacks import Stacks
+
 PLACES = ("cpu", "cuda")
-ALIGN_BYTES = 16
 INDEX_TYPES = (torch.int32, torch.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """Shapes and types of a call site, one object per kind of call site and device.
-
-    Attributes:
-        in_features: width of x.
-        outs: width of each slice of y.
-        rank: rank of the stacks.
-        dtype: element type.
-        device: index of the GPU, -1 for the CPU.
-        number: a small number of its own.
-    """
-
-    in_features: int
-    outs: tuple[int, ...]
-    rank: int
-    dtype: torch.dtype
-    device: int
-    number: int
-
-    @property
-    def slices(self) -> int:
-        """Number of slices."""
-        return len(self.outs)
-
-    @property
-    def total_out(self) -> int:
-        """Width of y."""
-        return sum(self.outs)
-
-    @property
-    def key(self) -> str:
-        """As `Workload.key` writes it."""
-        return workload_key(self.dtype, self.rank, self.in_features, self.outs)
-
-
-def workload_key(kind: torch.dtype, rank: int, width: int, outs: Sequence[int]) -> str:
-    """Name of a call site's shapes, the same as `Workload.key`."""
-    return f"sgmv/{DTYPES[kind]}/r{rank}/{width}->{'+'.join(map(str, outs))}"
-
-
-_SHAPES: dict[Any, Shape] = {}
-
-
-def shape_of(width: int, outs: tuple[int, ...], rank: int, kind: torch.dtype, device: int) -> Shape:
-    """The one `Shape` object of these facts."""
-    key = (width, outs, rank, kind, device)
-    found = _SHAPES.get(key)
-    if found is None:
-        found = _SHAPES.setdefault(key, Shape(*key, number=len(_SHAPES)))
-    return found
-
-
-class Stacks:
-    """Weight stacks that were checked.
-
-    Attributes:
-        shape: shapes and types.
-        slots: adapters in each stack.
-        refs: weak references to the stacks: a of all slices, then b.
-        addresses: of the stacks, in the same order.
-        words: a, b and the shifts of the slices behind the first, as kernels take them.
-        needs_grad: a stack required gradients.
-    """
-
-    __slots__ = ("__weakref__", "addresses", "needs_grad", "refs", "shape", "slots", "words")
-
-    def __init__(self, shape: Shape, slots: int, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        self.shape, self.slots = shape, slots
-        self.refs = tuple(weakref.ref(t) for t in (*a, *b))
-        self.addresses = tuple(t.data_ptr() for t in (*a, *b))
-        self.needs_grad = any(t.requires_grad for t in (*a, *b))
-        self.words = stack_words(self.addresses[: len(a)], self.addresses[len(a) :])
-
-    def are(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-        """These very tensors are meant, and their memory has not moved.
-
-        Written out for each number of slices: this runs in every call, and loops took 5 us.
-
-        Raises:
-            ValueError: another number of slices is meant.
-        """
-        refs, addresses = self.refs, self.addresses
-        if len(refs) == 2:
-            (a0,), (b0,) = a, b
-            return (
-                refs[0]() is a0 and refs[1]() is b0 and (a0.data_ptr(), b0.data_ptr()) == addresses
-            )
-        if len(refs) == 4:
-            (a0, a1), (b0, b1) = a, b
-            return (
-                refs[0]() is a0
-                and refs[1]() is a1
-                and refs[2]() is b0
-                and refs[3]() is b1
-                and (a0.data_ptr(), a1.data_ptr(), b0.data_ptr(), b1.data_ptr()) == addresses
-            )
-        (a0, a1, a2), (b0, b1, b2) = a, b
-        return (
-            refs[0]() is a0
-            and refs[1]() is a1
-            and refs[2]() is a2
-            and refs[3]() is b0
-            and refs[4]() is b1
-            and refs[5]() is b2
-            and (a0.data_ptr(), a1.data_ptr(), a2.data_ptr()) == addresses[:3]
-            and (b0.data_ptr(), b1.data_ptr(), b2.data_ptr()) == addresses[3:]
-        )
-
-
-def stack_words(a: Sequence[int], b: Sequence[int]) -> bytes:
-    """Kernel arguments of the stacks at these addresses: a, b, a1_shift, a2_shift, b1_shift,
-    b2_shift, 8 bytes each; shifts are distances in groups of 16 bytes."""
-    shifts = []
-    for addresses in (a, b):
-        distances = [(p - addresses[0]) // ALIGN_BYTES for p in addresses[1:]]
-        shifts += distances + [0] * (MAX_SLICES - 1 - len(distances))
-    return struct.pack("=2Q4q", a[0], b[0], *shifts)
-
-
-STACKS: dict[int, Stacks] = {}
-"""Checked weights by the identity of the first A."""
 
 
 def as_list(value: Any, name: str) -> list[Tensor]:
@@ -166,77 +34,6 @@ def as_list(value: Any, name: str) -> list[Tensor]:
             f"Give one weight stack per slice, 1 to {MAX_SLICES} tensors.",
         )
     return tensors
-
-
-def stacks_of(a: Any, b: Any) -> Stacks:
-    """Checked weights, from the cache if these tensors were checked before.
-
-    Args:
-        a: per slice [slots, rank, in] or [slots, 1, rank, in].
-        b: per slice [slots, out, rank] or [slots, 1, out, rank].
-
-    Raises:
-        ShapeError, DtypeError, DeviceError: they do not fit each other.
-    """
-    list_a, list_b = as_list(a, "a"), as_list(b, "b")
-    key = id(list_a[0])
-    found = STACKS.get(key)
-    fits = found is not None and len(found.refs) == 2 * len(list_a) == 2 * len(list_b)
-    if found is not None and fits and found.are(list_a, list_b):
-        return found
-    found = _checked(list_a, list_b)
-    STACKS[key] = found
-    weakref.finalize(list_a[0], _forget, key, weakref.ref(found))
-    return found
-
-
-def _forget(key: int, which: Any) -> None:
-    if STACKS.get(key) is which():
-        STACKS.pop(key, None)
-
-
-def three_axes(tensor: Tensor, name: str) -> tuple[int, int, int]:
-    """Sizes of a stack; an axis of 1 behind the slots is left out.
-
-    Raises:
-        ShapeError: it has another number of axes.
-    """
-    size = tuple(tensor.shape)
-    if len(size) == 4 and size[1] == 1:
-        size = (size[0], *size[2:])
-    if len(size) != 3:
-        wanted = "[slots, rank, in]" if name.startswith("a") else "[slots, out, rank]"
-        raise ShapeError(f"{name} has shape {list(tensor.shape)}.", f"It must be {wanted}.")
-    return size
-
-
-def _checked(a: list[Tensor], b: list[Tensor]) -> Stacks:
-    if len(a) != len(b):
-        raise ShapeError(
-            f"{len(a)} stacks a and {len(b)} stacks b.", "Give one of each for every slice."
-        )
-    check_storage(a, "a", a[0])
-    check_storage(b, "b", a[0])
-    slots, rank, width = three_axes(a[0], "a[0]")
-    outs = []
-    for s, (part_a, part_b) in enumerate(zip(a, b, strict=True)):
-        size_a, size_b = three_axes(part_a, f"a[{s}]"), three_axes(part_b, f"b[{s}]")
-        outs.append(size_b[1])
-        if size_a != (slots, rank, width):
-            raise ShapeError(
-                f"a[{s}] has shape {list(part_a.shape)}.",
-                f"It must be {[slots, rank, width]} as a[0] is.",
-            )
-        if (size_b[0], size_b[2]) != (slots, rank):
-            raise ShapeError(
-                f"b[{s}] has shape {list(part_b.shape)}.",
-                f"With a[{s}] of shape {list(part_a.shape)} it must be [{slots}, out, {rank}].",
-            )
-    if 0 in (slots, rank, width, *outs):
-        raise ShapeError(f"stacks of shapes {[list(t.shape) for t in (*a, *b)]} hold nothing.")
-    kind = a[0].dtype
-    index = a[0].get_device()
-    return Stacks(shape_of(width, tuple(outs), rank, kind, index), slots, a, b)
 
 
 def check_storage(tensors: Sequence[Tensor], name: str, like: Tensor) -> None:
@@ -294,11 +91,6 @@ def check_rows(name: str, tensor: Any, tokens: int, width: int, like: Shape) -> 
             f"{name} is on {tensor.device}, the weights are on {device_name(like.device)}.",
             "Put them on one device.",
         )
-
-
-def device_name(index: int) -> str:
-    """Name of a device index."""
-    return "cpu" if index < 0 else f"cuda:{index}"
 
 
 def check_plan(plan: Any, stacks: Stacks) -> None:

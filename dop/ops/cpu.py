@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dop.ops.checks import three_axes
 from dop.ops.plan import SegmentPlan
+from dop.ops.shapes import three_axes
 
 Segment = tuple[int, Tensor, int, float]
 """Slot, int64 rows, and the plan's rank and scale of an adapter."""

@@ -16,8 +16,8 @@ from dop.errors import ExportError
 from dop.export.cpu_library import CpuLibrary
 from dop.export.index import INDEX
 from dop.export.load import load, read_index
-from dop.ops.checks import Stacks
 from dop.ops.plan import SegmentPlan
+from dop.ops.stacks import Stacks
 
 _LOCK = threading.Lock()
 """A library takes one call at a time."""

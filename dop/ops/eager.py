@@ -6,6 +6,7 @@ Nothing here asks whether it is being traced: the ops of custom_ops.py come here
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from dop.errors import DtypeError, ShapeError
 from dop.ops import checks, cpu, cpu_pack, halves, launch, sources
-from dop.ops.checks import Shape, Stacks, stacks_of
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
 from dop.ops.plan import (
@@ -25,6 +25,8 @@ from dop.ops.plan import (
     fill,
     upload,
 )
+from dop.ops.shapes import ALIGN_BYTES, Shape
+from dop.ops.stacks import Stacks, stacks_of
 from dop.ops.switches import CHECKED
 
 Stack = Tensor | Sequence[Tensor]
@@ -102,7 +104,7 @@ def call_facts(
     """Ranks, scales and scale of a call, checked."""
     rank_tensor = per_slot_ranks(ranks, plan.slots, plan.buffer.device)
     scales, number = per_slot_scale(scale, plan.slots, plan.buffer.device)
-    if CHECKED and rank_tensor is not None:
+    if CHECKED and rank_tensor is not None and not (rank_tensor.is_cuda and capturing()):
         checks.check_rank_range(rank_tensor, rank)
     return rank_tensor, scales, number
 
@@ -129,7 +131,8 @@ def make_plan(
     """`segment_plan` of checked arguments; facts: scales and scale."""
     device, tokens = token_to_adapter.device, token_to_adapter.shape[0]
     scales, number = facts
-    if CHECKED:
+    captured = token_to_adapter.is_cuda and capturing()
+    if CHECKED and not captured:  # a capture cannot be waited for
         checks.check_id_range(token_to_adapter, slots, ranks)
     if out is None:
         buffer = torch.empty(buffer_size(tokens, slots), dtype=torch.int32, device=device)
@@ -137,14 +140,13 @@ def make_plan(
     else:
         check_capacity(out, tokens, slots, device)
     if token_to_adapter.is_cuda:
-        with device_guard(token_to_adapter.get_device()):
+        loading = launch.driver().relaxed() if captured else nullcontext()
+        with device_guard(token_to_adapter.get_device()), loading:
             fill(out.buffer, token_to_adapter, slots, ranks, scales, number)
-            in_graph = capturing()
     else:
         fill(out.buffer, token_to_adapter, slots, ranks, scales, number)
-        in_graph = False
     plain = ranks is None and scales is None and number == 1.0
-    out.refilled(adapters, ranks is not None, is_plain=plain, in_graph=in_graph)
+    out.refilled(adapters, ranks is not None, is_plain=plain, in_graph=captured)
     return out
 
 
@@ -210,7 +212,7 @@ def _dense(tensor: Tensor) -> Tensor:
     """The tensor itself if kernels can read it, else a contiguous, aligned copy."""
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor if tensor.data_ptr() % checks.ALIGN_BYTES == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGN_BYTES == 0 else tensor.clone()
 
 
 def block_for(shape: Shape, plan: SegmentPlan) -> Block:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dop.errors import MissingKernelError
 from dop.ops import launch, sources
-from dop.ops.checks import Shape, shape_of, stack_words, three_axes
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
 from dop.ops.plan import SegmentPlan
+from dop.ops.shapes import Shape, shape_of, stack_words, three_axes
 from dop.ops.sources import Search
 
 

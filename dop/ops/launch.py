@@ -30,8 +30,8 @@ from torch import Tensor
 from dop.errors import ExportError, MissingKernelError
 from dop.measure import cuda_driver
 from dop.measure.artifact import Buffer, Launch, evaluate
-from dop.ops.checks import Shape
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
+from dop.ops.shapes import Shape
 
 WORD = 8
 XY, STACK_WORDS, TABLE_WORDS, FIXED_WORDS = 0, 3, 9, 15
@@ -271,14 +271,14 @@ class Driver:
 
     def load(self, image: bytes, launches: Sequence[Launch]) -> list[int]:
         """Functions of a binary, loaded at once and for good, also while a graph is captured."""
-        with self._relaxed():
+        with self.relaxed():
             module = ctypes.c_void_p()
             code = self._library.cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(image))
             cuda_driver.check("cuModuleLoadData", code)
             return [self._function(module, launch) for launch in launches]
 
     @contextmanager
-    def _relaxed(self) -> Any:
+    def relaxed(self) -> Any:
         """Lets this thread load code while a stream is being captured."""
         mode = ctypes.c_int(CAPTURE_RELAXED)
         self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

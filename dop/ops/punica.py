@@ -21,8 +21,8 @@ from torch import Tensor
 from dop.errors import DeviceError, DtypeError, ExportError, ShapeError
 from dop.measure.artifact import Buffer, Launch
 from dop.ops import checks, eager, launch
-from dop.ops.checks import DTYPES, Shape, shape_of, stack_words
 from dop.ops.launch import LOCAL, DeviceKernel
+from dop.ops.shapes import DTYPES, Shape, shape_of, stack_words
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BINARY = Path(__file__).with_suffix(".fatbin.xz")

@@ -26,9 +26,9 @@ from dop import packs
 from dop.errors import ConfigError, DopError, MissingKernelError
 from dop.export.index import KernelInfo
 from dop.export.load import CudaLibrary
-from dop.ops.checks import Shape, device_name
 from dop.ops.launch import DeviceKernel
 from dop.ops.plan import TILE_SIZES
+from dop.ops.shapes import Shape, device_name
 from dop.ops.switches import JIT
 
 

@@ -9,10 +9,11 @@ import torch
 
 from dop.config.hf import workloads_from_model
 from dop.errors import ConfigError, DopError
-from dop.ops import api, checks, cpu_pack, eager, launch, sources
-from dop.ops.checks import DTYPES, Shape, shape_of
+from dop.ops import api, cpu_pack, eager, launch, sources
 from dop.ops.plan import SegmentPlan
+from dop.ops.shapes import DTYPES, Shape, shape_of
 from dop.ops.sources import Choice
+from dop.ops.stacks import stacks_of
 from dop.workload import Workload
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -93,7 +94,7 @@ def _shapes(what: Any, device: int, options: Any) -> Iterable[Shape]:
         for workload in workloads_from_model(what, **options):
             yield _shape(workload, device)
     elif _is_pair(what):
-        yield checks.stacks_of(*what).shape
+        yield stacks_of(*what).shape
     elif isinstance(what, Iterable):
         for each in what:
             yield from _shapes(each, device, options)

@@ -8,7 +8,7 @@ from sgmv_reference import reference, rows, stacks
 from dop import ops
 from dop.measure.cuda_driver import CudaError
 from dop.ops import api, eager, launch
-from dop.ops.checks import STACKS
+from dop.ops.stacks import STACKS
 
 SLOTS, RANK, WIDTH = 6, 8, 32
 IDS = [3, -1, 0, 0, 5, 3, 3, 1, -1, 0, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -220,7 +220,7 @@ def test_empty_batch_launches_nothing(case):
 
 def test_every_shipped_kernel_finds_its_arguments(monkeypatch):
     from dop import packs
-    from dop.ops.checks import shape_of
+    from dop.ops.shapes import shape_of
     from dop.ops.sources import Search, pack_kernel
     from dop.ops.warm import _TORCH_TYPES
 
@@ -242,8 +242,8 @@ def test_every_shipped_kernel_finds_its_arguments(monkeypatch):
 def test_generic_kernels_find_their_arguments(monkeypatch, outs):
     from types import SimpleNamespace
 
-    from dop.ops.checks import shape_of
     from dop.ops.generic import kernels
+    from dop.ops.shapes import shape_of
     from dop.ops.sources import Search
 
     gpu = SimpleNamespace(capability=90, multiprocessors=132)

@@ -10,8 +10,8 @@ from dop import ops, packs
 from dop.errors import BuildError, MissingKernelError
 from dop.export.index import KernelInfo
 from dop.ops import sources
-from dop.ops.checks import shape_of
 from dop.ops.launch import DeviceKernel
+from dop.ops.shapes import shape_of
 from dop.workload import Workload
 
 WORKLOAD = Workload("o", 64, (64,), 16, "bfloat16")
