@@ -278,3 +278,11 @@ def test_tensor_cores_keep_more_of_v_than_one_operand_holds():
 def test_choice_of_the_form(tokens, adapters, rank, dtype, want):
     call = kernels.Call(4096, (4096,), rank, dtype, tokens, 132)
     assert kernels.best_tile_rows(call, 16 if tokens > 64 else 64, adapters) == want
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_only_the_expand_of_a_pair_is_dependent(overlap):
+    call = kernels.Call(4096, (4096,), 64, BF16, 64, 132, overlap)
+    for launches, _, _ in (kernels.row_kernel(call), kernels.tile_kernel(call, 16, 4)):
+        assert [launch.dependent for launch in launches] == [False, overlap]
+    assert not kernels.expand_rows(call, v="x").dependent

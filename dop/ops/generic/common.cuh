@@ -54,6 +54,20 @@ inline void from_float(float f, Bfloat& b) {
   b.bits = (unsigned short)(f != f ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 #endif
+// Dependent launches (sm_90 on, see `Launch.dependent`): shrink lets expand start early, expand loads
+// weights meanwhile and waits before it reads v. Every block of expand waits, also one that has
+// nothing to do, so that expand never ends before shrink. Older GPUs run the two in turn.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float to_float(float f) { return f; }
 __device__ __forceinline__ void from_float(float f, float& to) { to = f; }
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SUFFIX = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 ELEMENT_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 
+OVERLAPPING = ("sm_90", "sm_100", "sm_120")
+"""Binaries whose expand waits for shrink itself, see common.cuh."""
+
 ROW_THREADS = 128
 RANKS = 8
 COLUMNS = 8
@@ -69,6 +72,7 @@ class Call:
         in_features, outs, rank, dtype: as in `Shape`.
         tokens: rows of the batch.
         multiprocessors: of the GPU.
+        overlap: the binary has dependent launches, so expand may start before shrink has ended.
     """
 
     in_features: int
@@ -77,6 +81,7 @@ class Call:
     dtype: torch.dtype
     tokens: int
     multiprocessors: int
+    overlap: bool = False
 
     @property
     def slices(self) -> int:
@@ -143,7 +148,9 @@ def expand_rows(call: Call, v: str = "v") -> Launch:
     grid = ("tokens", str(sum(ceil_div(out, per_block) for out in call.outs)), "1")
     arguments = tuple(v if name == "v" else name for name in EXPAND_ROWS)
     name = f"dop_expand_rows_{SUFFIX[call.dtype]}"
-    return Launch(name, grid, (ROW_THREADS, 1, 1), 4 * (call.rank + 8 * call.pack), arguments)
+    smem = 4 * (call.rank + 8 * call.pack)
+    dependent = call.overlap and v == "v"
+    return Launch(name, grid, (ROW_THREADS, 1, 1), smem, arguments, dependent)
 
 
 def tile_splits(call: Call, tile_rows: int, tiles: int) -> int:
@@ -181,7 +188,7 @@ def expand_tiles(call: Call, tile_rows: int, run: int) -> Launch:
     grid = ("tiles", str(sum(ceil_div(out, run) for out in call.outs)), "1")
     name = f"dop_expand_tiles{tile_rows}_{SUFFIX[call.dtype]}"
     smem = expand_smem_bytes(call.rank, tile_rows)
-    return Launch(name, grid, (TILE_THREADS, 1, 1), smem, EXPAND_TILES)
+    return Launch(name, grid, (TILE_THREADS, 1, 1), smem, EXPAND_TILES, call.overlap)
 
 
 def best_tile_rows(call: Call, slots: int, adapters: int | None) -> int:
@@ -261,8 +268,18 @@ def _device_kernel(
 
 
 def _call(shape: Shape, tokens: int) -> Call:
-    multiprocessors = device(shape.device).multiprocessors
-    return Call(shape.in_features, shape.outs, shape.rank, shape.dtype, tokens, multiprocessors)
+    gpu = device(shape.device)
+    # PTX for older GPUs does not wait, so it must not be launched as if it did.
+    overlap = binary_for(gpu.capability) in OVERLAPPING
+    return Call(
+        shape.in_features,
+        shape.outs,
+        shape.rank,
+        shape.dtype,
+        tokens,
+        gpu.multiprocessors,
+        overlap,
+    )
 
 
 def kernel(search: Search, *, indirect: bool = False) -> DeviceKernel:

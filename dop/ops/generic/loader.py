@@ -6,6 +6,8 @@ import ctypes
 import json
 import lzma
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -28,7 +30,8 @@ INDEX = "index.json"
 
 _CAPABILITY = (75, 76)
 _MULTIPROCESSORS = 16
-_INVALID_CONTEXT = (201, 400)
+_OTHER_CONTEXT = (201, 400)
+"""CUDA_ERROR_INVALID_CONTEXT and CUDA_ERROR_INVALID_HANDLE."""
 _PARAMETER_BYTES = 512
 
 
@@ -113,9 +116,18 @@ class Device:
         self._context = cuda.Handle()
         _driver("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
 
-    def make_current(self) -> None:
-        """Makes the device's primary context (torch's) the calling thread's."""
-        _driver("cuCtxSetCurrent", self._context)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the device's primary context (torch's) the calling thread's for a while, and lets
+        it load code while a stream is being captured."""
+        _driver("cuCtxPushCurrent_v2", self._context)
+        mode = ctypes.c_int(cuda.CAPTURE_RELAXED)
+        _driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            _driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+            _driver("cuCtxPopCurrent_v2", ctypes.byref(cuda.Handle()))
 
     def kernel(self, unit: str, name: str, shared_bytes: int = 0) -> Kernel:
         """A kernel by name; its module is loaded at the first call.
@@ -134,18 +146,17 @@ class Device:
         with self._lock:
             if (unit, name) in self._kernels:
                 return self._kernels[unit, name]
-            _driver("cuCtxPushCurrent_v2", self._context)
-            try:
+            with self.current():
                 if unit not in self._modules:
                     image = read_binary(unit, binary_for(self.capability)) + b"\0"
                     module = cuda.Handle()
                     _driver("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
                     self._modules[unit] = module
                 function = cuda.Function(self._modules[unit], name)
+                # Asking for an attribute loads the code now: drivers load lazily otherwise.
+                function.attribute(cuda.NUM_REGS)
                 if shared_bytes > 48 << 10:
                     function.allow_dynamic_smem(shared_bytes)
-            finally:
-                _driver("cuCtxPopCurrent_v2", ctypes.byref(cuda.Handle()))
             handle = function.handle.value
             assert handle is not None
             kernel = self._kernels[unit, name] = Kernel(name, handle, self)
@@ -210,8 +221,8 @@ def launch(
     """
     call, parameters = _launcher(), PARAMETERS.array
     code = call(kernel.handle, *grid, threads, 1, 1, shared_bytes, stream, parameters, None)
-    if code in _INVALID_CONTEXT:  # a thread that torch has not touched yet
-        kernel.device.make_current()
-        code = call(kernel.handle, *grid, threads, 1, 1, shared_bytes, stream, parameters, None)
+    if code in _OTHER_CONTEXT:  # a thread that torch has not touched yet, or is elsewhere with
+        with kernel.device.current():
+            code = call(kernel.handle, *grid, threads, 1, 1, shared_bytes, stream, parameters, None)
     if code:
         cuda.check(f"cuLaunchKernel({kernel.name})", code)

@@ -64,6 +64,7 @@ __device__ __forceinline__ void shrink_rows(const T* x, const T* a, long long a1
                                             int rank, int slices, int x_stride, int indirect,
                                             int fill) {
   __shared__ float partial[kRowThreads / 32][kRanks];
+  let_next_start();
   const int token = blockIdx.x, tokens = gridDim.x, lane = threadIdx.x & 31;
   const int groups = (rank + kRanks - 1) / kRanks;
   const int slice = blockIdx.y / groups, first = (blockIdx.y - slice * groups) * kRanks;
@@ -168,6 +169,7 @@ __device__ __forceinline__ void expand_columns(const float* __restrict__ v, cons
     if (i < kept && n < columns) old[i] = y_in[n];
   }
 
+  wait_for_previous();
   const int padded = (true_rank + width - 1) / width * width;
 #pragma unroll 1
   for (int r = threadIdx.x; r < padded; r += kRowThreads) {
@@ -218,7 +220,10 @@ __device__ __forceinline__ void expand_rows(const float* v, const T* b, long lon
   const int token = blockIdx.x, tokens = gridDim.x;
   const int slot = token_slot[token], true_rank = min(token_rank[token], rank);
   const float scale = token_scale[token];
-  if (slot < 0) return;
+  if (slot < 0) {
+    wait_for_previous();
+    return;
+  }
   const int per_block = (kRowThreads * kColumns) >> lanes_log2;
   const int blocks0 = (out0 + per_block - 1) / per_block, blocks1 = (out1 + per_block - 1) / per_block;
   int block = blockIdx.y, slice = 0, offset = 0, columns = out0;

@@ -96,6 +96,7 @@ __device__ __forceinline__ void shrink_tiles(const T* x, const T* a, long long a
   constexpr int kWarpsDown = kRows / 16, kWarpsDeep = 4 / kWarpsDown, kLoads = kRows / 16;
   DOP_DYNAMIC_SHARED(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  let_next_start();
   const int tile = blockIdx.x, rows = tile_rows[tile];
   const int slot = tile_slot[tile], row0 = tile_row0[tile];
   const int groups = (rank + kBlockRanks - 1) / kBlockRanks;
@@ -256,7 +257,10 @@ __device__ __forceinline__ void expand_tiles(const float* v, const T* b, long lo
   const int* const index = row_index + tile_row0[tile];
   const int true_rank = min(tile_rank[tile], rank);
   const float scale = tile_scale[tile];
-  if (rows <= 0) return;
+  if (rows <= 0) {
+    wait_for_previous();
+    return;
+  }
   int block = blockIdx.y, slice = 0, offset = 0, columns = out0;
   const int blocks0 = (out0 + run - 1) / run, blocks1 = (out1 + run - 1) / run;
   if (block >= blocks0) {
@@ -301,6 +305,7 @@ __device__ __forceinline__ void expand_tiles(const float* v, const T* b, long lo
     if (i < steps) fill(i);
     copy_commit();
   }
+  wait_for_previous();
   stage_v<kRows, T>(high, low, pitch, v + (long long)slice * tokens * rank, index, rows, true_rank,
                     depth, rank, splits, (long long)slices * tokens * rank);
 
