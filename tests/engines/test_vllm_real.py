@@ -80,6 +80,7 @@ def build(manager_class=LoRAModelManager):
     manager.lora_index_to_id = [None] * SLOTS
     manager.vocab_size, manager._last_mapping = 100, None
     manager._registered_adapters, manager._active_adapters = {}, {}
+    manager._classification_head = manager._last_slot_layout = None  # of 0.33
     manager.modules = {
         "qkv_proj": plain_layer(MergedQKVParallelLinearWithLoRA, wrapper, (48, 16, 16)),
         "gate_up_proj": plain_layer(MergedColumnParallelLinearWithLoRA, wrapper, (64, 64)),
