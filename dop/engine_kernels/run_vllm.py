@@ -54,19 +54,27 @@ class VllmRunner:
         self._modules: dict[str, Any] = {"shrink": lora_shrink_op, "expand": lora_expand_op}
         self._addresses: tuple[Any, ...] = (utils._LORA_A_PTR_DICT, utils._LORA_B_PTR_DICT)
         self._l2_bytes = l2_bytes
-        self._inputs: tuple[tuple[object, ...], Any] | None = None
+        self._kept: tuple[object, list[Case]] | None = None
         self.versions = {name: version(name) for name in ("vllm", "triton", "torch")}
 
     def measure(
         self, task: EngineTask, chosen: Mapping[str, int], scenarios: Sequence[Scenario]
     ) -> list[Measurement]:
         """One measurement per batch; a failure is a measurement."""
-        stacks = self._stacks(task)
-        found = []
+        cases = self._cases(task, scenarios)
         with self._options(task.kernel, chosen):
-            for scenario in scenarios:
-                found.append(measure_case(self._case(task, scenario, stacks)))
-        return found
+            return [measure_case(case) for case in cases]
+
+    def _cases(self, task: EngineTask, scenarios: Sequence[Scenario]) -> list[Case]:
+        """The task's batches, kept for the next candidate."""
+        key = (task.shape_key, tuple(s.key for s in scenarios))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None
+            for cache in self._addresses:
+                cache.clear()  # vLLM keeps strides by address, and addresses are used again
+            stacks = self._stacks(task)
+            self._kept = (key, [self._case(task, s, stacks) for s in scenarios])
+        return self._kept[1]
 
     @contextmanager
     def _options(self, kernel: str, chosen: Mapping[str, int]) -> Iterator[None]:
@@ -79,13 +87,7 @@ class VllmRunner:
             module.get_lora_op_configs = stock
 
     def _stacks(self, task: EngineTask) -> list[list[torch.Tensor]]:
-        """Copies of the task's weights, one tensor per slice; kept for the next candidate."""
-        if self._inputs is not None and self._inputs[0] == task.shape_key:
-            kept: list[list[torch.Tensor]] = self._inputs[1]
-            return kept
-        self._inputs = None
-        for cache in self._addresses:
-            cache.clear()  # vLLM keeps strides by address, and addresses are used again
+        """Copies of the task's weights, one tensor per slice."""
         work = task.workload
         if task.kernel == "shrink":
             shapes = [(task.slots, 1, work.rank, work.in_features)] * work.slices
@@ -93,12 +95,10 @@ class VllmRunner:
             shapes = [(task.slots, 1, width, work.rank) for width in work.out_features]
         dtype = getattr(torch, work.dtype)
         size = sum(a * c * d * work.element_bytes for a, _, c, d in shapes)
-        stacks = [
+        return [
             [torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes]
             for _ in range(copies_for(size, self._l2_bytes))
         ]
-        self._inputs = (task.shape_key, stacks)
-        return stacks
 
     def _case(self, task: EngineTask, scenario: Scenario, stacks: list[list[torch.Tensor]]) -> Case:
         maps = mappings(scenario, task.slots)
@@ -111,10 +111,12 @@ class VllmRunner:
         def call(m: int, c: int) -> Any:
             return lambda: run(x, stacks[c], y, *metas[m], *extra)
 
+        want = _reference(task, x, stacks[0], maps[0])
+
         def check() -> float:
             y.zero_()
             call(0, 0)()
-            return relative_error(y, _reference(task, x, stacks[0], maps[0]))
+            return relative_error(y, want)
 
         return Case([call(m, c) for m, c in spread(len(maps), len(stacks))], check)
 
