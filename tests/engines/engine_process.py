@@ -52,24 +52,24 @@ class Engine:
             enforce_eager=settings["eager"], enable_prefix_caching=False, seed=0,
         )  # fmt: skip
 
+    def lora(self, name: str, **more: bool) -> Any:
+        """vLLM's request for an adapter; a1 and its successor share an id."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"id{IDS[name]}", IDS[name], str(self.folder / name), **more)
+
     def ask(self, asked: list[dict[str, Any]], *, inplace: bool = False) -> Any:
         """Tokens of each request and the log-probability of its first token."""
         from vllm import SamplingParams, TokensPrompt
-        from vllm.lora.request import LoRARequest
 
         params = SamplingParams(
             max_tokens=TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=1
         )
         prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in asked]
-        loras = [
-            LoRARequest(
-                r["adapter"], IDS[r["adapter"]], str(self.folder / r["adapter"]),
-                load_inplace=inplace,
-            )
-            if r["adapter"]
-            else None
-            for r in asked
-        ]  # fmt: skip
+        loras = [self.lora(r["adapter"]) if r["adapter"] else None for r in asked]
+        if inplace:
+            for name in sorted({r["adapter"] for r in asked} - {""}):
+                self.llm.llm_engine.add_lora(self.lora(name, load_inplace=True))
         outputs = self.llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
         first = [next(iter(o.outputs[0].logprobs[0].values())).logprob for o in outputs]
