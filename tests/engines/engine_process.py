@@ -87,7 +87,7 @@ def swapped(engine: Engine) -> dict[str, Any]:
         engine.ask(other, inplace=True)
     again, _ = engine.ask(other)
     engine.ask(one, inplace=True)
-    return {"before": before, "fresh": fresh, "again": again}
+    return {"requests": other, "before": before, "fresh": fresh, "again": again}
 
 
 def memory_growth(engine: Engine) -> int:
