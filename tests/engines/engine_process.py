@@ -45,7 +45,8 @@ class Engine:
 
         self.folder = folder
         self.llm = LLM(
-            model=str(folder), skip_tokenizer_init=True, enable_lora=True, dtype="bfloat16",
+            model=str(folder), skip_tokenizer_init=True, enable_lora=True,
+            dtype=settings.get("dtype", "float16"),
             max_loras=settings.get("max_loras", 3), max_cpu_loras=4, max_lora_rank=16,
             specialize_active_lora=settings.get("specialize", False), max_model_len=128,
             max_num_seqs=16, gpu_memory_utilization=0.1, kv_cache_memory_bytes=64 << 20,
@@ -115,7 +116,7 @@ def main() -> int:
         layers = [reason for w in _WRAPPERS.values() for reason in w._layers.values()]
         found["served"] = sum(not reason for reason in layers)
         found["stock_reasons"] = sorted({reason for reason in layers if reason})
-    if not settings.get("max_loras"):
+    if settings == {"eager": False}:
         found["swapped"] = swapped(engine)
         found["memory_growth_bytes"] = memory_growth(engine)
     out.write_text(json.dumps(found))

@@ -3,7 +3,8 @@
     PYTHONPATH=<unpacked vllm>:. python -m pytest -q tests/engines/test_vllm_gpu.py
 
 Every engine runs in a process of its own (`engine_process.py`). Stock and dop see the same model,
-adapters and requests; the truth is the adapter merged into the base weights in float32.
+adapters and requests; the truth is the adapter merged into the base weights in float32. float16
+by default: with bfloat16 a random model's near ties fall either way, and texts part for good.
 """
 
 from __future__ import annotations
@@ -82,13 +83,13 @@ def test_tokens_equal_the_merged_models_at_least_as_often_as_stock(answers, fold
     stock = share_equal(answers["stock"]["tokens"], want)
     dop = share_equal(answers["dop"]["tokens"], want)
     print(f"equal to the merged model: stock {stock:.3f}, dop {dop:.3f}")
-    assert dop >= stock - 0.02  # ties between logits fall either way in bf16
+    assert dop >= stock - 0.03  # a tie between two logits falls either way
     assert dop > 0.8
 
 
 def test_first_tokens_logprobs_are_those_of_stock(answers):
     for mine, theirs in zip(answers["dop"]["logprobs"], answers["stock"]["logprobs"], strict=True):
-        assert abs(mine - theirs) < 0.15
+        assert abs(mine - theirs) < 0.05
 
 
 def test_swapped_adapters_never_leak(answers, folder):
@@ -104,17 +105,19 @@ def test_swapped_adapters_never_leak(answers, folder):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "share"),
     [
-        {"eager": True},
-        {"eager": False, "specialize": True, "max_loras": 2},
-        {"eager": False, "max_loras": 1},
+        ({"eager": True}, 0.85),
+        ({"eager": False, "specialize": True, "max_loras": 2}, 0.85),
+        ({"eager": False, "max_loras": 1}, 0.85),
+        ({"eager": False, "dtype": "bfloat16"}, 0.4),
     ],
-    ids=["eager", "specialize", "one slot"],
+    ids=["eager", "specialize", "one slot", "bfloat16"],
 )
-def test_other_settings_give_the_same_tokens(answers, folder, settings):
+def test_other_settings_give_the_same_tokens(answers, folder, settings, share):
     found = run(folder, "dop", **settings)
-    assert share_equal(found["tokens"], answers["dop"]["tokens"]) > 0.9
+    assert found["stock_reasons"] == []
+    assert share_equal(found["tokens"], answers["dop"]["tokens"]) > share
 
 
 def test_memory_does_not_grow_with_requests(answers):
