@@ -17,6 +17,9 @@ Two edits of the generated text, kernel by kernel:
   next call's first kernel writes it behind its wait, thus after the end of the kernel that reads
   it, however early that one released. A program of one kernel knows value 2 only.
 
+What a kernel reads of y in front of its wait was complete before it started, but only behind the
+wait does the L1 cache surely forget what it held of y before: y is read past it (ld.global.cg).
+
 Every block of a dependent kernel waits, one without rows too. If none did, the kernel could end
 before its predecessor, and a later kernel would no longer be ordered behind that one.
 """
@@ -40,6 +43,17 @@ __device__ void dop_release_successor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+template <int bytes> struct dop_word;
+template <> struct dop_word<2> { typedef unsigned short type; };
+template <> struct dop_word<4> { typedef unsigned int type; };
+template <> struct dop_word<8> { typedef uint2 type; };
+template <> struct dop_word<16> { typedef uint4 type; };
+template <typename T>
+__device__ __forceinline__ T dop_past_l1(const T* at) {
+  typedef typename dop_word<sizeof(T)>::type word;
+  const word value = __ldcg(reinterpret_cast<const word*>(at));
+  return *reinterpret_cast<const T*>(&value);
 }
 
 """
@@ -86,7 +100,7 @@ def order_start(
         name, head = match[1], source[match.start() : match.start(2)]
         body = _tables_first(match[2])
         if dependent and name != kernels[0]:
-            body = _waiting(body, name, workspaces)
+            body = _past_l1(_waiting(body, name, workspaces))
             waiting.add(name)
         if dependent > 1 or (dependent and name != kernels[-1]):
             body = RELEASE + body
@@ -175,6 +189,33 @@ def _rows_first(body: str) -> str:
     lines.append(f'  asm volatile("" :: {operands});\n')
     body = _ROW.sub(lambda m: f"row_{int(m[1] or 0)}_here", body)
     return body.replace(_GUARD, _GUARD + "".join(lines), 1)
+
+
+_Y_VECTOR = re.compile(r"\*\((\w+)\*\)(?=\(y_in_ptr \+)")
+_Y_ELEMENT = re.compile(r"\by_in_ptr(?=\[)")
+
+
+def _past_l1(body: str) -> str:
+    """The body with its loads of y going to the L2 cache."""
+    body = _Y_VECTOR.sub(r"dop_past_l1((const \1*)", body)
+    body = _closed(body, re.compile(r"dop_past_l1\(\(const \w+\*\)(?=\()"), "(", ")")
+    body = _Y_ELEMENT.sub("dop_past_l1(&y_in_ptr", body)
+    return _closed(body, re.compile(r"dop_past_l1\(&y_in_ptr(?=\[)"), "[", "]")
+
+
+def _closed(body: str, head: re.Pattern[str], opening: str, closing: str) -> str:
+    """The body with a parenthesis behind the bracket that follows each match of `head`."""
+    parts, done = [], 0
+    for match in head.finditer(body):
+        depth, at = 0, match.end()
+        while True:
+            depth += (body[at] == opening) - (body[at] == closing)
+            at += 1
+            if depth == 0:
+                break
+        parts += [body[done:at], ")"]
+        done = at
+    return "".join([*parts, body[done:]])
 
 
 def _waiting(body: str, name: str, workspaces: Sequence[str]) -> str:

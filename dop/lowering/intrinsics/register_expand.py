@@ -115,7 +115,7 @@ class RegisterExpand:
             "KK": 2 if self.wide else 1,
             "TILE": f"blockIdx.x / {self.blocks}" if not self.tiles_first else "blockIdx.x % tiles",
             "PART": f"blockIdx.x % {self.blocks}" if not self.tiles_first else "blockIdx.x / tiles",
-            "LOAD_Y": "__ldcs(at)" if self.streaming else "*at",
+            "LOAD_Y": "__ldcs(at)" if self.streaming else "__ldcg(at)",
             "STORE_Y": "__stcs(at, value)" if self.streaming else "*at = value",
             "SLICE": _slice(w),
         }
