@@ -232,6 +232,10 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline unsigned __ballot_sync(unsigned, bool value) {

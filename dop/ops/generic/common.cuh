@@ -97,7 +97,8 @@ __device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ from, int cou
     if (count > 0 && !is_aligned(from)) host::fail("a wide load that is not aligned");
     if (count > 0 && count < Pack<T>::kElements) host::fail("a wide load behind the end");
 #endif
-    if (count > 0) pack.words = *(const uint4*)from;
+    // Said to be global: the compiler cannot know it of a pointer that it finds in an array.
+    if (count > 0) pack.words = __ldg((const uint4*)from);
   } else {
 #pragma unroll
     for (int i = 0; i < Pack<T>::kElements; ++i)
