@@ -121,13 +121,12 @@ def add_lora(
         return _traced(y, x, a, b, plan, scale, ranks)
     try:
         # The short path. Everything that must be looked at in every call is looked at here.
-        list_a: Any = a if type(a) is tuple or type(a) is list else (a,)
-        list_b: Any = b if type(b) is tuple or type(b) is list else (b,)
-        stacks = STACKS[id(list_a[0])]
+        several = type(a) is tuple or type(a) is list
+        stacks = STACKS[id(a[0] if several else a)]
         shape = stacks.shape
         block = LOCAL.blocks[shape.number, plan.batch, _stream(shape.device)]
         if (
-            stacks.are(list_a, list_b)
+            (stacks.are(a, b) if several else stacks.is_one(a, b))
             and type(x) is Tensor
             and type(y) is Tensor
             and x.shape == block.x_shape
@@ -150,7 +149,9 @@ def add_lora(
                 pack_xy(block.area, XY, x_at, y_at, y_at)
                 view = block.view
                 view[STACKS_AT] = stacks.words
-                view[TABLES_AT if block.tile_rows else _ROWS_AT] = words
+                if words is not block.words:
+                    view[TABLES_AT if block.tile_rows else _ROWS_AT] = words
+                    block.words = words
                 start = block.start
                 for config, function, parameters in block.calls:
                     code = start(config, function, parameters, None)

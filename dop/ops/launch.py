@@ -92,12 +92,13 @@ class Block:
         stream: CUstream; 0 for the default one.
         start: launches one of `calls`.
         area: the argument area; `view` its bytes.
+        words: table addresses that the area holds; the same object need not be written again.
         calls: per launch (config, function, parameters), as ctypes passes them on fastest.
         overlaps: whether the GPU knows dependent launches.
     """
 
     __slots__ = ("area", "calls", "dtype", "keep", "kernel", "overlaps", "start", "stream",
-                 "tile_rows", "view", "x_shape", "y_shape")  # fmt: skip
+                 "tile_rows", "view", "words", "x_shape", "y_shape")  # fmt: skip
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class Block:
         struct.pack_into(
             f"={len(numbers)}q", self.area, FIXED_WORDS * WORD, *map(_signed, numbers.values())
         )
+        self.words = b""
         self.keep: list[Any] = [workspace]
         calls = []
         for launch, function in zip(kernel.launches, functions, strict=True):
@@ -367,6 +369,7 @@ def launch(block: Block, x: int, y: int, stack_words: bytes, words: bytes) -> No
     block.view[STACKS_AT] = stack_words
     at = TABLE_WORDS * WORD
     block.view[at : at + len(words)] = words
+    block.words = words
     for config, function, parameters in block.calls:
         code = block.start(config, function, parameters, None)
         if code:

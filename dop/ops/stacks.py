@@ -35,7 +35,17 @@ class Stacks:
         self.needs_grad = any(t.requires_grad for t in (*a, *b))
         self.words = stack_words(self.addresses[: len(a)], self.addresses[len(a) :])
 
-    def are(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    def is_one(self, a: Any, b: Any) -> bool:
+        """`are` of a single slice."""
+        refs: Any = self.refs
+        return (
+            len(refs) == 2
+            and refs[0]() is a
+            and refs[1]() is b
+            and (a.data_ptr(), b.data_ptr()) == self.addresses
+        )
+
+    def are(self, a: Any, b: Any) -> bool:
         """These very tensors are meant, and their memory has not moved.
 
         Written out for each number of slices: this runs in every call, and loops took 5 us.
@@ -43,7 +53,8 @@ class Stacks:
         Raises:
             ValueError: another number of slices is meant.
         """
-        refs, addresses = self.refs, self.addresses
+        refs: Any = self.refs
+        addresses = self.addresses
         if len(refs) == 2:
             (a0,), (b0,) = a, b
             return (
