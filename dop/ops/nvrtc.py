@@ -15,12 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dop.errors import BuildError, MissingDependencyError, MissingKernelError
+from dop.errors import BuildError, DopError, MissingDependencyError, MissingKernelError
 from dop.ops.cache import get_or_build, key_of
 from dop.ops.nvrtc_headers import STUBS
 from dop.ops.switches import JIT
 
 if TYPE_CHECKING:
+    from dop.export.index import KernelInfo
     from dop.ops.launch import DeviceKernel
     from dop.ops.sources import Search
 
@@ -217,12 +218,27 @@ def kernel(search: Search) -> DeviceKernel | None:
     return None
 
 
-def _built(source: str, arch: str, path: str, info: object) -> DeviceKernel:
-    from dop.export.index import KernelInfo
+_BUILT: dict[tuple[str, str, str], DeviceKernel | DopError] = {}
+"""By pack, kernel and architecture: what was built, or why it could not be; asked once each."""
+
+
+def _built(source: str, arch: str, path: str, info: KernelInfo) -> DeviceKernel:
+    key = (path, info.name, arch)
+    found = _BUILT.get(key)
+    if found is None:
+        try:
+            found = _device_kernel(compile_cubin(source, arch), arch, path, info)
+        except (BuildError, MissingDependencyError) as error:
+            found = error
+        _BUILT[key] = found
+    if isinstance(found, DopError):
+        raise found
+    return found
+
+
+def _device_kernel(cubin: bytes, arch: str, path: str, info: KernelInfo) -> DeviceKernel:
     from dop.ops.launch import DeviceKernel
 
-    assert isinstance(info, KernelInfo)
-    cubin = compile_cubin(source, arch)
     return DeviceKernel(
         info.name,
         f"nvrtc ({path})",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from dop import ops
+from dop import ops, packs
 from dop.errors import BuildError, DopError, MissingKernelError
-from dop.ops import cache, nvrtc
+from dop.ops import cache, nvrtc, sources
 from dop.ops.nvrtc_headers import STUBS
 
 KERNEL = """
@@ -90,6 +91,62 @@ def test_generated_kernels_compile(form):
 def test_without_permission_nothing_is_built():
     with ops.allow_jit(False), pytest.raises(MissingKernelError, match="sm_90"):
         nvrtc.compile_cubin(KERNEL, "sm_90")
+
+
+class FakeLibrary:
+    path = "pack"
+
+    def __init__(self, source):
+        self.text = source
+
+    def choose(self, key, tokens, adapters):
+        return SimpleNamespace(
+            name="k", min_arch=80, tile_rows=0, sketch="rows", trace_key="t", launches=(),
+            workspaces=(),
+        )  # fmt: skip
+
+    def source(self, info):
+        return self.text
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """A search on an sm_86, with one pack whose sources may be built."""
+    match = SimpleNamespace(how=packs.Match.SOURCE, library=lambda: FakeLibrary("text"))
+    monkeypatch.setattr(packs, "find", lambda *_: (match,))
+    monkeypatch.setattr(sources, "gpu", lambda device: ("GPU", "sm_86"))
+    monkeypatch.setattr(nvrtc, "_BUILT", {})
+    shape = SimpleNamespace(device=0, key="sgmv/float16/r16/64->64")
+    return SimpleNamespace(shape=shape, tokens=4, adapters=None, misses=[])
+
+
+def test_a_packs_source_is_built_once_per_process(search, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *a: asked.append(a) or b"cubin")
+    kernel = nvrtc.kernel(search)
+    assert nvrtc.kernel(search) is kernel
+    assert kernel.image() == b"cubin"
+    assert asked == [("text", "sm_86")]
+
+
+def test_a_source_that_does_not_build_is_tried_once(search, monkeypatch):
+    asked = []
+
+    def fail(*arguments):
+        asked.append(arguments)
+        raise BuildError("no")
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", fail)
+    for _ in range(2):
+        with pytest.raises(BuildError):
+            nvrtc.kernel(search)
+    assert len(asked) == 1
+
+
+def test_without_sources_there_is_no_kernel(search, monkeypatch):
+    monkeypatch.setattr(packs, "find", lambda *_: ())
+    assert nvrtc.kernel(search) is None
+    assert "source" in search.misses[0]
 
 
 def test_stubs_are_whole():
