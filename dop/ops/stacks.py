@@ -102,15 +102,16 @@ def stacks_of(a: Any, b: Any) -> Stacks:
     fits = found is not None and len(found.refs) == 2 * len(list_a) == 2 * len(list_b)
     if found is not None and fits and found.are(list_a, list_b):
         return found
-    found = _checked(list_a, list_b)
-    STACKS[key] = found
-    weakref.finalize(list_a[0], _forget, key, weakref.ref(found))
+    if found is None:
+        weakref.finalize(list_a[0], _forget, key)
+    found = STACKS[key] = _checked(list_a, list_b)
     return found
 
 
-def _forget(key: int, which: Any) -> None:
-    if STACKS.get(key) is which():
-        STACKS.pop(key, None)
+def _forget(key: int) -> None:
+    found = STACKS.get(key)
+    if found is not None and found.refs[0]() is None:
+        del STACKS[key]
 
 
 def _checked(a: list[Tensor], b: list[Tensor]) -> Stacks:

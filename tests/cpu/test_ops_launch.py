@@ -148,6 +148,25 @@ def test_weights_are_not_kept_alive():
     assert key not in STACKS
 
 
+def test_one_a_with_two_b_leaves_nothing_behind():
+    import weakref
+
+    a, b = stacks(2, 4, 8, (8,))
+    other = torch.randn(2, 8, 4)
+    x, y = rows(1, 8, 8)
+    plan = ops.segment_plan(torch.tensor([0]), slots=2)
+    ops.add_lora(y.clone(), x, a, b, plan)
+    before = len(weakref.finalize._registry)
+    for _ in range(5):
+        for up in (b[0], other):
+            got = ops.add_lora(y.clone(), x, a[0], up, plan)
+            near(got, reference(y, x, a, [up], [0]))
+    assert len(weakref.finalize._registry) == before
+    key = id(a[0])
+    del a
+    assert key not in STACKS
+
+
 def test_capture_takes_workspaces_of_its_own_and_keeps_no_block(case, monkeypatch):
     _, a, b, x, y = case
     plan = make_plan()
