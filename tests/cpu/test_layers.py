@@ -109,3 +109,19 @@ def test_light_roles_load_neither_tvm_nor_torch():
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+SERVING = ("dop.ops", "dop.packs.answer", "dop.export.load", "dop.ops.nvrtc", "dop.ops.cpu_pack")
+
+
+def test_serving_needs_torch_alone():
+    """What an engine's process imports brings nothing that torch had not brought already."""
+    code = (
+        "import importlib, sys\nimport torch\nbefore = set(sys.modules)\n"
+        f"for name in {SERVING!r}: importlib.import_module(name)\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "strange = new - set(sys.stdlib_module_names) - {'dop', 'torch'}\n"
+        "assert not strange, strange"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 
 from dop.cli.main import build_app
@@ -82,6 +83,25 @@ def test_the_figures_are_those_of_the_committed_results():
     assert {9: "Nine"}.get(slower, str(slower)) + " cases are slower than torch" in text
     better = [min(r["loop_us"], r["bmm_us"]) / r["dop_us"] for r in rows]
     assert statistics.geometric_mean(better) == pytest.approx(figures["geomean"])
+
+
+def test_the_operator_example_runs():
+    start = COMMANDS.index("from dop import ops") - 1
+    end = next(i for i, line in enumerate(COMMANDS) if line.startswith("ops.add_lora"))
+    names: dict[str, object] = {}
+    exec("\n".join(COMMANDS[start : end + 1]), names)
+    y, x, a, b = (names[name] for name in "yxab")
+    for row, slot in enumerate((0, 3, 3, -1, 7)):
+        want = x[row] @ a[slot].T @ b[slot].T if slot >= 0 else torch.zeros(96)
+        torch.testing.assert_close(y[row], want, rtol=1e-4, atol=1e-3)
+
+
+def test_modules_and_variables_exist():
+    for name in re.findall(r"python3? -m (\w+(?:\.\w+)+)", README):
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name
+    code = "".join(path.read_text() for path in (ROOT / "dop").rglob("*.py"))
+    for name in re.findall(r"\b(DOP_[A-Z_]+)", README):
+        assert f'"{name}"' in code, name
 
 
 def test_links_lead_somewhere():
