@@ -146,9 +146,10 @@ __device__ __forceinline__ void add_elements(float (&sums)[kColumns], const floa
   }
 }
 
-// y += scale * v @ B.T for 8 columns per group of lanes of one slice.
+// y += scale * v @ B.T for 8 columns per group of lanes of one slice. v may be written while this
+// runs (see wait_for_previous), so it is read by plain loads, not as read-only data.
 template <bool kWide, class T>
-__device__ __forceinline__ void expand_columns(const float* __restrict__ v, const T* __restrict__ b,
+__device__ __forceinline__ void expand_columns(const float* v, const T* __restrict__ b,
                                                const T* y_in, T* y, float* shared, int column,
                                                int columns, int rank, int true_rank, float scale,
                                                int lanes_log2, int splits, long long split_step) {

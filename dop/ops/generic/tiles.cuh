@@ -196,10 +196,10 @@ __device__ __forceinline__ void shrink_tiles(const T* x, const T* a, long long a
 }
 
 // v of a tile's rows, summed over the splits, as high + low parts of the operand type (16 more bits
-// than one operand holds), rows of `pitch` bytes.
+// than one operand holds), rows of `pitch` bytes. Plain loads, as in expand_columns.
 template <int kRows, class T>
 __device__ __forceinline__ void stage_v(unsigned char* high, unsigned char* low, int pitch,
-                                        const float* __restrict__ v, const int* row_index, int rows,
+                                        const float* v, const int* row_index, int rows,
                                         int true_rank, int depth, int rank, int splits,
                                         long long split_step) {
   const int within = threadIdx.x & 15;
@@ -220,11 +220,19 @@ __device__ __forceinline__ void stage_v(unsigned char* high, unsigned char* low,
   }
 }
 
-// Elements of y, 8 at once where they lie so.
+// Elements of y, 8 at once where they lie so; plain loads, since y is written as well.
 template <class T>
 __device__ __forceinline__ Pack<T> load_y(const T* from, int count, bool wide) {
-  if (wide && count >= 8) return load_pack<true>(from, 8);
-  return load_pack<false>(from, count);
+  Pack<T> pack;
+  if (wide && count >= 8) {
+    pack.words = *(const uint4*)from;
+    return pack;
+  }
+  pack.words = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) pack.element[i] = from[i];
+  return pack;
 }
 
 template <class T>
