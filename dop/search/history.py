@@ -111,9 +111,7 @@ class History:
                 open_ones.append((min(ratios), place, entry.candidate, missing))
         return [(c, missing) for _, _, c, missing in sorted(open_ones, key=lambda o: o[:2])]
 
-    def contested(
-        self, rivals: int, within: float
-    ) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
+    def contested(self, rivals: int, within: float) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
         """The best and its close rivals in each scenario, with the scenarios where they are close.
 
         Args:
