@@ -78,9 +78,8 @@ def test_scenarios_follow_sglangs_chunks_and_the_slots():
 class MadeUp:
     """A runner whose best point is known: 64-wide blocks, 4 warps, as few splits as possible."""
 
-    versions = {"triton": "3.6.0"}
-
     def __init__(self) -> None:
+        self.versions = {"triton": "3.6.0"}
         self.calls = 0
 
     def measure(self, task, chosen, scenarios):
