@@ -30,7 +30,7 @@ CPU_BUCKETS = (1, 8, 32, 128)
 MIXES_BY_DEFAULT = ("distinct", "uniform", "identical")
 WIDEST_DISTINCT = 256
 """Largest default batch in which every row has its own adapter: a prefill does not look so."""
-TRAFFIC_SCENARIOS = 16
+TRAFFIC_SCENARIOS = 32
 """Representatives that a traffic file is reduced to."""
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}

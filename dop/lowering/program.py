@@ -148,7 +148,9 @@ class Program:
 
     @property
     def _adapter_rank(self) -> str:
-        return f"{'tile' if self.tile_rows else 'token'}_rank[vt]"
+        """The adapter's rank; a caller may say more than the stack has, for a full one."""
+        rank = f"{'tile' if self.tile_rows else 'token'}_rank[vt]"
+        return rank if self.rank == self.workload.rank else f"T.min({rank}, {self.workload.rank})"
 
     @property
     def _adapter_scale(self) -> str:

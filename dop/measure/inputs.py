@@ -70,7 +70,12 @@ def awkward(tile_rows: int) -> Scenario:
 
 
 def mixed_facts(workload: Workload, slots: int) -> SlotFacts:
-    """Ranks from 1 to the stack's and scales of both signs, by which candidates are checked."""
-    ranks = workload.rank - np.arange(slots) * 5 % workload.rank
-    scales = np.array([1.0, 0.5, -0.75, 2.0], np.float32)[np.arange(slots) % 4]
-    return SlotFacts(ranks.astype(np.int32), scales)
+    """Ranks from 1 to the stack's and scales of both signs, by which candidates are checked.
+
+    A lower rank has a larger scale, so that every update is of order 1 like y: if it were much
+    smaller, rounding y alone would look like an error of the update.
+    """
+    slot = np.arange(slots)
+    ranks = (workload.rank - slot * 5 % workload.rank).astype(np.int32)
+    scales = np.where(slot % 3 == 1, -1.0, 1.0) * np.sqrt(workload.rank / ranks)
+    return SlotFacts(ranks, scales.astype(np.float32))
