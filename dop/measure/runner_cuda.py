@@ -27,6 +27,10 @@ from dop.workload import Workload
 FLUSH_FACTOR = 4
 """Bytes read before each replay, in units of the L2 cache. It takes the GPU longer than the host
 needs to queue the graph behind it, so that the first event is not waited for."""
+HOPELESS = 8
+HOPELESS_S = 100e-6
+"""A first, cold call this many times slower than the best known, and so much more, is not repeated:
+plain cores under a large prefill would otherwise take most of a tuning run."""
 MIN_CALLS = 4
 """Calls of a graph at least. A candidate whose first call takes so long that this many would use
 up the timer's budget is not timed further."""
@@ -179,10 +183,12 @@ class CudaRunner:
         if wrong:
             spent = time.perf_counter() - begin
             return Measurement((), Failure.CORRECTNESS, wrong, accuracy=accuracy, cost_s=spent)
-        if cold_s > self._config.timer.budget_s / MIN_CALLS:
+        best_s = task.best_of(position)
+        hopeless = best_s is not None and cold_s > HOPELESS * best_s + HOPELESS_S
+        if hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
             seconds: tuple[float, ...] = (cold_s,)
         else:
-            seconds = self._time(loaded, batch, task.best_of(position))
+            seconds = self._time(loaded, batch, best_s)
         return Measurement(
             seconds,
             accuracy=accuracy,
