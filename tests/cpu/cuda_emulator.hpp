@@ -64,6 +64,7 @@ inline unsigned round_bf16(float f) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 template <class T> T __ldcs(const T* at) { return *at; }
+template <class T> T __ldcg(const T* at) { return *at; }
 template <class T> void __stcs(T* at, T value) { *at = value; }
 inline unsigned dop_pack_bf16(float a, float b) { return round_bf16(a) | round_bf16(b) << 16; }
 inline float dop_low_bf16(unsigned w) { return low(w); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -295,7 +296,8 @@ def test_which_binaries_run_where(binary, device, runs):
 def test_the_command_writes_a_pack(packed, tmp_path, monkeypatch, capsys):
     from dop.cli.main import main
 
-    monkeypatch.setattr("dop.lowering.codegen.generate", fake_generate)
+    codegen = importlib.import_module("dop.lowering.codegen")
+    monkeypatch.setattr(codegen, "generate", fake_generate)
     log, out = packed.path.with_suffix(".jsonl"), tmp_path / "out" / "x.doppack"
     command = ["export", "pack", str(log), "-o", str(out), "--jobs", "1"]
     assert main([*command, "--json", "--dtype", "bf16"]) == 0
