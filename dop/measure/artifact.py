@@ -15,6 +15,10 @@ from dop.workload import Workload
 SCALARS = ("tokens", "tiles", "slots")
 """Numbers of a batch that every entry takes, in this order."""
 
+ROW_TABLES = ("token_slot", "token_rank", "token_scale")
+TILE_TABLES = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale", "row_index")
+"""Tables of a plan in the order of the arguments: int32, the scales float32."""
+
 SHIFT_BYTES = 16
 """Unit of the distances between weight stacks; stacks must be aligned to it."""
 
@@ -184,12 +188,8 @@ def tensor_shapes(workload: Workload, tile_rows: int) -> dict[str, tuple[str, ..
     shapes: dict[str, tuple[str, ...]] = {"x": ("tokens", width)}
     shapes |= {f"a{s}": ("slots", rank, width) for s in slices}
     shapes |= {f"b{s}": ("slots", str(workload.out_features[s]), rank) for s in slices}
-    if tile_rows:
-        tables = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale")
-        shapes |= dict.fromkeys(tables, ("tiles",))
-        shapes["row_index"] = ("tokens",)
-    else:
-        shapes |= dict.fromkeys(("token_slot", "token_rank", "token_scale"), ("tokens",))
+    for table in TILE_TABLES if tile_rows else ROW_TABLES:
+        shapes[table] = ("tiles",) if table.startswith("tile_") else ("tokens",)
     shapes["y_in"] = shapes["y"] = ("tokens", str(workload.total_out))
     return shapes
 

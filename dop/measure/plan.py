@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dop.errors import ConfigError
+from dop.measure.artifact import ROW_TABLES, TILE_TABLES
 from dop.scenario import NO_ADAPTER
 
 Table = NDArray[np.int32] | NDArray[np.float32]
 
-ROW_TABLES = ("token_slot", "token_rank", "token_scale")
-TILE_TABLES = ("tile_slot", "tile_row0", "tile_rows", "tile_rank", "tile_scale", "row_index")
 ANY_RANK = 1 << 30
 """Rank of an adapter that fills its stack, whatever the stack's rank."""
 PLAN_ADAPTERS = 64

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dop.errors import BuildError, ConstraintError, TraceError
-from dop.measure.plan import ROW_TABLES, TILE_TABLES
+from dop.measure.artifact import ROW_TABLES, TILE_TABLES
 from dop.space.step import PragmaStep
 from dop.space.trace import Trace
 from dop.target import Target

@@ -132,3 +132,12 @@ def test_a_kernel_that_reads_no_workspace_cannot_wait() -> None:
     source = kernel.format("first") + kernel.format("second")
     with pytest.raises(BuildError, match="nothing to wait for"):
         order_start(source, ("first", "second"), ("v",), 1)
+
+
+@pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
+def test_y_is_read_past_the_l1_cache_in_front_of_the_wait(sketch: Sketch) -> None:
+    trace = sketch.bind({**sketch.default(), "expand.dependent": 1})
+    _, expand = bodies(generate(O_PROJ, trace, SM_90).source)
+    reads = re.findall(r"(.{0,40})y_in_ptr(?:\[| \+)", expand)
+    assert reads
+    assert all("dop_past_l1(" in before for before in reads)

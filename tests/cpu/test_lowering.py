@@ -159,3 +159,13 @@ def test_loop_nest_shows_stages_and_loops() -> None:
     assert "shrink" in before
     assert "thread_binding" not in before
     assert "blockIdx.x" in after
+
+
+@pytest.mark.parametrize(("rank", "bounded"), [(8, True), (16, False)])
+def test_a_padded_rank_never_reads_behind_the_stack(rank, bounded):
+    """Without a table of ranks every rank looks full: the padding must not reach the next slot."""
+    workload = Workload("w", 4096, (4096,), rank, "bfloat16")
+    text = Program(workload, 16, matrix=True, clamp=True).source()
+    reads = text.count("tile_rank[vt]")
+    assert reads >= 3
+    assert text.count(f"T.min(tile_rank[vt], {rank})") == (reads if bounded else 0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop.errors import ConfigError
-from dop.measure.inputs import awkward, stack_slots, window_slots, windows
+from dop.measure.inputs import awkward, mixed_facts, stack_slots, window_slots, windows
 from dop.measure.plan import ANY_RANK, PLAN_ADAPTERS, SlotFacts, make_plan, tile_bound
 from dop.scenario import Scenario, named
 from dop.workload import Workload
@@ -116,3 +116,12 @@ def test_ranks_and_scales_stand_beside_their_slot(slots, tile_rows):
     assert (scales[used] == facts.scales[slot[used]]).all()
     assert (ranks[~used] == ANY_RANK).all()
     assert (scales[~used] == 1).all()
+
+
+def test_mixed_ranks_keep_the_update_at_order_one():
+    """The gate's limit is relative to the update: a small one makes rounding y look wrong."""
+    facts = mixed_facts(Workload("w", 64, (64,), 64, "bfloat16"), 100)
+    assert facts.ranks.min() == 1
+    assert facts.ranks.max() == 64
+    assert (facts.scales < 0).any()
+    np.testing.assert_allclose(facts.scales**2 * facts.ranks, 64, rtol=1e-5)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.errors import BuildError
-from dop.measure.plan import ROW_TABLES, TILE_TABLES
+from dop.measure.artifact import ROW_TABLES, TILE_TABLES
 from dop.space.step import PragmaStep
 from dop.space.trace import Trace
 from dop.target import Target
