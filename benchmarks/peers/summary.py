@@ -6,9 +6,11 @@ same: one row per case and contender. Standard library only.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import statistics
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,14 +86,16 @@ class CaseTimes:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Environment and rows of a results file: a JSON document, or one JSON row per line.
+    """Environment and rows of a results file: a JSON document, or one JSON row per line; a name
+    that ends in .gz is unpacked.
 
     Raises:
         ConfigError: it cannot be read, or holds no rows.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Give a results file.") from None
     document: Any = None
     try:

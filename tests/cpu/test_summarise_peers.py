@@ -273,3 +273,15 @@ def test_plot(tmp_path: Path) -> None:
     assert "m, rank 16, bf16" in text
     results.write_text("[]")
     assert plot_sgmv.main([str(results), "-o", str(out)]) == 2
+
+
+def test_committed_results_are_read_packed(tmp_path):
+    packed = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("peers-*.json.gz"))
+    assert packed
+    for path in packed:
+        _, rows = read_rows(path)
+        assert {"vllm", "v2", "extra"} <= {row["peer"] for row in rows}
+    damaged = tmp_path / "x.json.gz"
+    damaged.write_bytes(packed[0].read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_rows(damaged)
