@@ -1,0 +1,223 @@
+"""Runs each shipped kernel once or twice on small, nasty batches. Meant for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck  python tests/gpu/sanitize_packs.py --shard 0/8
+    compute-sanitizer --tool racecheck python tests/gpu/sanitize_packs.py --shard 0/8
+    python tests/gpu/sanitize_packs.py --guards         # without it: guard zones, see guarded.py
+
+`tests/gpu/sanitize.sh` finds compute-sanitizer and runs the shards side by side. No kernels but
+Dop's run: tensors are made, and results judged, on the CPU. Every tensor is an allocation of its
+own, so that an address behind it is not another tensor's.
+
+Ends with a line of JSON: kernels, calls, failures, what was not run. Exit status 1 after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import guarded
+import torch
+from guarded import SLOTS, Arena, Batch
+
+from dop import ops
+from dop.export.load import load_cuda
+from dop.ops.plan import SegmentPlan, buffer_size, fill_by_torch, layout
+from dop.ops.sources import Source
+from dop.workload import Workload
+
+GENERIC = (
+    "77->33/r5",
+    "136->40+24+8/r12",
+    "4096->512+256/r16",
+    "520->264/r129",
+)
+"""Shapes of the generic kernels: odd, narrow, wide, a rank above 128."""
+PLANS = ((1, 1), (67, 6), (700, 1024), (4096, 3), (20_000, 40))
+"""Tokens and slots; the last has more tokens than shared memory has room for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel.
+
+    Attributes:
+        name: for messages.
+        group: cases of one group share inputs and stay in one shard.
+        cost: rough bytes of a call.
+        run: makes the calls with a batch and an arena; says what was wrong.
+        batches: names of those it wants; "" if it has batches of its own.
+    """
+
+    name: str
+    group: str
+    cost: int
+    run: Callable[[Batch, Arena], list[str]]
+    batches: tuple[str, ...]
+
+
+def pack_cases(batches: tuple[str, ...]) -> Iterator[Case]:
+    """Every kernel of the shipped packs, in both types."""
+    for entry in guarded.packs_here():
+        library = load_cuda(entry.path)
+        for info in library.kernels.values():
+            source = guarded.pack_source(library, info.name)
+            name = f"{entry.path.name}:{info.name}"
+            cost = info.workload.in_features + info.workload.total_out
+            yield Case(
+                name, info.workload.key, cost * info.workload.rank, _call(info.workload, source),
+                batches,
+            )  # fmt: skip
+
+
+def _call(workload: Workload, source: Source) -> Callable[..., list[str]]:
+    return lambda batch, arena: guarded.run(workload, batch, source, arena)
+
+
+def generic_cases(batches: tuple[str, ...]) -> Iterator[Case]:
+    """The generic kernels: forms, types, halves, and the plan kernels."""
+    for dtype in ("float16", "bfloat16", "float32"):
+        for text in GENERIC:
+            shape, rank = text.split("/")
+            workload = Workload.parse(f"sgmv/{dtype}/{rank}/{shape}")
+            for rows in (0,) if dtype == "float32" else (0, 16, 64):
+                source = guarded.generic_source(rows)
+                name = f"generic:{workload.key}:{rows}"
+                yield Case(name, workload.key, 1, _call(workload, source), batches)
+            yield Case(f"halves:{workload.key}", workload.key, 1, _halves(workload), batches)
+    for tokens, slots in PLANS:
+        yield Case(f"plan:{tokens}x{slots}", "plan", 1, _plan(tokens, slots), ("",))
+
+
+def _halves(workload: Workload) -> Callable[[Batch, Arena], list[str]]:
+    """sgmv_shrink, then sgmv_expand with ranks and scales of the call."""
+
+    def run(batch: Batch, arena: Arena) -> list[str]:
+        given = guarded.inputs_of(workload, batch)
+        a = [arena.put(f"a{s}", part) for s, part in enumerate(given.a)]
+        b = [arena.put(f"b{s}", part) for s, part in enumerate(given.b)]
+        x, y = arena.put("x", given.x), arena.put("y", given.y)
+        ranks = batch.ranks(workload.rank)
+        with torch.no_grad(), guarded.served_by(guarded.generic_source(0), arena):
+            plan = guarded.plan_of(arena, Batch("", batch.ids, False), workload.rank)
+            if ranks is None:
+                ops.sgmv_expand(y, ops.sgmv_shrink(x, a, plan), b, plan)
+            else:
+                true = arena.put("call ranks", torch.tensor(ranks, dtype=torch.int32))
+                scales = arena.put("call scales", torch.tensor(batch.scales))
+                v = ops.sgmv_shrink(x, a, plan, ranks=true)
+                ops.sgmv_expand(y, v, b, plan, ranks=true, scale=scales)
+        return [*guarded.verdict(workload, batch, given, y.cpu()), *guarded.outside(arena)]
+
+    return run
+
+
+def _plan(tokens: int, slots: int) -> Callable[[Batch, Arena], list[str]]:
+    """The plan kernel, for both types of ids, against torch."""
+
+    def run(batch: Batch, arena: Arena) -> list[str]:
+        draw = torch.Generator().manual_seed(tokens)
+        found = []
+        for kind in (torch.int32, torch.int64):
+            ids = torch.randint(-1, slots, (tokens,), generator=draw).to(kind)
+            ranks = torch.randint(1, 129, (slots,), generator=draw).int()
+            scales = torch.rand(slots, generator=draw)
+            buffer = arena.room("plan", 4 * buffer_size(tokens, slots)).view(torch.int32)
+            empty = SegmentPlan(buffer, tokens, slots)
+            plan = ops.segment_plan(
+                arena.put("ids", ids),
+                slots=slots,
+                ranks=arena.put("ranks", ranks),
+                scale=arena.put("scales", scales),
+                out=empty,
+            )
+            if arena.device != "cpu":
+                torch.cuda.synchronize()
+            want = torch.zeros(buffer_size(tokens, slots), dtype=torch.int32)
+            fill_by_torch(want, ids, slots, ranks, scales, 1.0)
+            got = plan.buffer.cpu()
+            for name, (start, length) in layout(tokens, slots).places.items():
+                part = slice(start, start + length)
+                if not torch.equal(got[part], want[part]):
+                    found.append(f"{kind}: table {name} differs")
+        return [*found, *guarded.outside(arena)]
+
+    return run
+
+
+def share(cases: list[Case], shard: int, count: int) -> list[Case]:
+    """The cases of a shard: groups dealt out by cost, each to the shard that has least."""
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case.group].append(case)
+    loads, mine = [0.0] * count, []
+    for group in sorted(groups.values(), key=lambda g: (-sum(c.cost for c in g), g[0].group)):
+        least = loads.index(min(loads))
+        # A kernel costs something even if its tensors are small.
+        loads[least] += sum(case.cost + 500_000 for case in group)
+        if least == shard:
+            mine += group
+    return mine
+
+
+def attempt(case: Case, batch: Batch, zone: int) -> list[str]:
+    """A case's call; an error is a failure like any other."""
+    try:
+        return case.run(batch, Arena(zone))
+    except Exception as error:
+        return [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+
+
+def main() -> int:
+    """Runs a shard."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shard", default="0/1", help="which part of how many, e.g. 3/8")
+    parser.add_argument("--guards", action="store_true", help="guard zones around every tensor")
+    parser.add_argument("--batches", default="mixed,one", help=f"of {', '.join(guarded.BATCHES)}")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds; the rest is named")
+    parser.add_argument("--list", action="store_true", help="print the cases only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = tuple(options.batches.split(","))
+    shard, count = map(int, options.shard.split("/"))
+    cases = [c for c in (*pack_cases(names), *generic_cases(names)) if options.only in c.name]
+    mine = share(cases, shard, count)
+    if options.list:
+        print("\n".join(case.name for case in mine))
+        return 0
+    began, calls, failures, left = time.monotonic(), 0, [], []
+    for case in mine:
+        if time.monotonic() - began > options.limit:
+            left.append(case.name)
+            continue
+        for name in case.batches:
+            batch = guarded.BATCHES[name or "one"]
+            calls += 1
+            for line in attempt(case, batch, guarded.ZONE_BYTES if options.guards else 0):
+                failures.append(f"{case.name} {name}: {line}")
+                print(f"FAILED {failures[-1]}", flush=True)
+        print(f"ran {case.name} ({time.monotonic() - began:.0f} s)", flush=True)
+    summary = {
+        "shard": options.shard,
+        "kernels": len(mine) - len(left),
+        "calls": calls,
+        "slots": SLOTS,
+        "seconds": round(time.monotonic() - began, 1),
+        "failures": failures,
+        "not_run": left,
+    }
+    print(json.dumps(summary))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
