@@ -1,7 +1,8 @@
 #!/bin/bash
 # Every shipped kernel under compute-sanitizer (memcheck, racecheck), shards side by side on all GPUs.
 #   tests/gpu/sanitize.sh OUT_FOLDER [shards per tool = 8] [seconds per tool = 250] [tools]
-# Without compute-sanitizer (PATH, CUDA toolkits, $SANITIZER): guard zones instead, exit status 2.
+# Takes the first compute-sanitizer that works: PATH, CUDA toolkits, those named in $SANITIZERS.
+# Without one: guard zones instead, exit status 2.
 set -u
 cd "$(dirname "$0")/../.." || exit 3
 out=${1:?where to write} shards=${2:-8} seconds=${3:-250} tools=${4:-"memcheck racecheck"}
@@ -11,11 +12,20 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 python=${PYTHON:-python3}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU) || gpus=1
 
+works() { # a sanitizer may lack its libraries, or not know the driver
+  local libraries
+  libraries=$(dirname "$1")
+  LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} timeout 120 "$1" \
+    --launch-timeout 100 "$python" -c 'import torch; torch.ones(2, device="cuda").sum().item()' \
+    2>&1 | tee "$out/probe.txt" | grep -q "ERROR SUMMARY: 0 errors"
+}
+
 find_sanitizer() {
-  command -v "${SANITIZER:-compute-sanitizer}" && return
-  for file in /usr/local/cuda*/bin/compute-sanitizer \
-    /usr/local/cuda*/compute-sanitizer/compute-sanitizer /opt/nvidia/*/compute-sanitizer; do
-    [ -x "$file" ] && [ -f "$file" ] && echo "$file" && return
+  local file
+  for file in $(command -v compute-sanitizer) /usr/local/cuda*/bin/compute-sanitizer \
+    /usr/local/cuda*/compute-sanitizer/compute-sanitizer /opt/nvidia/*/compute-sanitizer \
+    ${SANITIZERS:-}; do
+    [ -x "$file" ] && [ -f "$file" ] && works "$file" && echo "$file" && return
   done
   return 1
 }
@@ -67,8 +77,9 @@ PY
 guards="" status=0
 if sanitizer=$(find_sanitizer); then
   "$sanitizer" --version | tail -1
+  export LD_LIBRARY_PATH=$(dirname "$sanitizer")${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   for tool in $tools; do
-    options=(--tool "$tool" --error-exitcode 9 --print-limit 20)
+    options=(--tool "$tool" --error-exitcode 9 --print-limit 20 --launch-timeout 300)
     [ "$tool" = memcheck ] && options+=(--padding 4096)
     began=$SECONDS
     run_shards "$tool" "$sanitizer" "${options[@]}"
