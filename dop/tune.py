@@ -461,7 +461,9 @@ class _Run:
         old = self.cost_s.get(workload.key)
         each = spent / len(batch)
         self.cost_s[workload.key] = each if old is None else 0.5 * (old + each)
-        state.visited(before - state.score(), spent)
+        if counted:
+            # What a stopped run left open says nothing about what a search here would find.
+            state.visited(before - state.score(), spent)
         return whole
 
     def _keep(

@@ -215,6 +215,27 @@ def test_families_share_the_budget_and_hints(tmp_path):
     assert len(first) == 2, "both families' defaults come before a second visit"
 
 
+def test_filling_in_a_stopped_run_is_no_visit(tmp_path):
+    """New batches for old records, slow to measure: the family is still searched afterwards."""
+    path = tmp_path / "log.jsonl"
+    wider = Family(synthetic.WIDER, SM_90, SCENARIOS)
+    run(path, 8, families=[Family(synthetic.WORKLOAD, SM_90, SCENARIOS[:1])])
+    now, slow = [0.0], 30.0
+
+    class Slow(FakeMeasurer):
+        def measure(self, jobs):
+            for answer in super().measure(jobs):
+                # The first family's open batches take most of the time.
+                now[0] += 0.01 if self.measured[-1][0] == synthetic.WIDER.key else slow
+                yield answer
+
+    result = run(
+        path, 40, Slow(SPACE), families=[FAMILY, wider], budget_s=1e6, clock=lambda: now[0]
+    )
+    trials = [f.trials for f in result.progress.families]
+    assert min(trials) > 0, trials
+
+
 def test_a_neighbour_in_the_log_warms_the_start(tmp_path):
     path = tmp_path / "log.jsonl"
     known = run(path, 80)
