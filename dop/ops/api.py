@@ -9,21 +9,14 @@ import torch
 from torch import Tensor
 
 from dop.errors import ShapeError
-from dop.measure import cuda_driver
 from dop.ops import checks, eager
-from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack, per_slot_ranks, per_slot_scale
-from dop.ops.launch import LOCAL, STACKS_AT, TABLES_AT, XY, pack_xy
-from dop.ops.plan import ROW_TABLES, SegmentPlan, plain_words
-from dop.ops.stacks import STACKS
-from dop.ops.switches import CHECKED
+from dop.ops.plan import SegmentPlan
+from dop.ops.short import Surroundings, short_path
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_grad_enabled = torch.is_grad_enabled
-_stream, _capturing, _current_device = eager.stream_of, eager.capturing, eager.current_device
-_ROW_END = TABLES_AT.start + 8 * len(ROW_TABLES)
-_ROWS_AT = slice(TABLES_AT.start, _ROW_END)
+_short_path = short_path(Surroundings())
 
 
 def segment_plan(
@@ -117,50 +110,11 @@ def add_lora(
         ShapeError, DtypeError, DeviceError: an argument does not fit.
         MissingKernelError: no kernel for the shape, and building one is forbidden.
     """
-    if _is_compiling() or _dispatch_modes():
+    if _is_compiling():
         return _traced(y, x, a, b, plan, scale, ranks)
-    try:
-        # The short path. Everything that must be looked at in every call is looked at here.
-        several = type(a) is tuple or type(a) is list
-        stacks = STACKS[id(a[0] if several else a)]
-        shape = stacks.shape
-        block = LOCAL.blocks[shape.number, plan.batch, _stream(shape.device)]
-        if (
-            (stacks.are(a, b) if several else stacks.is_one(a, b))
-            and type(x) is Tensor
-            and type(y) is Tensor
-            and x.shape == block.x_shape
-            and y.shape == block.y_shape
-            and x.dtype is block.dtype
-            and y.dtype is block.dtype
-            and x.is_contiguous()
-            and y.is_contiguous()
-            and x.get_device() == shape.device == y.get_device() == _current_device()
-            and plan.slots <= stacks.slots
-            and not (_grad_enabled() and (x.requires_grad or y.requires_grad or stacks.needs_grad))
-        ):
-            stream = block.stream
-            x_at, y_at = x.data_ptr(), y.data_ptr()
-            if not ((x_at | y_at) & 15) and not (stream and _capturing()) and not CHECKED.value:
-                if ranks is None and type(scale) is float and scale == 1.0:
-                    words = plan.words.get(block.tile_rows) or plain_words(plan, block.tile_rows)
-                else:
-                    words = _call_words(plan, block.tile_rows, ranks, scale)
-                pack_xy(block.area, XY, x_at, y_at, y_at)
-                view = block.view
-                view[STACKS_AT] = stacks.words
-                if words is not block.words:
-                    view[TABLES_AT if block.tile_rows else _ROWS_AT] = words
-                    block.words = words
-                start = block.start
-                for config, function, parameters in block.calls:
-                    code = start(config, function, parameters, None)
-                    if code:
-                        cuda_driver.check("cuLaunchKernelEx", code)
-                return y
-    except (KeyError, AttributeError, IndexError, TypeError, ValueError):
-        pass  # the long path looks at the arguments and says what is wrong
-    if _any_traced(y, x, a, b, plan):
+    if _short_path(y, x, a, b, plan, scale, ranks):
+        return y
+    if _dispatch_modes() or _any_traced(y, x, a, b, plan):
         return _traced(y, x, a, b, plan, scale, ranks)
     return eager.add_lora(y, x, a, b, plan, scale, ranks)
 
@@ -247,10 +201,3 @@ def _traced(
     return custom_ops.traced_add_lora(
         y, x, _as_list(a), _as_list(b), plan, rank_tensor, scales, number
     )
-
-
-def _call_words(plan: SegmentPlan, tile_rows: int, ranks: Ranks, scale: Scale) -> bytes:
-    """Table addresses for a call with ranks or a scale of its own."""
-    device = plan.buffer.device
-    scales, number = per_slot_scale(scale, plan.slots, device)
-    return derived_words(plan, tile_rows, per_slot_ranks(ranks, plan.slots, device), scales, number)

@@ -2,21 +2,14 @@
 
 A *block* is everything about the launches of one kernel choice that does not change from call to
 call: grids, functions, workspaces and an argument area in which only addresses are rewritten. It
-belongs to one thread and one stream, so two threads never share an area or a workspace.
-
-The argument area, in words of 8 bytes; kernels get the addresses of the words they take:
-
-    0  x  y_in  y                     written in every call
-    3  a  b  a1_shift a2_shift b1_shift b2_shift        `Stacks.words`
-    9  the plan's tables              `table_words`
-    15 tokens  tiles  slots  constants  workspaces      written once
+belongs to one thread and one stream, so two threads never share an area (see calls.py) or a
+workspace.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,28 +23,17 @@ from torch import Tensor
 from dop.errors import ExportError, MissingKernelError
 from dop.measure import cuda_driver
 from dop.measure.artifact import Buffer, Launch, evaluate
+from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Start, make_call
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
 from dop.ops.shapes import Shape
 
-WORD = 8
-XY, STACK_WORDS, TABLE_WORDS, FIXED_WORDS = 0, 3, 9, 15
 STACK_NAMES = ("a", "b", "a1_shift", "a2_shift", "b1_shift", "b2_shift")
 TILE_ORDER = (*TILE_TABLES, "row_index")
-STACKS_AT = slice(STACK_WORDS * WORD, TABLE_WORDS * WORD)
-TABLES_AT = slice(TABLE_WORDS * WORD, FIXED_WORDS * WORD)
 
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 SPACE_ALIGN = 256
 DEFAULT_SMEM = 48 << 10
 CAPTURE_RELAXED = 2
-SERIALIZATION_ATTRIBUTE = 6
-"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
-
-_CONFIG = struct.Struct("=7I4xQQI4x")
-"""CUlaunchConfig: grid, block, shared memory, stream, attributes, their number."""
-_ATTRIBUTE = struct.Struct("=I4xi60x")
-
-pack_xy = struct.Struct("=3Q").pack_into
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,15 +72,14 @@ class Block:
         x_shape, y_shape, dtype: what fits.
         tile_rows: tables it wants.
         stream: CUstream; 0 for the default one.
-        start: launches one of `calls`.
-        area: the argument area; `view` its bytes.
-        words: table addresses that the area holds; the same object need not be written again.
-        calls: per launch (config, function, parameters), as ctypes passes them on fastest.
+        starts: the launches.
+        call: does them.
+        workspace: kept alive.
         overlaps: whether the GPU knows dependent launches.
     """
 
-    __slots__ = ("area", "calls", "dtype", "keep", "kernel", "overlaps", "start", "stream",
-                 "tile_rows", "view", "words", "x_shape", "y_shape")  # fmt: skip
+    __slots__ = ("call", "dtype", "kernel", "overlaps", "starts", "stream", "tile_rows",
+                 "workspace", "x_shape", "y_shape")  # fmt: skip
 
     def __init__(
         self,
@@ -119,7 +100,7 @@ class Block:
             workspace: uint8, at least `workspace_bytes`; None if that is 0.
         """
         tokens, slots = batch
-        self.stream, self.start = stream, driver().launch
+        self.stream, self.workspace = stream, workspace
         self.overlaps = has_dependent_launches(shape.device)
         self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
         self.x_shape = torch.Size((tokens, shape.in_features))
@@ -130,23 +111,18 @@ class Block:
         spaces, _ = workspace_places(kernel, tokens, tiles)
         numbers |= {name: base + offset for name, offset in spaces.items()}
         places = argument_places(kernel.tile_rows, tuple(numbers))
-        self.area = (ctypes.c_char * (WORD * (FIXED_WORDS + len(numbers))))()
-        self.view = memoryview(self.area).cast("B")
-        struct.pack_into(
-            f"={len(numbers)}q", self.area, FIXED_WORDS * WORD, *map(_signed, numbers.values())
-        )
-        self.words = b""
-        self.keep: list[Any] = [workspace]
-        calls = []
+        self.starts = []
         for launch, function in zip(kernel.launches, functions, strict=True):
             grid = [evaluate(extent, tokens=tokens, tiles=tiles) for extent in launch.grid]
             if min(grid) > 0:
-                parameters = self._parameters(launch, places)
-                calls.append((self._config(launch, grid, stream), function, parameters))
-        self.calls = [tuple(ctypes.c_void_p(word) for word in call) for call in calls]
+                self.starts.append(self._start(launch, function, grid, places))
+        sizes = (tokens, shape.in_features, shape.total_out)
+        fixed = tuple(numbers.values())
+        self.call = make_call(driver(), stream, fixed, self.starts, self.tile_rows, sizes)
 
-    def _parameters(self, launch: Launch, places: Mapping[str, int]) -> int:
-        base = ctypes.addressof(self.area)
+    def _start(
+        self, launch: Launch, function: int, grid: Sequence[int], places: Mapping[str, int]
+    ) -> Start:
         unknown = [name for name in launch.arguments if name not in places]
         if unknown:
             raise ExportError(
@@ -154,21 +130,9 @@ class Block:
                 "nobody provides.",
                 "Export it again with this version of Dop.",
             )
-        words = [base + WORD * places[name] for name in launch.arguments]
-        array = (ctypes.c_void_p * max(1, len(words)))(*words)
-        self.keep.append(array)
-        return ctypes.addressof(array)
-
-    def _config(self, launch: Launch, grid: Sequence[int], stream: int) -> int:
-        room = (ctypes.c_char * (_CONFIG.size + _ATTRIBUTE.size))()
-        address = ctypes.addressof(room)
-        dependent = launch.dependent and self.overlaps
-        attributes = address + _CONFIG.size if dependent else 0
         figures = (*grid, *launch.block, launch.dynamic_smem_bytes)
-        _CONFIG.pack_into(room, 0, *figures, stream, attributes, int(dependent))
-        _ATTRIBUTE.pack_into(room, _CONFIG.size, SERIALIZATION_ATTRIBUTE, 1)
-        self.keep.append(room)
-        return address
+        where = tuple(places[name] for name in launch.arguments)
+        return Start(function, figures, launch.dependent and self.overlaps, where)
 
 
 @lru_cache(maxsize=64)
@@ -176,10 +140,6 @@ def has_dependent_launches(device: int) -> bool:
     """Whether a GPU knows programmatic dependent launches: Hopper and newer do. A negative number
     stands for no GPU, where nothing is launched."""
     return device < 0 or torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 and word > 0 else word
 
 
 @lru_cache(maxsize=4096)
@@ -247,15 +207,16 @@ class Driver:
                 "there is no NVIDIA driver (libcuda.so.1).", "Use CPU tensors on this machine."
             )
         self._library: Any = library
-        self.launch: Callable[..., int] = (
-            library.cuLaunchKernelEx
-            if hasattr(library, "cuLaunchKernelEx")
-            else self._launch_the_old_way
-        )
+        self.launch: Callable[..., int] = self._launch_the_old_way
+        self.entry = 0
+        """Address of cuLaunchKernelEx; 0 before CUDA 12."""
+        if hasattr(library, "cuLaunchKernelEx"):
+            self.launch = library.cuLaunchKernelEx
+            self.entry = ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value or 0
 
     def _launch_the_old_way(self, config: Any, function: Any, parameters: Any, extra: Any) -> int:
         """For drivers before CUDA 12: no attributes, so no dependent launch."""
-        figures = _CONFIG.unpack(ctypes.string_at(config.value, _CONFIG.size))
+        figures = CONFIG.unpack(ctypes.string_at(config.value, CONFIG.size))
         stream = ctypes.c_void_p(figures[7])
         code = self._library.cuLaunchKernel(function, *figures[:7], stream, parameters, extra)
         return int(code)
@@ -365,15 +326,7 @@ def launch(block: Block, x: int, y: int, stack_words: bytes, words: bytes) -> No
     Raises:
         CudaError: the driver refused.
     """
-    pack_xy(block.area, XY, x, y, y)
-    block.view[STACKS_AT] = stack_words
-    at = TABLE_WORDS * WORD
-    block.view[at : at + len(words)] = words
-    block.words = words
-    for config, function, parameters in block.calls:
-        code = block.start(config, function, parameters, None)
-        if code:
-            cuda_driver.check("cuLaunchKernelEx", code)
+    cuda_driver.check("cuLaunchKernelEx", block.call.run(x, y, stack_words, words))
 
 
 def forget() -> None:

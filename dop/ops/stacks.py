@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dop.errors import ShapeError
+from dop.ops import native
 from dop.ops.checks import as_list, check_storage
 from dop.ops.shapes import Shape, shape_of, stack_words, three_axes
 
@@ -23,17 +24,17 @@ class Stacks:
         refs: weak references to the stacks: a of all slices, then b.
         addresses: of the stacks, in the same order.
         words: a, b and the shifts of the slices behind the first, as kernels take them.
-        needs_grad: a stack required gradients.
+        native: the same for the compiled short path, or None.
     """
 
-    __slots__ = ("__weakref__", "addresses", "needs_grad", "refs", "shape", "slots", "words")
+    __slots__ = ("__weakref__", "addresses", "native", "refs", "shape", "slots", "words")
 
     def __init__(self, shape: Shape, slots: int, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         self.shape, self.slots = shape, slots
         self.refs = tuple(weakref.ref(t) for t in (*a, *b))
         self.addresses = tuple(t.data_ptr() for t in (*a, *b))
-        self.needs_grad = any(t.requires_grad for t in (*a, *b))
         self.words = stack_words(self.addresses[: len(a)], self.addresses[len(a) :])
+        self.native = native.weights(shape.number, shape.device, slots, self.words, (*a, *b))
 
     def is_one(self, a: Any, b: Any) -> bool:
         """`are` of a single slice."""

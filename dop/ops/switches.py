@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def _is_on(name: str, default: str) -> bool:
+def is_on(name: str, default: str) -> bool:
+    """Whether an environment variable says yes."""
     return os.environ.get(name, default).strip().lower() not in ("", "0", "false", "no", "off")
 
 
@@ -45,8 +46,8 @@ class _Restore:
         self._switch.value = self._before
 
 
-CHECKED = Switch(_is_on("DOP_CHECKED", "0"))
-JIT = Switch(_is_on("DOP_JIT", "1"))
+CHECKED = Switch(is_on("DOP_CHECKED", "0"))
+JIT = Switch(is_on("DOP_JIT", "1"))
 
 
 def checked(on: bool = True) -> _Restore:

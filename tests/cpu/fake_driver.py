@@ -10,11 +10,13 @@ from contextlib import nullcontext
 import torch
 
 from dop.measure.artifact import Buffer, Launch
-from dop.ops import api, eager, launch, sources
+from dop.ops import api, eager, launch, short, sources
 from dop.ops.launch import DeviceKernel
 from dop.ops.sources import Choice
 
 STREAM = 77
+ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+"""cuLaunchKernelEx, as the compiled extension calls it."""
 KINDS = {torch.float32: ctypes.c_float, torch.int32: ctypes.c_int32}
 
 
@@ -36,6 +38,8 @@ class FakeDriver:
         self.launches: list[tuple] = []
         self.loads = 0
         self.code = 0
+        self._callback = ENTRY(self._launch_from_c)
+        self.entry = ctypes.cast(self._callback, ctypes.c_void_p).value
 
     def ensure_context(self, device: int) -> None:
         pass
@@ -46,6 +50,11 @@ class FakeDriver:
         first = len(self.functions)
         self.functions += launches
         return [first + i + 1 for i in range(len(launches))]
+
+    def _launch_from_c(self, config, function, parameters, extra) -> int:
+        return self.launch(
+            ctypes.c_void_p(config), ctypes.c_void_p(function), ctypes.c_void_p(parameters), extra
+        )
 
     def launch(self, config, function, parameters, extra) -> int:
         assert extra is None
@@ -150,13 +159,21 @@ def install(monkeypatch, sizes, tile_rows: int) -> FakeDriver:
     launch.forget()
     monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(launch, "_LOADED", {})
-    for module, prefix in ((api, "_"), (eager, "")):
-        name = "_stream" if module is api else "stream_of"
-        monkeypatch.setattr(module, name, lambda device: STREAM)
-        monkeypatch.setattr(module, f"{prefix}capturing", lambda: False)
-        monkeypatch.setattr(module, f"{prefix}current_device", lambda: -1)
+    set_surroundings(monkeypatch)
     monkeypatch.setattr(eager, "device_guard", lambda device: nullcontext())
     monkeypatch.setattr(eager, "on_gpu", lambda device: True)
     choice = Choice("key", "fake", 0, None, chosen, "")
     monkeypatch.setattr(sources, "choose", lambda *_: choice)
     return driver
+
+
+def set_surroundings(monkeypatch, *, capturing: bool = False, current_device: int = -1) -> None:
+    """What the operator learns from torch about streams and devices."""
+    facts = {
+        "stream_of": lambda device: STREAM,
+        "capturing": lambda: capturing,
+        "current_device": lambda: current_device,
+    }
+    for name, value in facts.items():
+        monkeypatch.setattr(eager, name, value)
+    monkeypatch.setattr(api, "_short_path", short.short_path(short.Surroundings(**facts)))
