@@ -12,6 +12,7 @@ from dop.config import (
     ModelShape,
     bucketize,
     default_scenarios,
+    left_out,
     model_shape,
     parse_ranks,
     read_adapters,
@@ -31,7 +32,7 @@ MIXES_BY_DEFAULT = ("distinct", "uniform", "identical")
 WIDEST_DISTINCT = 256
 """Largest default batch in which every row has its own adapter: a prefill does not look so."""
 TRAFFIC_SCENARIOS = 32
-"""Representatives that a traffic file is reduced to."""
+"""Representatives that a traffic file is reduced to; what it leaves out, `dop tune` says."""
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -61,6 +62,11 @@ class Request:
         found = workloads_of(shape, ranks=ranks, tp=self.tp, dtype=dtype, targets=targets)
         scenarios = self.scenarios(target)
         return [Family(workload, target, scenarios) for workload in _merged(found)]
+
+    def left_out(self, chosen: Sequence[Scenario]) -> tuple[tuple[Scenario, Scenario], ...]:
+        """Batches of the traffic file that are not tuned for, each with the one of `chosen` that
+        stands for it; nothing without a traffic file."""
+        return () if self.traffic is None else left_out(read_traffic(self.traffic), chosen)
 
     def _adapters(self, shape: ModelShape) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
         """Ranks, and the modules to tune (None: all)."""

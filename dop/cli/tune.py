@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from typer import Option
 
@@ -12,10 +13,16 @@ if TYPE_CHECKING:
     from dop.effort import Effort
     from dop.family import Family
     from dop.measure.base import Measurer
+    from dop.scenario import Scenario
     from dop.target import Target
     from dop.tune import TuneResult
 
 INTERRUPTED = 130
+SHOWN = 5
+"""Batches without measurements that a warning names."""
+
+StandIns: TypeAlias = "Sequence[tuple[Scenario, Scenario]]"
+"""Batches of a traffic file that are not measured, each with the one that stands for it."""
 
 
 def tune(
@@ -45,6 +52,7 @@ def tune(
 
     Everything measured is appended to the log at once. The same command continues from it.
     """
+    from dop.cli.output import note
     from dop.cli.request import Request, log_path, seconds_of
     from dop.effort import effort_of
     from dop.measure.hostinfo import find_target
@@ -60,13 +68,16 @@ def tune(
     target = find_target(device)
     request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix)
     families = request.families(target)
+    stand_ins = request.left_out(families[0].scenarios)
+    for line in left_out_lines(stand_ins, families[0].scenarios):
+        note(line)
     if target.kind == "cuda":
         # Builds overlap with timing there: a batch keeps every builder busy twice over.
         batch = max(profile.batch, 2 * MAX_BUILDERS)
         profile = replace(profile, batch=batch, search=replace(profile.search, first_batch=batch))
     path = log or log_path(model, target)
     result = _run(families, target, path, profile, seed, as_json)
-    _report(result, path, as_json)
+    _report(result, path, as_json, stand_ins)
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -106,11 +117,32 @@ def _measurer(target: Target) -> Measurer:
     return measurer
 
 
-def _report(result: TuneResult, path: Path, as_json: bool) -> None:
+def left_out_lines(stand_ins: StandIns, chosen: Sequence[Scenario]) -> list[str]:
+    """What a person should know of the batches of a traffic file that are not tuned for."""
+    if not stand_ins:
+        return []
+    # A representative's weight contains that of the batches which it stands for.
+    total = sum(s.weight for s in chosen)
+    share = sum(s.weight for s, _ in stand_ins) / total if total else 0.0
+    shown = ", ".join(f"{short(s.key)} by {short(r.key)}" for s, r in stand_ins[:SHOWN])
+    more = f", and {len(stand_ins) - SHOWN} more (--json names all)" * (len(stand_ins) > SHOWN)
+    return [
+        f"warning: of {len(chosen) + len(stand_ins)} kinds of batches in the traffic file, "
+        f"{len(chosen)} are measured; the other {len(stand_ins)} ({share:.1%} of all that was "
+        f"counted) are represented by the nearest: {shown}{more}."
+    ]
+
+
+def short(key: str) -> str:
+    """A scenario's key, cut to what a line can hold."""
+    return key if len(key) <= 40 else key[:37] + "..."
+
+
+def _report(result: TuneResult, path: Path, as_json: bool, stand_ins: StandIns) -> None:
     from dop.cli.output import emit, note
     from dop.cli.progress import print_final
 
-    emit(summary(result, path), as_json, lambda console: print_final(console, result))
+    emit(summary(result, path, stand_ins), as_json, lambda console: print_final(console, result))
     if result.interrupted:
         note(f"interrupted; everything measured is in {path}. The same command continues.")
     failed = [t for t in result.tasks if t.best is None]
@@ -118,8 +150,9 @@ def _report(result: TuneResult, path: Path, as_json: bool) -> None:
         note(f"{len(failed)} tasks have no working candidate yet; see `dop log stats {path}`.")
 
 
-def summary(result: TuneResult, path: Path) -> dict[str, object]:
-    """What --json prints: the run, and one object per task with times in microseconds."""
+def summary(result: TuneResult, path: Path, stand_ins: StandIns = ()) -> dict[str, object]:
+    """What --json prints: the run, one object per task with times in microseconds, and the batches
+    of a traffic file that were not measured, each with the one that stands for it."""
     progress = result.progress
     return {
         "log": str(path),
@@ -143,6 +176,9 @@ def summary(result: TuneResult, path: Path) -> dict[str, object]:
                 "trace": task.best.trace.key if task.best else None,
             }
             for task in result.tasks
+        ],
+        "left_out": [
+            {"scenario": s.key, "weight": s.weight, "represented_by": r.key} for s, r in stand_ins
         ],
     }
 

@@ -15,7 +15,7 @@ from dop.config.hf import (
     workloads_from_model,
     workloads_of,
 )
-from dop.config.traffic import BUCKETS, bucketize, default_scenarios, read_traffic
+from dop.config.traffic import BUCKETS, bucketize, default_scenarios, left_out, read_traffic
 
 __all__ = [
     "BUCKETS",
@@ -24,6 +24,7 @@ __all__ = [
     "ModelShape",
     "bucketize",
     "default_scenarios",
+    "left_out",
     "model_shape",
     "parse_ranks",
     "read_adapters",

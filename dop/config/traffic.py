@@ -122,6 +122,21 @@ def bucketize(scenarios: Sequence[Scenario], limit: int) -> tuple[Scenario, ...]
     return _by_weight(_reweighed(scenarios[i], w) for i, w in zip(chosen, weights, strict=True))
 
 
+def left_out(
+    scenarios: Iterable[Scenario], chosen: Sequence[Scenario]
+) -> tuple[tuple[Scenario, Scenario], ...]:
+    """Batches that are not among the representatives, with the nearest one that stands for each;
+    most frequent first."""
+    kept = {s.key for s in chosen}
+    points = [_point(s) for s in chosen]
+    found = []
+    for scenario in _by_weight(s for s in scenarios if s.key not in kept):
+        point = _point(scenario)
+        nearest = min(range(len(points)), key=lambda i: _squared(point, points[i]))
+        found.append((scenario, chosen[nearest]))
+    return tuple(found)
+
+
 def _entry(entry: object, where: str) -> tuple[_Composition, float]:
     """Composition and count of one entry of the file."""
     if not isinstance(entry, dict):

@@ -15,10 +15,12 @@ from fake_measurer import FakeMeasurer
 
 from dop.cli.main import main
 from dop.cli.progress import display, final_table, summary_line
-from dop.cli.request import Request, log_path, seconds_of
+from dop.cli.request import TRAFFIC_SCENARIOS, Request, log_path, seconds_of
+from dop.cli.tune import left_out_lines, summary
 from dop.database.jsonl import read_log
 from dop.errors import ConfigError
 from dop.target import SM_90
+from dop.tune import Progress, TuneResult
 
 HERE = Path(__file__).parent
 MODEL = ("--model", "Llama-3.2-1B", "--device", "cpu", "--tokens", "1,32", "--mix", "uniform")
@@ -122,6 +124,42 @@ def test_traffic_replaces_the_mixes(tmp_path):
     assert (scenario.tokens, scenario.adapters, scenario.weight) == (9, 2, 7)
     with pytest.raises(ConfigError, match="--tokens"):
         Request("Llama-3.2-1B", traffic=file, tokens="1").scenarios(SM_90)
+
+
+def test_a_long_traffic_file_says_what_it_leaves_out(tmp_path):
+    file = tmp_path / "traffic.json"
+    batches = [{"segments": [n, 1], "count": n} for n in range(1, 101)]
+    file.write_text(json.dumps({"version": 1, "batches": batches}))
+    request = Request("Llama-3.2-1B", traffic=file)
+    chosen = request.scenarios(SM_90)
+    assert len(chosen) == TRAFFIC_SCENARIOS
+    pairs = request.left_out(chosen)
+    assert len(pairs) == 100 - TRAFFIC_SCENARIOS
+    kept = {s.key for s in chosen}
+    for batch, stand_in in pairs:
+        assert batch.key not in kept
+        assert stand_in.key in kept
+        assert stand_in.tokens / 2 <= batch.tokens <= 2 * stand_in.tokens
+    lost = sum(batch.weight for batch, _ in pairs)
+    (line,) = left_out_lines(pairs, chosen)
+    assert f"of 100 kinds of batches in the traffic file, {TRAFFIC_SCENARIOS} are measured" in line
+    assert f"the other {len(pairs)} ({lost / 5050:.1%} of all" in line
+    assert pairs[0][0].key in line
+    assert pairs[-1][0].key not in line
+
+    progress = Progress(0.0, 0.0, 0, 0, 0, {}, (), "")
+    found = summary(TuneResult(progress, False, "budget"), tmp_path / "log", pairs)["left_out"]
+    assert sum(item["weight"] for item in found) == lost
+    assert {item["represented_by"] for item in found} <= kept
+
+
+def test_a_short_traffic_file_leaves_nothing_out(tmp_path):
+    file = tmp_path / "traffic.json"
+    file.write_text(json.dumps({"version": 1, "batches": [{"segments": [3], "count": 2}]}))
+    request = Request("Llama-3.2-1B", traffic=file)
+    assert request.left_out(request.scenarios(SM_90)) == ()
+    assert Request("Llama-3.2-1B").left_out(()) == ()
+    assert left_out_lines((), request.scenarios(SM_90)) == []
 
 
 def test_durations_and_log_names():
