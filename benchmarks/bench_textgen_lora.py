@@ -4,6 +4,8 @@
     python -m benchmarks.bench_textgen_lora --engine vllm --model Llama-3.1-8B \\
         --batch-size 1,8,32,64 --lora-popularity distinct,uniform,identical --lengths 64:128
 
+    python -m benchmarks.bench_textgen_lora --merge RESULTS... --save-to benchmarks/results
+
 Without a GPU it serves a tiny model with transformers. See docs/textgen.md.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -22,12 +25,13 @@ import torch
 
 from benchmarks.textgen import results as report
 from benchmarks.textgen.engine import ARMS, Arm, OneAdapterAtATime
+from benchmarks.textgen.merge import show
 from benchmarks.textgen.models import TINY, BenchModel, copy_bandwidth, find_model
 from benchmarks.textgen.results import CaseResult
 from benchmarks.textgen.timing import Run, summarise
 from benchmarks.textgen.workload import PUNICA, Case, Job, waves
 from dop import collect_env
-from dop.errors import ConfigError, DopError
+from dop.errors import ConfigError, DopError, MissingDependencyError
 
 DEFAULT_ARMS = "base,stock,dop,loop"
 
@@ -56,7 +60,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"))
     add("--device", choices=("cpu", "cuda"))
     add("--seed", type=int, default=0)
+    add("--budget", type=float, metavar="SECONDS", help="from the start on; once it is spent, "
+        "every case that is left is measured once")  # fmt: skip
     add("--save-to", type=Path, help="folder for results.jsonl, table.md and plot.svg")
+    add("--merge", type=Path, nargs="+", metavar="RESULTS", help="measure nothing: put folders or "
+        "files of earlier runs together; with --save-to a document and a figure")  # fmt: skip
     add("--tuned-configs", type=Path, help="folder of vLLM's tuned JSON files (arm tuned-json)")
     add("--work", type=Path, help="vLLM: folder for configs, caches and logs (default: temporary)")
     add("--eager", action="store_true", help="vLLM: no torch.compile, no CUDA graphs")
@@ -68,7 +76,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="further arguments of vllm.LLM",
     )
     options = parser.parse_args(arguments)
-    _complete(options)
+    if not options.merge:
+        _complete(options)
     return options
 
 
@@ -136,6 +145,7 @@ def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str
         settings = vllm_arms.VllmOptions(
             options.lora_rank,
             options.slots,
+            options.adapters,
             tuple(case.batch_size for case in options.cases),
             options.maxlen,
             max(case.tokens_in_flight(options.maxlen) for case in options.cases),
@@ -171,9 +181,15 @@ def serve(arm: Arm, groups: Sequence[Sequence[Job]], case: Case) -> Run:
     return summarise(times, case.fixed is not None)
 
 
-def _short(jobs: Sequence[Job]) -> list[Job]:
-    """The same jobs with outputs of at most four tokens."""
-    return [Job(job.prompt, min(job.output, 4), job.adapter) for job in jobs]
+def _warm(jobs: Sequence[Job], case: Case, slots: int) -> list[Job]:
+    """A batch, and one request of every further adapter that finds a slot, with short outputs."""
+    chosen = list(jobs[: case.batch_size])
+    known = {job.adapter for job in chosen}
+    for job in jobs[case.batch_size :]:
+        if job.adapter not in known and len(known) < slots:
+            known.add(job.adapter)
+            chosen.append(job)
+    return [Job(job.prompt, min(job.output, 4), job.adapter) for job in chosen]
 
 
 def measure(
@@ -181,11 +197,14 @@ def measure(
     options: argparse.Namespace,
     model: BenchModel,
     bandwidth: float,
-    save: Callable[[Sequence[CaseResult]], None],
-) -> list[CaseResult]:
-    """All cases; in every repeat all arms, each time starting with another."""
+    save: Callable[[CaseResult], None],
+    deadline: float = math.inf,
+) -> None:
+    """All cases; in every repeat all arms, each time starting with another.
+
+    Behind the deadline (time.monotonic) a case is measured once.
+    """
     one = model.adapter_bytes(options.lora_rank, getattr(torch, options.dtype))
-    found = []
     for case in options.cases:
         groups = waves(
             case,
@@ -195,20 +214,21 @@ def measure(
             model.vocabulary,
             options.seed,
         )
+        begin = time.monotonic()
         read_ms = case.in_flight(options.slots) * one / bandwidth * 1e3
         result = CaseResult(case, read_ms, {name: [] for name in options.arms})
         names = list(options.arms)
         for name in names:  # adapters into their slots, kernels chosen and compiled
-            serve(arms[name], [_short(groups[0])], case)
+            serve(arms[name], [_warm(groups[0], case, options.slots)], case)
         for repeat in range(options.repeats):
+            if repeat and time.monotonic() > deadline:
+                break
             shift = repeat % len(names)
             for name in names[shift:] + names[:shift]:
                 result.runs[name].append(serve(arms[name], groups, case))
-        found.append(result)
-        save(found)
+        save(result)
         paces = ", ".join(f"{name} {result.pace(name):.0f}" for name in names)
-        print(f"{case.key}: {paces} tokens/s", flush=True)
-    return found
+        print(f"{case.key}: {paces} tokens/s ({time.monotonic() - begin:.0f} s)", flush=True)
 
 
 def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> dict[str, Any]:
@@ -216,13 +236,15 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
     from importlib.metadata import PackageNotFoundError, version
 
     known = collect_env.versions()
-    versions = {k: known[k] for k in ("python", "torch") if k in known}
-    for name in ("transformers", "vllm"):
-        if name == options.engine:
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                versions[name] = "unknown"
+    versions: dict[str, str] = {
+        k: known[k] for k in ("python", "dop", "torch", "driver") if k in known
+    }
+    packages = ["vllm", "triton"] if options.engine == "vllm" else ["transformers", "peft"]
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
     if options.device == "cuda":
         device = torch.cuda.get_device_name()
     else:
@@ -248,36 +270,54 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
+    begin = time.monotonic()
     options = parse(arguments)
+    if options.merge:
+        show(options.merge, options.save_to)
+        return 0
     model = find_model(options.model, options.maxlen)
     bandwidth = copy_bandwidth(torch.device(options.device))
     torch.cuda.empty_cache()
     about = header(options, model, bandwidth)
     print(report.title(about), flush=True)
+    found: list[CaseResult] = []
 
-    def save(so_far: Sequence[CaseResult]) -> None:  # a run that is stopped keeps what it has
+    def save(result: CaseResult) -> None:  # a run that is stopped keeps what it has
+        found.append(result)
         if options.save_to:
-            report.write_lines(options.save_to, about, so_far)
+            report.write_lines(options.save_to, about, found)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        arms = load(options, model, options.work or Path(temporary))
-        try:
-            before = {name: arm.device_bytes() for name, arm in arms.items()}
-            found = measure(arms, options, model, bandwidth, save)
-            about["device_bytes"] = {n: [before[n], arms[n].device_bytes()] for n in arms}
-        finally:
-            for arm in arms.values():
-                arm.close()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            arms = load(options, model, options.work or Path(temporary))
+            try:
+                before = {name: arm.device_bytes() for name, arm in arms.items()}
+                deadline = begin + (options.budget or math.inf)
+                measure(arms, options, model, bandwidth, save, deadline)
+                about["device_bytes"] = {n: [before[n], arms[n].device_bytes()] for n in arms}
+            finally:
+                for arm in arms.values():
+                    arm.close()
+    finally:
+        if found:
+            tell(options, about, found)
+    return 0
+
+
+def tell(options: argparse.Namespace, about: dict[str, Any], found: Sequence[CaseResult]) -> None:
+    """Print and write what was measured, also if the run ended early."""
     print(report.table(found))
     for line in report.summary(found):
         print(line)
-    for name, (first, last) in about["device_bytes"].items():
+    for name, (first, last) in about.get("device_bytes", {}).items():
         if first is not None and options.engine == "vllm":
             print(f"{name}: {first >> 20} MiB of the GPU before, {last >> 20} MiB after")
     if options.save_to:
-        report.write(options.save_to, about, found)
+        try:
+            report.write(options.save_to, about, found)
+        except MissingDependencyError as error:
+            print(f"no plot.svg: {error}")
         print(f"written to {options.save_to}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.textgen.plot import plot
 from benchmarks.textgen.timing import Run
 from benchmarks.textgen.workload import Case
 
@@ -52,6 +53,16 @@ class CaseResult:
         steps = [ms for run in self.runs.get("base", ()) if (ms := run.token_ms) is not None]
         return median(steps) / (median(steps) + self.read_ms) if steps else None
 
+    def of_bound(self, arm: str) -> float | None:
+        """Share of the largest possible retention that an arm reaches."""
+        retention, bound = self.retention(arm), self.bound
+        return retention / bound if retention and bound else None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its requests have decode steps at all."""
+        return self.case.fixed is None or self.case.fixed[1] > 1
+
     def ttft_ratio(self, arm: str, other: str) -> float | None:
         """Mean time to first token of the other arm over this one's: above 1 is faster."""
         if arm not in self.runs or other not in self.runs:
@@ -64,7 +75,6 @@ class CaseResult:
         runs = self.runs[arm]
         paces = [run.pace for run in runs]
         steps = [run.step_ms for run in runs if run.step_ms is not None]
-        retention, bound = self.retention(arm), self.bound
 
         def middle(name: str, figure: str) -> float | None:
             stats = [getattr(run, name) for run in runs]
@@ -83,9 +93,9 @@ class CaseResult:
         for name in ("ttft_ms", "tpot_ms"):
             row |= {f"{name[:-3]}_{f}_ms": middle(name, f) for f in ("mean", "p50", "p99")}
         is_base = arm == "base"
-        row["retention"] = None if is_base else retention
-        row["bound"] = None if is_base else bound
-        row["of_bound"] = retention / bound if retention and bound and not is_base else None
+        row["retention"] = None if is_base else self.retention(arm)
+        row["bound"] = None if is_base else self.bound
+        row["of_bound"] = None if is_base else self.of_bound(arm)
         row["over_stock"] = None if arm == "stock" else self.ratio(arm, "stock")
         row["ttft_over_stock"] = None if arm == "stock" else self.ttft_ratio(arm, "stock")
         return row
@@ -140,56 +150,80 @@ def table(results: Sequence[CaseResult]) -> str:
     return "\n".join(out)
 
 
-def summary(results: Sequence[CaseResult]) -> list[str]:
-    """Geometric means over the cases of the same lengths, a line for each arm."""
-    lines = []
+def means(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
+    """Geometric mean and least value over the cases of the same lengths, one for each arm."""
+    found = []
     for lengths in dict.fromkeys(r.case.lengths for r in results):
         mine = [r for r in results if r.case.lengths == lengths]
         for arm in dict.fromkeys(arm for r in mine for arm in r.runs):
-            words = []
+            line: dict[str, Any] = {"lengths": lengths, "arm": arm, "cases": len(mine)}
             if arm != "stock":
-                words += _mean("x stock", [r.ratio(arm, "stock") for r in mine])
-                words += _mean("x stock's TTFT", [r.ttft_ratio(arm, "stock") for r in mine])
+                line["over_stock"] = _mean([r.ratio(arm, "stock") for r in mine])
+                line["ttft_over_stock"] = _mean([r.ttft_ratio(arm, "stock") for r in mine])
             if arm != "base":
-                words += _mean(" retention", [r.retention(arm) for r in mine])
-            if words:
-                lines.append(f"{lengths} {arm}: " + ", ".join(words))
+                line["retention"] = _mean([r.retention(arm) for r in mine])
+                line["of_bound"] = _mean([r.of_bound(arm) for r in mine])
+            found.append({k: v for k, v in line.items() if v is not None})
+    return found
+
+
+WORDS = {
+    "over_stock": "x stock",
+    "ttft_over_stock": "x stock's TTFT",
+    "retention": " retention",
+    "of_bound": " of the bound",
+}
+
+
+def summary(results: Sequence[CaseResult]) -> list[str]:
+    """The means as lines: "64:96 dop: 1.90x stock (least 1.20), ..."."""
+    lines = []
+    for mean in means(results):
+        words = [
+            f"{mean[k]['geomean']:.2f}{what} (least {mean[k]['least']:.2f})"
+            for k, what in WORDS.items()
+            if k in mean
+        ]
+        if words:
+            lines.append(f"{mean['lengths']} {mean['arm']}: " + ", ".join(words))
     return lines
 
 
-def _mean(what: str, values: Sequence[float | None]) -> list[str]:
-    """ "1.90x stock (least 1.20)", in a list that is empty if there are no values."""
+def _mean(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Geometric mean and least of the values that are there; None if there are none."""
     known = [v for v in values if v is not None]
-    return [f"{_geometric(known):.2f}{what} (least {min(known):.2f})"] if known else []
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return math.exp(fmean(math.log(v) for v in values))
+    if not known:
+        return None
+    return {"geomean": math.exp(fmean(math.log(v) for v in known)), "least": min(known)}
 
 
 def write(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
     """results.jsonl, table.md, plot.svg."""
     write_lines(folder, header, results)
     (folder / "table.md").write_text(f"{title(header)}\n\n{table(results)}\n")
-    plot(folder / "plot.svg", header, results)
+    plot(folder / "plot.svg", title(header), results)
 
 
 def write_lines(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
     """results.jsonl: a header, then every run and every row. Written anew after every case."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"kind": "run", **header}]
-    for result in results:
-        for arm, runs in result.runs.items():
-            where = {"case": result.case.key, "arm": arm, "read_ms": result.read_ms}
-            lines += [
-                {"kind": "repeat", **where, "repeat": i, **run.as_dict()}
-                for i, run in enumerate(runs)
-            ]
+    lines += [{"kind": "repeat", **repeat} for repeat in repeats(results)]
     lines += [{"kind": "row", **row} for row in rows(results)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     partial = folder / "results.jsonl.part"
     partial.write_text(text)
     partial.replace(folder / "results.jsonl")
+
+
+def repeats(results: Iterable[CaseResult]) -> list[dict[str, Any]]:
+    """Every run of every case and arm."""
+    found = []
+    for result in results:
+        for arm, runs in result.runs.items():
+            where = {"case": result.case.key, "arm": arm, "read_ms": result.read_ms}
+            found += [{**where, "repeat": i, **run.as_dict()} for i, run in enumerate(runs)]
+    return found
 
 
 def title(header: dict[str, Any]) -> str:
@@ -199,55 +233,3 @@ def title(header: dict[str, Any]) -> str:
         f"{header['model']}, rank {header['rank']}, {header['dtype']}, {header['engine']}, "
         f"{header['device']}, {header['date']} ({versions})"
     )
-
-
-COLORS = {
-    "base": "#c9c9c9",
-    "stock": "#9a9a9a",
-    "tuned-json": "#b8860b",
-    "loop": "#d9a3a3",
-    "dop": "#0b5fa5",
-}
-
-
-def plot(path: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
-    """Bars of retention (of tokens/s without the arm base) by case, the bound as a line."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "dop"})
-    based = all("base" in r.runs for r in results)
-    arms = [
-        a for a in dict.fromkeys(a for r in results for a in r.runs) if not based or a != "base"
-    ]
-    figure, axis = plt.subplots(figsize=(max(5.0, 0.75 * len(results) * len(arms) ** 0.5 + 2), 3.6))
-    width = 0.8 / max(1, len(arms))
-    for offset, arm in enumerate(arms):
-        places, heights = [], []
-        for i, result in enumerate(results):
-            if arm in result.runs:
-                places.append(i + (offset - (len(arms) - 1) / 2) * width)
-                heights.append((result.retention(arm) or 0) if based else result.pace(arm))
-        axis.bar(places, heights, width * 0.92, color=COLORS[arm], label=arm)
-    if based:
-        for i, result in enumerate(results):
-            bound = result.bound or 1.0
-            axis.plot([i - 0.42, i + 0.42], [bound, bound], color="#333333", lw=1,
-                      label="bound: reading the adapters alone" if i == 0 else None)  # fmt: skip
-    several = len({r.case.lengths for r in results}) > 1
-    labels = [
-        f"{r.case.popularity}\nb{r.case.batch_size}" + (f"\n{r.case.lengths}" if several else "")
-        for r in results
-    ]
-    axis.set_xticks(range(len(results)), labels)
-    axis.set_ylabel("share of the base model's tokens/s" if based else "tokens/s")
-    axis.set_title(title(header).split(" (")[0], fontsize=9)
-    axis.legend(frameon=False, fontsize=8, ncols=len(arms) + 1, loc="upper center",
-                bbox_to_anchor=(0.5, -0.24 if several else -0.16))  # fmt: skip
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)

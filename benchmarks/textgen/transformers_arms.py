@@ -84,7 +84,7 @@ def load_arms(
     adapters: dict[str, Adapter] = {}
     if set(names) != {"base"}:
         adapters = {f"a{i}": random_adapter(shared, rank, i) for i in range(count)}
-    sizes = {
+    sizes: dict[str, Any] = {
         "max_requests": batch_size,
         "max_length": maxlen,
         "max_batch_tokens": max(512, min(maxlen, 2048)),

@@ -28,6 +28,7 @@ OFFLINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 LOAD_S = 560.0
 RUN_S = 300.0
@@ -39,8 +40,9 @@ class VllmOptions:
     """How the engines are loaded.
 
     Attributes:
-        rank, slots: of the adapters; slots is vLLM's max_loras. Further adapters are read from
-            disk when a request asks for them, and throw others out.
+        rank, slots: of the adapters; slots is vLLM's max_loras.
+        adapters: distinct ones; beyond `slots` they wait in CPU memory and throw others out of
+            their slots when a request asks for them.
         batch_sizes: of the cases: requests in flight, and the batches that get CUDA graphs.
         maxlen: longest prompt with its output.
         kv_tokens: tokens whose keys and values have to fit at once.
@@ -54,6 +56,7 @@ class VllmOptions:
 
     rank: int
     slots: int
+    adapters: int
     batch_sizes: tuple[int, ...]
     maxlen: int
     kv_tokens: int
@@ -193,7 +196,8 @@ def load_arms(names: Sequence[str], model: BenchModel, options: VllmOptions) -> 
             settings = {
                 "plugin": name == "dop",
                 "adapter": str(adapter.resolve()) if lora else None,
-                "slots": options.slots,
+                "slots": min(options.slots, options.adapters),
+                "share_file": options.adapters <= options.slots,
                 "llm": llm_arguments(model, options, lora, config),
             }
             log = options.work / f"{name}.log"
@@ -245,7 +249,7 @@ def llm_arguments(
         arguments |= {
             "enable_lora": True,
             "max_loras": options.slots,
-            "max_cpu_loras": options.slots,
+            "max_cpu_loras": max(options.slots, options.adapters),
             "max_lora_rank": next(r for r in VLLM_RANKS if r >= options.rank),
         }
     return {**arguments, **(options.extra or {})}

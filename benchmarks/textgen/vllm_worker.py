@@ -29,6 +29,8 @@ class Served:
             register()
         from vllm import LLM
 
+        if settings["share_file"]:
+            _load_each_file_once()
         self._adapter = settings["adapter"]
         self._count = 0
         self._engine: Any = LLM(**settings["llm"]).llm_engine
@@ -74,6 +76,27 @@ class Served:
                 if output.finished:
                     del flying[output.request_id]
         return [[start, times] for start, times in zip(starts, tokens, strict=True)]
+
+
+def _load_each_file_once() -> None:
+    """All adapters come from one file: read and pin it once instead of for every adapter.
+
+    Only for adapters that stay in their slots. What the GPU sees does not change: every adapter is
+    copied into a slot of its own. 64 adapters of rank 64 on an 8B model are 21 GB in pinned memory
+    otherwise, in each process.
+    """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    load = WorkerLoRAManager._load_adapter
+    known: dict[str, Any] = {}
+
+    def once(manager: Any, request: Any) -> Any:
+        if request.lora_path not in known:
+            known[request.lora_path] = load(manager, request)
+            return known[request.lora_path]
+        return known[request.lora_path].clone(request.lora_int_id)
+
+    WorkerLoRAManager._load_adapter = once
 
 
 def device_bytes() -> int | None:

@@ -7,9 +7,19 @@ from statistics import fmean, median
 import pytest
 import torch
 
+from benchmarks.bench_textgen_lora import _warm, main
 from benchmarks.textgen.engine import OneAdapterAtATime
+from benchmarks.textgen.merge import merge, read
 from benchmarks.textgen.models import TINY, find_model, write_adapter
-from benchmarks.textgen.results import COLUMNS, CaseResult, rows, summary, table, title
+from benchmarks.textgen.results import (
+    COLUMNS,
+    CaseResult,
+    rows,
+    summary,
+    table,
+    title,
+    write_lines,
+)
 from benchmarks.textgen.timing import Run, Stats, Timing, percentile, step_ms, summarise
 from benchmarks.textgen.vllm_arms import VllmOptions, environment, llm_arguments, load_arms
 from benchmarks.textgen.workload import Case, Job, punica_lengths, waves
@@ -179,7 +189,12 @@ def test_models_and_what_their_adapters_weigh(tmp_path):
 
 
 def options(tmp_path, **changes) -> VllmOptions:
-    return VllmOptions(16, 4, (2, 4), 32, 100, torch.bfloat16, tmp_path / "work", **changes)
+    return VllmOptions(
+        **{
+            "rank": 16, "slots": 4, "adapters": 4, "batch_sizes": (2, 4), "maxlen": 32,
+            "kv_tokens": 100, "dtype": torch.bfloat16, "work": tmp_path / "work", **changes,
+        }
+    )  # fmt: skip
 
 
 def test_vllms_arms_differ_in_what_they_should(tmp_path):
@@ -206,7 +221,9 @@ class TokensPrompt(dict):
     pass
 class _Engine:
     def __init__(self): self.flying, self.loras, self.most = {}, [], 0
-    def add_lora(self, request): self.loras.append(request.id)
+    def add_lora(self, request):
+        from vllm.lora.worker_manager import WorkerLoRAManager
+        self.loras.append(WorkerLoRAManager()._load_adapter(request))
     def add_request(self, name, prompt, params, lora_request=None):
         if prompt["prompt_token_ids"] == [13]: raise ValueError("unlucky")
         self.flying[name] = [0, params.max_tokens]
@@ -230,7 +247,17 @@ class LLM:
     "lora/__init__.py": "",
     "lora/request.py": """
 class LoRARequest:
-    def __init__(self, name, id, path): self.id = id
+    def __init__(self, name, id, path): self.lora_int_id, self.lora_path = id, path
+""",
+    "lora/worker_manager.py": """
+class Model:
+    def __init__(self, id): self.id = id
+    def clone(self, id): return Model(id)
+    def __repr__(self): return str(self.id)
+class WorkerLoRAManager:
+    def _load_adapter(self, request):
+        print("read", request.lora_path, flush=True)
+        return Model(request.lora_int_id)
 """,
     "platforms.py": """
 class _Cpu:
@@ -269,10 +296,21 @@ def test_a_vllm_process_serves_and_ends(tmp_path, fake_vllm):
             arm.close()
     log = (tmp_path / "work" / "dop.log").read_text()
     assert "in flight 3 loras [1, 2, 3, 4] dop" in log
+    assert log.count("read /") == 1  # one file, read once for the adapters of all slots
     assert "'enable_lora': True" in log
     base = (tmp_path / "work" / "base.log").read_text()
     assert "in flight 3 loras [] \n" in base
     assert "enable_lora" not in base
+
+
+def test_adapters_that_come_and_go_are_read_every_time(tmp_path, fake_vllm):
+    many = options(tmp_path, adapters=9)
+    lora = llm_arguments(find_model(TINY, 64), many, True, tmp_path)
+    assert (lora["max_loras"], lora["max_cpu_loras"]) == (4, 9)
+    arms = load_arms(["stock"], find_model(TINY, 64), many)
+    arms["stock"].close()
+    log = (tmp_path / "work" / "stock.log").read_text()
+    assert log.count("read /") == 4
 
 
 def test_a_vllm_that_does_not_load_shows_its_log(tmp_path, fake_vllm):
@@ -298,6 +336,117 @@ def test_vllm_has_to_be_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="vLLM"):
         load_arms(["base"], find_model(TINY, 64), options(tmp_path))
+
+
+def saved(folder, results, **changes):
+    about = {
+        "engine": "vllm", "model": "Llama-3.1-8B", "rank": 16, "slots": 64, "dtype": "bfloat16",
+        "device": "NVIDIA H200", "date": "2026-01-02", "versions": {"vllm": "0.24.0"},
+        "revision": "abc", "vllm_args": {}, **changes,
+    }  # fmt: skip
+    write_lines(folder, about, results)
+    return folder
+
+
+def measured(case: Case, **paces) -> CaseResult:
+    fixed = case.fixed is not None and case.fixed[1] > 1
+    runs = {a: [run_of(p, 1000 / p if fixed else None) for p in ps] for a, ps in paces.items()}
+    return CaseResult(case, 2.0, runs)
+
+
+def test_runs_of_two_gpus_in_one_table(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    one, two = Case(32, "distinct", "64:96"), Case(64, "identical", "64:96")
+    first = Case(8, "distinct", "2048:1")
+    paces = {"base": [100, 110], "stock": [50, 50], "dop": [90, 100]}
+    a = saved(tmp_path / "a", [measured(first, **paces), measured(one, **paces)])
+    b = saved(tmp_path / "b", [measured(two, **paces)], date="2026-01-03")
+    again = saved(tmp_path / "again", [measured(one, base=[100], stock=[50], dop=[80])])
+    other = saved(tmp_path / "r64", [measured(one, **paces)], rank=64)
+    assert main(["--merge", *map(str, (a, b, again, other)), "--save-to", str(tmp_path / "o")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| batch |") == 2  # rank 64 has a table of its own
+    lines = shown.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if "| dop " in line] == [
+        "32", "64", "8", "32",
+    ]  # decoding first  # fmt: skip
+    assert "64:96 dop: 1.85x stock (least 1.80)" in shown  # 1.8, 2.0, 1.6 and 1.8, 2.0
+    stem = tmp_path / "o" / "textgen-vllm-llama-3.1-8b-r16-nvidia-h200"
+    file = stem.with_name(stem.name + "-2026-01-03.json")
+    document = json.loads(file.read_text())
+    assert document["date"] == "2026-01-02, 2026-01-03"
+    assert {k: document[k] for k in ("revision", "device")} == {
+        "revision": "abc", "device": "NVIDIA H200",
+    }  # fmt: skip
+    (mean,) = [m for m in document["summary"] if (m["lengths"], m["arm"]) == ("64:96", "dop")]
+    assert mean["of_bound"]["least"] > mean["retention"]["least"] > 0
+    svg = file.with_suffix("").with_name(file.stem + ".svg").read_text()
+    assert "64:96" in svg
+    assert "time to first token" in svg
+    back = read(file)
+    assert back.document() == document
+    assert [len(r.runs["dop"]) for r in back.results] == [3, 2, 2]
+
+
+def test_what_cannot_be_merged(tmp_path):
+    case = Case(1, "distinct", "64:96")
+    a = saved(tmp_path / "a", [measured(case, stock=[1], dop=[2])])
+    b = saved(tmp_path / "b", [measured(case, dop=[2])])
+    with pytest.raises(ConfigError, match=r"stock, dop in one file and dop in another"):
+        merge([read(a), read(b)])
+    for bad in ("", "{}\n", "[1]\n", '{"kind": "run"}\n{"kind": "repeat"}\n'):
+        (tmp_path / "results.jsonl").write_text(bad)
+        with pytest.raises(ConfigError, match="no result"):
+            read(tmp_path)
+
+
+class Slow:
+    """An arm that takes its time; fails when asked for the 13th time."""
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, jobs, concurrency):
+        self.asked.append([job.adapter for job in jobs])
+        time.sleep(0.01)
+        if len(self.asked) == 13:
+            raise DopError("the engine is gone.")
+        return [Timing(0.0, [0.1 * (i + 1) for i in range(j.output)]) for j in jobs]
+
+    def device_bytes(self):
+        return None
+
+    def close(self):
+        self.asked.append("closed")
+
+
+def bench_with(monkeypatch, arm, *more):
+    monkeypatch.setattr("benchmarks.bench_textgen_lora.load", lambda *_: {"dop": arm})
+    cases = ",".join(f"4/{mix}/2:3" for mix in ("distinct", "uniform", "identical"))
+    return main(["--arms", "dop", "--cases", cases, "--model", "tiny", "--device", "cpu", *more])
+
+
+def test_a_run_that_breaks_shows_the_cases_it_finished(tmp_path, monkeypatch, capsys):
+    arm = Slow()
+    with pytest.raises(DopError, match="gone"):
+        bench_with(monkeypatch, arm, "--repeats", "5", "--save-to", str(tmp_path))
+    assert [r.case.popularity for r in read(tmp_path).results] == ["distinct", "uniform"]
+    assert capsys.readouterr().out.count("| dop ") == 2
+    assert arm.asked[-1] == "closed"
+
+
+def test_behind_its_budget_a_run_measures_every_case_once(tmp_path, monkeypatch):
+    bench_with(
+        monkeypatch, Slow(), "--repeats", "2", "--budget", "1e-3", "--save-to", str(tmp_path)
+    )
+    assert [len(r.runs["dop"]) for r in read(tmp_path).results] == [1, 1, 1]
+
+
+def test_warming_up_takes_a_batch_and_the_adapters_that_fit():
+    (group,) = waves(Case(4, "distinct"), 8, 64, 16, 100)
+    chosen = _warm(group, Case(4, "distinct"), 6)
+    assert [job.adapter for job in chosen] == [0, 1, 2, 3, 4, 5]
+    assert max(job.output for job in chosen) <= 4
 
 
 def test_title_names_device_versions_and_date():
