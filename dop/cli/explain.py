@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from dop.cli.output import emit, note
 from dop.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dop.packs.answer import Batch
     from dop.workload import Workload
 
 _MODEL = typer.Option(None, "--model", "-m", help="A shipped model, or a config.json.")
@@ -21,6 +23,7 @@ _WORKLOAD = typer.Option(
 _RANK = typer.Option(16, help="Rank of the weight stacks.")
 _TOKENS = typer.Option(None, help="Rows of the batch, or of the CUDA graph.")
 _ADAPTERS = typer.Option(None, help="Distinct adapters; not given: not known.")
+_SLOTS = typer.Option(None, min=1, help="Adapters that the weight stacks hold at most.")
 _DTYPE = typer.Option("bf16", help="Element type: bf16, fp16 or fp32.")
 _TP = typer.Option(1, help="Shards of the model.")
 _NAME = typer.Option(None, "--device-name", help='A GPU by name, e.g. "NVIDIA H100".')
@@ -39,6 +42,7 @@ def explain(
     rank: int = _RANK,
     tokens: int | None = _TOKENS,
     adapters: int | None = _ADAPTERS,
+    slots: int | None = _SLOTS,
     dtype: str = _DTYPE,
     tp: int = _TP,
     device_name: str | None = _NAME,
@@ -52,12 +56,29 @@ def explain(
     """Say which tuned kernel serves a batch, and why; or print a dispatch table."""
     chosen = _workloads(model, layer, workload, rank, dtype, tp)
     if log is not None:
-        _from_log(log, device_name, chosen, tokens, adapters, table, regret / 100, as_json)
+        _from_log(
+            log, device_name, chosen, _Asked(tokens, adapters, slots), table, regret / 100, as_json
+        )
         return
     if table:
         _tables(chosen, device_name, arch, pack, as_json)
         return
-    _answers(_required(chosen), _tokens(tokens), adapters, device_name, arch, pack, as_json)
+    _answers(_required(chosen), _Asked(tokens, adapters, slots), device_name, arch, pack, as_json)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The batch that is asked about."""
+
+    tokens: int | None
+    adapters: int | None
+    slots: int | None
+
+    def batch(self, workload: Workload, device: str, arch: str) -> Batch:
+        """It, for a layer on a device."""
+        from dop.packs.answer import Batch
+
+        return Batch(workload, _tokens(self.tokens), self.adapters, device, arch, self.slots)
 
 
 def _workloads(
@@ -102,20 +123,19 @@ def _tokens(tokens: int | None) -> int:
 
 def _answers(
     workloads: list[Workload],
-    tokens: int,
-    adapters: int | None,
+    asked: _Asked,
     device_name: str | None,
     arch: str | None,
     pack: Path | None,
     as_json: bool,
 ) -> None:
-    from dop.packs.answer import Batch, explain
+    from dop.packs.answer import explain
     from dop.packs.devices import device_of
 
     name, architecture, assumed = device_of(device_name, arch)
     if assumed:
         note(assumed)
-    answers = [explain(Batch(w, tokens, adapters, name, architecture), pack) for w in workloads]
+    answers = [explain(asked.batch(w, name, architecture), pack) for w in workloads]
     text = "\n\n".join(answer.text() for answer in answers)
     emit(answers, as_json, text)
 
@@ -149,8 +169,7 @@ def _from_log(
     log: Path,
     device_name: str | None,
     workloads: list[Workload],
-    tokens: int | None,
-    adapters: int | None,
+    asked: _Asked,
     whole: bool,
     max_regret: float,
     as_json: bool,
@@ -158,7 +177,7 @@ def _from_log(
     """The table that `dop export` would make of a log, or what it gives for a batch."""
     from dop.dispatch.holdout import holdout, lines
     from dop.export.select import choose, read_measured
-    from dop.packs.answer import Batch, table_answer
+    from dop.packs.answer import table_answer
     from dop.workload import Workload
 
     keys = {w.key for w in workloads}
@@ -166,7 +185,7 @@ def _from_log(
         log, device=device_name, keep=(lambda key: key in keys) if keys else None
     )
     selection = choose(measured, max_regret)
-    if whole or tokens is None:
+    if whole or asked.tokens is None:
         losses = holdout(selection.table.workloads.values(), measured.entries)
         data = {"table": selection.table.to_json(), "left_out": losses}
         emit(data, as_json, "\n".join([selection.table.text(), "", *lines(losses)]))
@@ -174,7 +193,7 @@ def _from_log(
     device, arch = selection.target.device_name, selection.target.arch
     answers = []
     for key in selection.table.workloads:
-        batch = Batch(Workload.parse(key), tokens, adapters, device, arch)
+        batch = asked.batch(Workload.parse(key), device, arch)
         sketches = {k.trace_key: k.record.sketch for k in selection.of(key)}
         origin = selection.provenance.to_json()
         answers.append(table_answer(batch, selection.table, sketches, str(log), origin))

@@ -24,7 +24,7 @@ from dop.database.query import problems_of, ranked
 from dop.database.wire import Entry
 from dop.dispatch.between import virtual_buckets
 from dop.dispatch.cell import Cell, bucketed, cells_of, unknown_cell
-from dop.dispatch.table import UNKNOWN_ROWS, Fit, Row, Table, WorkloadTable, halfway
+from dop.dispatch.table import UNKNOWN_ROWS, Bound, Fit, Row, Table, WorkloadTable, halfway
 from dop.errors import ExportError
 
 MAX_REGRET = 0.05
@@ -106,17 +106,22 @@ def _workload_table(key: str, tasks: list[list[Entry]], max_regret: float) -> Wo
     buckets = bucketed(cells)
     unknown = [cell for b in buckets if (cell := unknown_cell(b, max_regret)) is not None]
     chosen = cover([*cells, *unknown], max_regret)
+    virtual = virtual_buckets(buckets, chosen)
     measured = {b[0].tokens: rows_of(b, chosen) for b in buckets}
-    between = {b[0].tokens: rows_of(b, chosen) for b in virtual_buckets(buckets, chosen)}
-    rows = _without_repeats(measured, between)
+    between = {b[0].tokens: rows_of(b, chosen) for b in virtual}
+    bounds = {b[0].tokens: bounds_of(b, chosen) for b in (*buckets, *virtual)}
+    rows = _without_repeats(measured, between, bounds)
     table = WorkloadTable(key, tuple(rows))
     fits = tuple(_fits(table, cells, tasks))
     left = tuple(dict.fromkeys(row.tokens for row in rows if row.tokens in between))
-    return WorkloadTable(key, table.rows, fits, left)
+    kept = tuple(bound for n in dict.fromkeys(row.tokens for row in rows) for bound in bounds[n])
+    return WorkloadTable(key, table.rows, fits, left, kept)
 
 
 def _without_repeats(
-    measured: Mapping[int, list[Row]], between: Mapping[int, list[Row]]
+    measured: Mapping[int, list[Row]],
+    between: Mapping[int, list[Row]],
+    bounds: Mapping[int, list[Bound]],
 ) -> list[Row]:
     """Rows by tokens, without those buckets between that only repeat the kernel which the next
     larger bucket (or, beyond the largest, the next smaller one) gives to every batch."""
@@ -126,7 +131,8 @@ def _without_repeats(
     kept = dict.fromkeys(n for n in order if n in measured)
 
     def only(tokens: int) -> set[str]:
-        return {row.trace_key for row in found[tokens]}
+        keys = {row.trace_key for row in found[tokens]}
+        return keys | {bound.trace_key for bound in bounds[tokens]}
 
     beyond = [n for n in order if n > top]
     while beyond and len(only(beyond[-1])) == 1 and only(beyond[-1]) == only([top, *beyond][-2]):
@@ -142,6 +148,17 @@ def _without_repeats(
 def rows_of(bucket: list[Cell], chosen: list[str]) -> list[Row]:
     """The table's rows for a bucket, from the chosen traces."""
     return [_for_unknown(bucket, chosen), *_bucket_rows(bucket, chosen)]
+
+
+def bounds_of(bucket: list[Cell], chosen: list[str]) -> list[Bound]:
+    """What serves batches of unknown segments of at least some rows: for every segment length but
+    the shortest, which is what the row of an unknown hint is for."""
+    found = []
+    for i in range(1, len(bucket)):
+        row = _for_unknown(bucket[i:], chosen)
+        rows_from = halfway(bucket[i - 1].rows, bucket[i].rows)
+        found.append(Bound(row.tokens, rows_from, row.trace_key, row.worst, row.worst_scenario))
+    return found
 
 
 def cover(cells: list[Cell], max_regret: float) -> list[str]:

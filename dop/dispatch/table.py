@@ -12,6 +12,10 @@ The rule, which exports repeat in their own language:
    first row has `rows_upto` 0 and serves batches about which nothing is known (hint 0); the other
    limits lie halfway, on a log scale, between measured segment lengths; the last is infinite.
 
+A batch of unknown segments still has a bound: no more adapters than the weight stacks have slots.
+Where that is less than its tokens, segments are long on average, and the kernel with the smallest
+worst loss over the batches that are left serves it (`Bound`).
+
 Buckets that were not measured lie between the measured ones and beyond them, with rows from
 interpolated times (`dop.dispatch.between`); `dop.dispatch.holdout` measures what that loses.
 
@@ -47,6 +51,26 @@ class Row:
 
     tokens: int
     rows_upto: float
+    trace_key: str
+    worst: float | None = None
+    worst_scenario: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What serves batches of unknown segments that have some rows each, on average.
+
+    Attributes:
+        tokens: the bucket.
+        rows_from: fewest rows per segment, on average, that a batch can have.
+        trace_key: `Trace.key` of the kernel.
+        worst: largest loss against the log's best over the bucket's batches of such segments; None
+            if it was not measured under all of them.
+        worst_scenario: the batch that loses it.
+    """
+
+    tokens: int
+    rows_from: float
     trace_key: str
     worst: float | None = None
     worst_scenario: str = ""
@@ -89,12 +113,14 @@ class WorkloadTable:
         rows: by tokens, then by rows_upto, ascending.
         fits: one per measured scenario.
         between: buckets that were not measured: their rows come from interpolated times.
+        bounds: by tokens, then by rows_from, ascending.
     """
 
     workload_key: str
     rows: tuple[Row, ...]
     fits: tuple[Fit, ...] = ()
     between: tuple[int, ...] = ()
+    bounds: tuple[Bound, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -108,26 +134,45 @@ class WorkloadTable:
     @property
     def trace_keys(self) -> tuple[str, ...]:
         """The kernels in use, in the order of their first row."""
-        return tuple(dict.fromkeys(row.trace_key for row in self.rows))
+        keys = [row.trace_key for row in self.rows] + [bound.trace_key for bound in self.bounds]
+        return tuple(dict.fromkeys(keys))
 
     @property
     def worst_regret(self) -> float:
         """Largest regret over the measured scenarios."""
         return max((fit.regret for fit in self.fits), default=0.0)
 
-    def choose(self, tokens: int, adapters: int | None = None) -> str:
+    def choose(self, tokens: int, adapters: int | None = None, slots: int | None = None) -> str:
         """Kernel of a batch.
 
         Args:
             tokens: rows of the batch, 1 or more.
             adapters: distinct adapters expected in it; None if that is not known.
+            slots: adapters that the weight stacks have room for, so that no batch has more; None if
+                that is not known.
         """
-        return self.row(tokens, adapters).trace_key
+        return self.row(tokens, adapters, slots).trace_key
 
-    def row(self, tokens: int, adapters: int | None = None) -> Row:
-        """The row that serves a batch; arguments as `choose`."""
-        rows = UNKNOWN_ROWS if not adapters else tokens / adapters
-        return self.row_by_rows(tokens, rows)
+    def row(self, tokens: int, adapters: int | None = None, slots: int | None = None) -> Row:
+        """The row that serves a batch; arguments as `choose`. If a bound decides, it is given as a
+        row for an unknown hint."""
+        if adapters:
+            return self.row_by_rows(tokens, tokens / min(adapters, slots or adapters))
+        bound = self.bound(tokens, slots) if slots else None
+        if bound is None:
+            return self.row_by_rows(tokens, UNKNOWN_ROWS)
+        return Row(bound.tokens, UNKNOWN_ROWS, bound.trace_key, bound.worst, bound.worst_scenario)
+
+    def bound(self, tokens: int, slots: int) -> Bound | None:
+        """What serves a batch of unknown segments if there are fewer slots than tokens; None if
+        the slots say nothing."""
+        if slots >= tokens:
+            return None
+        bucket, least, found = self.bucket(tokens), tokens / slots, None
+        for bound in self.bounds:
+            if bound.tokens == bucket and bound.rows_from <= least:
+                found = bound
+        return found
 
     def bucket(self, tokens: int) -> int:
         """Token count of the rows that serve a batch."""
@@ -166,8 +211,10 @@ class Table:
     target_key: str
     workloads: Mapping[str, WorkloadTable]
 
-    def choose(self, workload_key: str, tokens: int, adapters: int | None = None) -> str:
-        """Trace key of the kernel for a batch.
+    def choose(
+        self, workload_key: str, tokens: int, adapters: int | None = None, slots: int | None = None
+    ) -> str:
+        """Trace key of the kernel for a batch; arguments as `WorkloadTable.choose`.
 
         Raises:
             ConfigError: the workload is not in the table.
@@ -177,7 +224,7 @@ class Table:
                 f"{workload_key} was not tuned on {self.device_name}.",
                 "Run dop tune for its model and rank.",
             )
-        return self.workloads[workload_key].choose(tokens, adapters)
+        return self.workloads[workload_key].choose(tokens, adapters, slots)
 
     def only(self, keys: Iterable[str]) -> Table:
         """The table with only these workloads."""
@@ -241,20 +288,35 @@ def _to_json(table: WorkloadTable) -> dict[str, object]:
         }
         for fit in table.fits
     ]
-    return {"rows": rows, "scenarios": fits, "between": list(table.between)}
+    bounds = [
+        [b.tokens, b.rows_from, b.trace_key, *_loss_to_json(b.worst, b.worst_scenario)]
+        for b in table.bounds
+    ]
+    return {"rows": rows, "scenarios": fits, "between": list(table.between), "bounds": bounds}
 
 
 def _row_to_json(row: Row) -> list[object]:
     upto = None if row.rows_upto == math.inf else row.rows_upto
-    known: list[object] = [row.tokens, upto, row.trace_key]
-    return known if row.worst is None else [*known, row.worst, row.worst_scenario]
+    return [row.tokens, upto, row.trace_key, *_loss_to_json(row.worst, row.worst_scenario)]
+
+
+def _loss_to_json(worst: float | None, scenario: str) -> list[object]:
+    return [] if worst is None else [worst, scenario]
+
+
+def _loss_of(loss: Sequence[Any]) -> tuple[float | None, str]:
+    return (float(loss[0]), str(loss[1])) if loss else (None, "")
 
 
 def _row_of(data: Sequence[Any]) -> Row:
     tokens, upto, trace_key, *loss = data
-    worst, scenario = (float(loss[0]), str(loss[1])) if loss else (None, "")
     limit = math.inf if upto is None else float(upto)
-    return Row(int(tokens), limit, str(trace_key), worst, scenario)
+    return Row(int(tokens), limit, str(trace_key), *_loss_of(loss))
+
+
+def _bound_of(data: Sequence[Any]) -> Bound:
+    tokens, rows_from, trace_key, *loss = data
+    return Bound(int(tokens), float(rows_from), str(trace_key), *_loss_of(loss))
 
 
 def _from_json(key: str, data: Mapping[str, Any]) -> WorkloadTable:
@@ -264,7 +326,8 @@ def _from_json(key: str, data: Mapping[str, Any]) -> WorkloadTable:
         names = ("scenario", "kernel", "seconds", "best", "best_s", "floor_s", "others")
         fits.append(Fit(*({"others": {}, **item}[name] for name in names)))
     between = tuple(int(tokens) for tokens in data.get("between", ()))
-    return WorkloadTable(key, tuple(rows), tuple(fits), between)
+    bounds = tuple(_bound_of(bound) for bound in data.get("bounds", ()))
+    return WorkloadTable(key, tuple(rows), tuple(fits), between, bounds)
 
 
 def _row_lines(table: WorkloadTable) -> Iterable[str]:
@@ -276,11 +339,16 @@ def _row_lines(table: WorkloadTable) -> Iterable[str]:
             upto = "any other"
         else:
             upto = f"up to {row.rows_upto:g}"
-        loss = ""
-        if row.worst is not None:
-            loss = f"  loses at most {row.worst:.1%}, at {row.worst_scenario}"
         mark = "~" if row.tokens in table.between else " "
-        yield f" {mark}{row.tokens:6d}  {upto:<16}  {row.trace_key}{loss}"
+        yield f" {mark}{row.tokens:6d}  {upto:<16}  {row.trace_key}{_loss_text(row)}"
+        if row.rows_upto == UNKNOWN_ROWS:
+            for bound in (b for b in table.bounds if b.tokens == row.tokens):
+                what = f"  {bound.rows_from:g} or more"
+                yield f" {mark}{row.tokens:6d}  {what:<16}  {bound.trace_key}{_loss_text(bound)}"
+
+
+def _loss_text(row: Row | Bound) -> str:
+    return "" if row.worst is None else f"  loses at most {row.worst:.1%}, at {row.worst_scenario}"
 
 
 def _fit_lines(fits: Iterable[Fit]) -> Iterable[str]:

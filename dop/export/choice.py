@@ -33,10 +33,19 @@ class Library:
         """The kernel that a row of the table names."""
         return self._by_trace[workload_key, trace_key]
 
-    def choose(self, workload_key: str, tokens: int, adapters: int | None = None) -> KernelInfo:
-        """The kernel for a batch; `adapters` None if that is not known.
+    def choose(
+        self, workload_key: str, tokens: int, adapters: int | None = None, slots: int | None = None
+    ) -> KernelInfo:
+        """The kernel for a batch.
+
+        Args:
+            workload_key: `Workload.key`.
+            tokens: rows of the batch.
+            adapters: distinct adapters in it; None if that is not known.
+            slots: adapters that the weight stacks have room for: no batch has more.
 
         Raises:
             ConfigError: the workload is not in the library.
         """
-        return self._by_trace[workload_key, self.table.choose(workload_key, tokens, adapters)]
+        trace = self.table.choose(workload_key, tokens, adapters, slots)
+        return self._by_trace[workload_key, trace]

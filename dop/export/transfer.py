@@ -91,7 +91,8 @@ def _renamed(table: WorkloadTable, key: str, names: Mapping[str, str]) -> Worklo
         )
         for fit in table.fits
     )
-    return replace(table, workload_key=key, rows=rows, fits=fits)
+    bounds = tuple(replace(bound, trace_key=names[bound.trace_key]) for bound in table.bounds)
+    return replace(table, workload_key=key, rows=rows, fits=fits, bounds=bounds)
 
 
 def wanted_keys(measured: Iterable[str], dtypes: Sequence[str]) -> list[str]:

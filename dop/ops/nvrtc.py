@@ -205,7 +205,7 @@ def kernel(search: Search) -> DeviceKernel | None:
         if match.how != packs.Match.SOURCE:
             continue
         library = match.library()
-        info = library.choose(key, search.tokens, search.adapters)
+        info = library.choose(key, search.tokens, search.adapters, search.slots)
         source = library.source(info)
         if not source or info.min_arch > int(arch.removeprefix("sm_")):
             search.misses.append(f"{info.name} of {library.path} does not build for {arch}")

@@ -153,7 +153,7 @@ def from_packs(search: Search) -> DeviceKernel | None:
             search.misses.append(f"{match.entry.path} has no binaries for {arch}")
             continue
         library = match.library()
-        info = library.choose(key, search.tokens, search.adapters)
+        info = library.choose(key, search.tokens, search.adapters, search.slots)
         if info.tile_rows and info.tile_rows not in TILE_SIZES:
             search.misses.append(
                 f"{info.name} of {library.path} wants tiles of {info.tile_rows} rows"

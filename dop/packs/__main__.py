@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--adapters", type=int, help="not given: not known")
+    parser.add_argument("--slots", type=int, help="adapters that the weight stacks hold at most")
     parser.add_argument("--device-name")
     parser.add_argument("--arch")
     parser.add_argument("--json", action="store_true")
@@ -56,7 +57,7 @@ def _answers(options: argparse.Namespace) -> list[Answer]:
     if note:
         print(note, file=sys.stderr)
     return [
-        explain(Batch(workload, options.tokens, options.adapters, name, arch))
+        explain(Batch(workload, options.tokens, options.adapters, name, arch, options.slots))
         for workload in _workloads(options)
     ]
 

@@ -32,6 +32,7 @@ class Batch:
         adapters: distinct adapters expected; None if that is not known.
         device_name: e.g. "NVIDIA H200".
         arch: e.g. "sm_90".
+        slots: adapters that the weight stacks have room for; None if that is not known.
     """
 
     workload: Workload
@@ -39,6 +40,7 @@ class Batch:
     adapters: int | None
     device_name: str
     arch: str
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -48,6 +50,8 @@ class Batch:
                 f"{self.adapters} adapters in a batch of {self.tokens} tokens.",
                 "Give 1 to as many as there are tokens.",
             )
+        if self.slots is not None and self.slots < 1:
+            raise ConfigError(f"{self.slots} slots.", "Give 1 or more.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ class Answer:
         kernel, trace, sketch, form: of the tuned kernel; "" without one.
         pack: path; "" without one.
         bucket: token count of the rows that decide; 0 without a table.
-        worst: with unknown adapters: largest loss over the bucket's batches, and where.
+        worst: with unknown adapters: largest loss over the bucket's batches (those that the slots
+            allow), and where.
         reasons: why, one line each.
         evidence: measured batches near this one.
         provenance: of the pack.
@@ -137,7 +142,7 @@ def explain(batch: Batch, pack: Path | None = None) -> Answer:
     passed: list[str] = []
     for match in find(batch.device_name, batch.arch, key):
         library = match.library()
-        info = library.choose(key, batch.tokens, batch.adapters)
+        info = library.choose(key, batch.tokens, batch.adapters, batch.slots)
         if match.how != Match.SOURCE:
             return _tuned(batch, library, "pack", [match.note] if match.note else [])
         if info.source and info.min_arch <= arch_number(batch.arch)[0]:
@@ -163,7 +168,7 @@ def library_for(
 
 
 def _tuned(batch: Batch, library: Library, served_by: str, notes: Sequence[str]) -> Answer:
-    row = library.table.workloads[batch.workload.key].row(batch.tokens, batch.adapters)
+    row = library.table.workloads[batch.workload.key].row(batch.tokens, batch.adapters, batch.slots)
     info = library.kernel(batch.workload.key, row.trace_key)
     sketches = {info.trace_key: info.sketch}
     answer = table_answer(
@@ -192,7 +197,7 @@ def table_answer(
         provenance: as `Provenance.to_json` wrote it.
     """
     mine = table.workloads[batch.workload.key]
-    row = mine.row(batch.tokens, batch.adapters)
+    row = mine.row(batch.tokens, batch.adapters, batch.slots)
     unknown = batch.adapters is None
     return Answer(
         batch,
@@ -205,7 +210,7 @@ def table_answer(
         row.tokens,
         row.worst if unknown else None,
         row.worst_scenario if unknown else "",
-        (*_bucket_reason(batch, mine, row), *_row_reason(batch, row)),
+        (*_bucket_reason(batch, mine, row), *_row_reason(batch, mine, row)),
         tuple(_evidence(fit, row.trace_key) for fit in nearest_fits(batch, mine, row.tokens)),
         provenance,
     )
@@ -238,34 +243,45 @@ def _bucket_reason(batch: Batch, table: WorkloadTable, row: Row) -> list[str]:
     return [f"{tokens} tokens: the next larger bucket, {bucket} ({how})"]
 
 
-def _row_reason(batch: Batch, row: Row) -> list[str]:
+def _row_reason(batch: Batch, table: WorkloadTable, row: Row) -> list[str]:
     if batch.adapters is None:
+        bound = table.bound(batch.tokens, batch.slots) if batch.slots else None
+        over = "over the bucket"
+        if bound is not None:
+            over += (
+                f"'s batches of {bound.rows_from:.3g} or more rows per segment, since there are no "
+                f"more than {batch.slots} adapters"
+            )
         line = (
             "the adapters are not known (as when a CUDA graph is captured): every kernel is right "
-            "for every batch, and this one has the smallest worst loss over the bucket"
+            f"for every batch, and this one has the smallest worst loss {over}"
         )
         if row.worst is None:
             return [line]
         return [f"{line}: {row.worst:.1%}, at {row.worst_scenario}"]
-    rows = batch.tokens / batch.adapters
+    adapters = min(batch.adapters, batch.slots or batch.adapters)
+    rows = batch.tokens / adapters
     longest = row.rows_upto == math.inf
     limit = "the longest segments" if longest else f"up to {row.rows_upto:.3g} rows"
     return [
-        f"{batch.tokens} tokens over {batch.adapters} adapters: {rows:.3g} rows per segment; "
+        f"{batch.tokens} tokens over {adapters} adapters: {rows:.3g} rows per segment; "
         f"the row for {limit} decides"
     ]
 
 
 def nearest_fits(batch: Batch, table: WorkloadTable, bucket: int) -> list[Fit]:
     """The measured batches most like this one: of the bucket if it was measured, else of its
-    neighbours; with unknown adapters all of them."""
+    neighbours; with unknown adapters all that the slots allow."""
     known = [(fit, Scenario.parse(fit.scenario_key)) for fit in table.fits]
     counts = sorted({s.tokens for _, s in known})
     around = [max((n for n in counts if n <= bucket), default=counts[0] if counts else 0)]
     around += [n for n in counts if n >= bucket][:1]
     near = [(f, s) for f, s in known if s.tokens in around]
     if batch.adapters is None:
-        return [fit for fit, _ in near if _.tokens == around[-1]]
+        bound = table.bound(batch.tokens, batch.slots) if batch.slots else None
+        least = 0.0 if bound is None else bound.rows_from
+        mine = [(f, s) for f, s in near if s.tokens == around[-1]]
+        return [f for f, s in mine if s.tokens / max(1, s.adapters) >= least]
     place = _position(batch.tokens, batch.tokens / batch.adapters)
 
     def distance(item: tuple[Fit, Scenario]) -> float:
@@ -276,8 +292,8 @@ def nearest_fits(batch: Batch, table: WorkloadTable, bucket: int) -> list[Fit]:
     per_count = 1 if len(set(around)) > 1 else SHOWN - 1
     found: list[Fit] = []
     for count in dict.fromkeys(around):
-        mine = sorted((item for item in near if item[1].tokens == count), key=distance)
-        found += [fit for fit, _ in mine[:per_count]]
+        there = sorted((item for item in near if item[1].tokens == count), key=distance)
+        found += [fit for fit, _ in there[:per_count]]
     return found
 
 

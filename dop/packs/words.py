@@ -26,6 +26,8 @@ def text_of(answer: Answer) -> str:
 def _lines(answer: Answer) -> Iterator[str]:
     batch = answer.batch
     adapters = "unknown adapters" if batch.adapters is None else f"{batch.adapters} adapters"
+    if batch.slots is not None:
+        adapters += f", {batch.slots} slots"
     name = "" if batch.workload.name in ("", batch.workload.key) else f"{batch.workload.name}: "
     yield f"{name}{batch.workload.key}, {batch.tokens} tokens, {adapters}"
     yield f"  on {batch.device_name} ({batch.arch}): {_SERVED[answer.served_by]}"

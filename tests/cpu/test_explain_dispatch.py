@@ -218,3 +218,19 @@ def test_it_works_without_the_tuners_packages():
     wrong = ask_process("--model", "nobody", "--tokens", "32", *device)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_slots_bound_an_unknown_batch(capsys):
+    few = explain(Batch(WORKLOAD, 64, None, "NVIDIA H200", "sm_90", 1))
+    assert few.trace == ask(64, 1).trace
+    assert few.worst is not None
+    assert few.worst < ask(64).worst
+    assert "no more than 1 adapters" in reasons(few)
+    assert [e.scenario for e in few.evidence] == ["T64/identical/1"]
+    assert "64 tokens, unknown adapters, 1 slots" in few.text()
+    assert main(["explain", "--workload", KEY, "--tokens", "64", "--slots", "1"]) == 0
+    out = capsys.readouterr().out
+    assert few.kernel in out
+    assert f"{few.worst:.1%}" in out
+    with pytest.raises(ConfigError, match="0 slots"):
+        Batch(WORKLOAD, 64, None, "NVIDIA H200", "sm_90", 0)

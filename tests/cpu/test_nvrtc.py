@@ -99,7 +99,7 @@ class FakeLibrary:
     def __init__(self, source):
         self.text = source
 
-    def choose(self, key, tokens, adapters):
+    def choose(self, key, tokens, adapters, slots):
         return SimpleNamespace(
             name="k", min_arch=80, tile_rows=0, sketch="rows", trace_key="t", launches=(),
             workspaces=(),
@@ -117,7 +117,7 @@ def search(monkeypatch):
     monkeypatch.setattr(sources, "gpu", lambda device: ("GPU", "sm_86"))
     monkeypatch.setattr(nvrtc, "_BUILT", {})
     shape = SimpleNamespace(device=0, key="sgmv/float16/r16/64->64")
-    return SimpleNamespace(shape=shape, tokens=4, adapters=None, misses=[])
+    return SimpleNamespace(shape=shape, tokens=4, adapters=None, slots=8, misses=[])
 
 
 def test_a_packs_source_is_built_once_per_process(search, monkeypatch):

@@ -30,9 +30,9 @@ class Pack:
         self.kernels = [KernelInfo("small", *common), KernelInfo("large", *common)]
         self.asked = []
 
-    def choose(self, key, tokens, adapters):
+    def choose(self, key, tokens, adapters, slots):
         assert key == WORKLOAD.key == SHAPE.key
-        self.asked.append((tokens, adapters))
+        self.asked.append((tokens, adapters, slots))
         return self.kernels[tokens > 8]
 
     def binary(self, info):
@@ -75,7 +75,7 @@ def test_a_pack_decides_and_the_choice_is_remembered(world):
     assert "2 rows a segment" in one.reason
     assert "a sibling" in one.reason
     assert sources.choose(SHAPE, 4, 8, 2) is one
-    assert pack.asked == [(4, 2)]
+    assert pack.asked == [(4, 2, 8)]
     assert sources.choose(SHAPE, 9, 8, None).name == "large"
     assert sources.choose(SHAPE, 5, 8, 2).kernel is one.kernel
 

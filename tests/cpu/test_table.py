@@ -247,3 +247,64 @@ def test_tables_load_without_the_tuner():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_few_slots_bound_an_unknown_batch(tmp_path):
+    """a is best where every row has its own adapter, c for long segments, b is a compromise."""
+    times = {
+        "T64/distinct/64": {"a": 10.0, "b": 13.0, "c": 30.0},
+        "T64/uniform/8": {"a": 20.0, "b": 13.0, "c": 12.0},
+        "T64/identical/1": {"a": 30.0, "b": 13.0, "c": 10.0},
+    }
+    built = table_of(tmp_path, records_of(WORKLOAD, TRACES, times))
+    found = built.table.workloads[WORKLOAD.key]
+
+    def asked(*batch):
+        row = found.row(*batch)
+        return name_of(row.trace_key), None if row.worst is None else round(row.worst, 6)
+
+    unknown = ("b", 0.3)
+    assert asked(64) == asked(64, None, None) == unknown
+    assert asked(64, None, 64) == asked(64, None, 1000) == unknown  # slots say nothing
+    assert asked(64, None, 40) == unknown  # 1.6 rows on average: still near all distinct
+    assert asked(64, None, 22) == ("c", 0.0)  # 2.9 rows: nearer to 8 than to 1
+    assert asked(64, None, 1) == ("c", 0.0)
+    assert asked(40, None, 3) == ("c", 0.0)  # fewer tokens, same bucket
+    assert asked(64, 64, None)[0] == "a"
+    assert asked(64, 64, 1)[0] == "c"  # a hint cannot exceed the slots
+
+    again = Table.from_json(json.loads(json.dumps(built.table.to_json())))
+    assert again.workloads[WORKLOAD.key].bounds == found.bounds
+    assert "8 or more" not in built.table.text()
+    assert "2.82843 or more" in built.table.text()
+
+
+def test_a_bound_takes_the_smallest_worst_loss_of_what_is_left(tmp_path):
+    rng = random.Random(9)
+    scenarios = [named(mix, tokens) for tokens in (8, 64) for mix in MIXES]
+    times = {s.key: {name: 5.0 + 20 * rng.random() for name in TRACES} for s in scenarios}
+    built = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0)
+    found = built.table.workloads[WORKLOAD.key]
+    shipped = [name_of(key) for key in found.trace_keys]
+    for bound in found.bounds:
+        if bound.tokens in found.between:
+            continue
+        left = [
+            s for s in scenarios
+            if s.tokens == bound.tokens and s.tokens / s.adapters >= bound.rows_from
+        ]  # fmt: skip
+        worst = {
+            name: max(times[s.key][name] / min(times[s.key].values()) - 1 for s in left)
+            for name in shipped
+        }
+        assert worst[name_of(bound.trace_key)] == min(worst.values())
+        assert bound.worst == pytest.approx(min(worst.values()))
+
+
+def test_a_table_without_bounds_still_serves(tmp_path):
+    """Packs of before have none."""
+    times = {"T8/distinct/8": {"a": 1.0}, "T8/identical/1": {"a": 2.0}}
+    data = table_of(tmp_path, records_of(WORKLOAD, TRACES, times)).table.to_json()
+    for table in data["workloads"].values():
+        del table["bounds"]
+    assert name_of(Table.from_json(data).choose(WORKLOAD.key, 8, None, 2)) == "a"
