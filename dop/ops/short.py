@@ -85,7 +85,7 @@ def _in_python(around: Surroundings) -> ShortPath:
             shape = stacks.shape
             block = LOCAL.blocks[shape.number, plan.batch, stream_of(shape.device)]
             if not (
-                (stacks.are(a, b) if several else stacks.is_one(a, b))
+                (stacks.are(a, b) if several else stacks.are((a,), (b,)))
                 and type(x) is Tensor
                 and type(y) is Tensor
                 and x.shape == block.x_shape

@@ -22,65 +22,37 @@ class Stacks:
         shape: shapes and types.
         slots: adapters in each stack.
         refs: weak references to the stacks: a of all slices, then b.
-        addresses: of the stacks, in the same order.
+        addresses, sizes: of the stacks, in the same order.
         words: a, b and the shifts of the slices behind the first, as kernels take them.
         native: the same for the compiled short path, or None.
     """
 
-    __slots__ = ("__weakref__", "addresses", "native", "refs", "shape", "slots", "words")
+    __slots__ = ("__weakref__", "addresses", "native", "refs", "shape", "sizes", "slots", "words")
 
     def __init__(self, shape: Shape, slots: int, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         self.shape, self.slots = shape, slots
         self.refs = tuple(weakref.ref(t) for t in (*a, *b))
         self.addresses = tuple(t.data_ptr() for t in (*a, *b))
+        self.sizes = tuple(t.shape for t in (*a, *b))
         self.words = stack_words(self.addresses[: len(a)], self.addresses[len(a) :])
         self.native = native.weights(shape.number, shape.device, slots, self.words, (*a, *b))
 
-    def is_one(self, a: Any, b: Any) -> bool:
-        """`are` of a single slice."""
-        refs: Any = self.refs
-        return (
-            len(refs) == 2
-            and refs[0]() is a
-            and refs[1]() is b
-            and (a.data_ptr(), b.data_ptr()) == self.addresses
-        )
-
-    def are(self, a: Any, b: Any) -> bool:
-        """These very tensors are meant, and their memory has not moved.
-
-        Written out for each number of slices: this runs in every call, and loops took 5 us.
-
-        Raises:
-            ValueError: another number of slices is meant.
-        """
-        refs: Any = self.refs
-        addresses = self.addresses
-        if len(refs) == 2:
-            (a0,), (b0,) = a, b
-            return (
-                refs[0]() is a0 and refs[1]() is b0 and (a0.data_ptr(), b0.data_ptr()) == addresses
-            )
-        if len(refs) == 4:
-            (a0, a1), (b0, b1) = a, b
-            return (
-                refs[0]() is a0
-                and refs[1]() is a1
-                and refs[2]() is b0
-                and refs[3]() is b1
-                and (a0.data_ptr(), a1.data_ptr(), b0.data_ptr(), b1.data_ptr()) == addresses
-            )
-        (a0, a1, a2), (b0, b1, b2) = a, b
-        return (
-            refs[0]() is a0
-            and refs[1]() is a1
-            and refs[2]() is a2
-            and refs[3]() is b0
-            and refs[4]() is b1
-            and refs[5]() is b2
-            and (a0.data_ptr(), a1.data_ptr(), a2.data_ptr()) == addresses[:3]
-            and (b0.data_ptr(), b1.data_ptr(), b2.data_ptr()) == addresses[3:]
-        )
+    def are(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+        """These very tensors are meant, and they lie and look as they did."""
+        tensors = (*a, *b)
+        if len(tensors) != len(self.refs):
+            return False
+        for ref, address, size, tensor in zip(
+            self.refs, self.addresses, self.sizes, tensors, strict=True
+        ):
+            if (
+                ref() is not tensor
+                or tensor.data_ptr() != address
+                or tensor.shape != size
+                or not tensor.is_contiguous()
+            ):
+                return False
+        return True
 
 
 STACKS: dict[int, Stacks] = {}
