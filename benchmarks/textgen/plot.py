@@ -44,24 +44,20 @@ def plot(path: Path, title: str, results: Sequence[CaseResult]) -> None:
         for draw, decodes in ((_paces, True), (_first_tokens, False))
         if (cases := [r for r in results if r.decodes == decodes])
     ]
-    arms = len({arm for r in results for arm in r.runs})
-    widths = [1.2 + 0.55 * len(cases) * arms**0.5 for _, cases in panels]
+    widest = max((len(cases) for _, cases in panels), default=1)
+    rows = max(1, len(panels))
     figure, axes = plt.subplots(
-        1,
-        max(1, len(panels)),
-        figsize=(max(5.5, sum(widths)), 3.6),
-        squeeze=False,
-        gridspec_kw={"width_ratios": widths or [1]},
+        rows, 1, figsize=(max(5.5, 1.2 + 0.75 * widest), 0.6 + 2.7 * rows), squeeze=False
     )
-    for axis, (draw, cases) in zip(axes[0], panels, strict=False):
+    for axis, (draw, cases) in zip(axes[:, 0], panels, strict=False):
         draw(axis, cases)
         _dress(axis, cases)
     handles = {
         label: handle
-        for axis in axes[0]
+        for axis in axes[:, 0]
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(title, fontsize=7)
     figure.tight_layout()
     figure.legend(
         handles.values(),
