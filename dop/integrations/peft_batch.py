@@ -92,7 +92,8 @@ class Slots:
     def _make(self, names: list[str]) -> Batch:
         distinct = [n for n in dict.fromkeys(names) if n != BASE]
         ranks = {n: self._rank_of(n) for n in distinct}
-        self._grow(len(distinct), max(ranks.values(), default=1))
+        known = len(self._slot.keys() | ranks.keys())
+        self._grow(len(distinct), known, max(ranks.values(), default=1))
         for name in distinct:
             self._touch(name, set(distinct))
         slots = {n: self._slot[n] for n in distinct}
@@ -102,9 +103,10 @@ class Slots:
         row_slots = [slots.get(n, -1) for n in names]
         return Batch(list(names), slots, row_slots, scales, slot_ranks, self._capacity, self._rank)
 
-    def _grow(self, adapters: int, rank: int) -> None:
-        known = max(adapters, min(len(self._slot) + adapters, self._max_slots))
-        capacity = max(self._capacity, 1 << max(0, known - 1).bit_length())
+    def _grow(self, adapters: int, known: int, rank: int) -> None:
+        """Room for a batch's adapters, and for all that are known up to `max_slots`."""
+        wanted = max(adapters, min(known, self._max_slots))
+        capacity = max(self._capacity, 1 << max(0, wanted - 1).bit_length())
         rank = max(self._rank, stack_rank(rank))
         if (capacity, rank) != (self._capacity, self._rank):
             self._capacity, self._rank = capacity, rank

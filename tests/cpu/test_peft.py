@@ -104,6 +104,23 @@ def test_other_batches_after_the_first_use_the_right_slots():
         close(logits(model, names, 1), logits(own, names, 1))
 
 
+def stacks(model):
+    states = [m.__dict__["_dop_mixed"] for m in model.modules() if "_dop_mixed" in m.__dict__]
+    return [state.stack for state in states if state.stack is not None]
+
+
+def test_the_same_adapters_in_another_order_need_no_more_slots():
+    model, own = mixed_model(), mixed_model()
+    own.load_state_dict(model.state_dict())
+    dop_peft.accelerate(model)
+    close(logits(model, list("abcd")), logits(own, list("abcd")))
+    first = stacks(model)
+    assert {stack.slots for stack in first} == {4}
+    close(logits(model, list("dcba")), logits(own, list("dcba")))
+    close(logits(model, ["b", "d"]), logits(own, ["b", "d"]))
+    assert all(a is b for a, b in zip(first, stacks(model), strict=True))
+
+
 def test_generate_makes_one_plan_a_length(monkeypatch):
     from dop import ops
 
