@@ -62,7 +62,10 @@ from dop.workload import Workload
 
 PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
 PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
-HINTS = ("block_order", "load_ahead", "streaming", "cluster")
+HINTS = (
+    *("block_order", "load_ahead", "streaming", "cluster"),
+    *("workers", "cluster_blocks", "rank_blocks"),
+)
 """Pragmas that a tile's intrinsic reads, see lowering/tile_kernels.py."""
 
 TILE_INTRINSICS = tuple(

@@ -5,7 +5,9 @@ A trace that tensorizes `accumulate` with register_update and `shrink_rf` with p
 or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf).
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf), and
+those of batches of few rows: workers (of accumulate), cluster_blocks and rank_blocks (of
+shrink_rf).
 """
 
 from __future__ import annotations
@@ -61,9 +63,12 @@ class TileKernels:
         """CUDA C++ of both."""
         shrink, expand = self.shrink.source(NAMES[0]), self.expand.source(NAMES[1])
         helpers = register_expand.HELPERS
-        if self.dependent and self.expand.tile_rows <= FEW_ROWS:
+        few = self.expand.tile_rows <= FEW_ROWS or self.expand.workers
+        if self.dependent and few:
             for constant, plain in EARLY_LOADS.items():
                 helpers = helpers.replace(constant, plain)
+        if self.expand.workers:
+            helpers += register_expand.LANE_HELPERS
         if self.dependent > 1:
             # No load through the read-only path may pass the wait.
             shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
@@ -89,6 +94,13 @@ def read_tiles(app: Application) -> TileKernels:
         raise TraceError(f"{', '.join(app.tiles)} wants the other half's intrinsic beside it.")
     workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
     _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, product, 12)
+    workers = hints.get(("accumulate", "workers"), 0)
+    cluster = hints.get(("shrink_rf", "cluster_blocks"), part)
+    rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
+    if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
+        raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
+    if not workers and (cluster != part or rank_blocks > 1):
+        raise TraceError("clusters of some parts and blocks of ranks want workers.")
     shrink = PipelinedShrink(
         workload,
         rows,
@@ -96,8 +108,11 @@ def read_tiles(app: Application) -> TileKernels:
         depth=16 * k_tiles,
         stages=hints.get(("shrink_rf", "pipeline_depth"), 2),
         row_warps=row_warps,
-        rank_warps=rank_warps,
+        rank_warps=rank_warps // rank_blocks,
         warpgroups=product == "warpgroup_product",
+        cluster=cluster,
+        rank_blocks=rank_blocks,
+        workers=workers,
     )
     if shrink.warpgroups and (tiles[0] != 1 or rows % 64 or k_tiles != 4):
         raise TraceError("warpgroup_product wants a warp per 16 rows and steps of 64 elements.")
@@ -116,6 +131,8 @@ def read_tiles(app: Application) -> TileKernels:
         tiles_first=not hints.get(("accumulate", "block_order"), 0),
         streaming=bool(hints.get(("accumulate", "streaming"), 0)),
         shared_b="gather_b_in" in app.stages.names,
+        parts=shrink.parts,
+        workers=workers,
     )
     whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
     if not whole or any(width % expand.columns for width in workload.out_features):

@@ -48,7 +48,7 @@ struct Cluster {
   std::barrier<> barrier;
   std::vector<std::unique_ptr<Block>> blocks;
 };
-thread_local dim3 threadIdx, blockIdx;
+thread_local dim3 threadIdx, blockIdx, gridDim;
 thread_local Warp* warp;
 thread_local Block* block;
 thread_local Cluster* cluster;
@@ -97,6 +97,21 @@ inline void exchange(const unsigned* words, int count, unsigned (&all)[32][8]) {
   warp->barrier.arrive_and_wait();
   std::memcpy(all, warp->words, sizeof(all));
 }
+inline unsigned dop_lanes_with(bool here) {
+  unsigned all[32][8], lanes = 0;
+  const unsigned mine = here;
+  exchange(&mine, 1, all);
+  for (int i = 0; i < 32; ++i) lanes |= (all[i][0] & 1u) << i;
+  return lanes;
+}
+inline int dop_first_lane(unsigned lanes) { return __builtin_ffs(lanes) - 1; }
+template <class T> T dop_of_lane(T value, int lane) {
+  unsigned all[32][8], bits;
+  std::memcpy(&bits, &value, 4);
+  exchange(&bits, 1, all);
+  std::memcpy(&value, &all[lane][0], 4);
+  return value;
+}
 inline void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
   unsigned all[32][8];
   exchange(&at, 1, all);
@@ -121,17 +136,21 @@ inline void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2, unsign
     }
   }
 }
-// Runs one block per (x, y); the blocks of one x with all y are a cluster.
-template <class F> void launch(int grid_x, int grid_y, dim3 shape, int smem, F kernel) {
+// Runs one block per (x, y); `size` neighbours along y (all of them if 0) are a cluster.
+template <class F>
+void launch(int grid_x, int grid_y, dim3 shape, int smem, F kernel, int size = 0) {
   const int threads = shape.x * shape.y * shape.z;
-  for (int x = 0; x < grid_x; ++x) {
-    Cluster together(grid_y, threads, smem);
+  size = size ? size : grid_y;
+  for (int at = 0; at < grid_x * grid_y; at += size) {
+    const int x = at / grid_y, first = at % grid_y;
+    Cluster together(size, threads, smem);
     std::vector<std::thread> running;
-    for (int y = 0; y < grid_y; ++y)
+    for (int y = first; y < first + size; ++y)
       for (int t = 0; t < threads; ++t)
         running.emplace_back([&, x, y, t] {
           cluster = &together;
-          block = together.blocks[y].get();
+          gridDim = {unsigned(grid_x), unsigned(grid_y), 1};
+          block = together.blocks[y - first].get();
           warp = block->warps[t / 32].get();
           dop_shared_memory = block->shared.data();
           threadIdx = {t % shape.x, t / shape.x % shape.y, t / (shape.x * shape.y)};

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from dop.errors import ConstraintError, TraceError
 from dop.space.generate import build_space
 from dop.space.sketch import Sketch
-from dop.space.step import AnnotationStep
+from dop.space.step import AnnotationStep, PragmaStep
 from dop.space.trace import Trace
 from dop.target import SM_90, Target
 from dop.workload import Workload
@@ -145,4 +146,90 @@ def test_compiles_without_spills(workload: Workload, which: int, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", done.stderr)
     assert len(spilled) == 6
+    assert set(spilled) == {"0"}
+
+
+FEW = "small_tiles/"
+
+
+@pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (2048, 512, 512)])
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("k", [2048, 4096, 14336])
+def test_default_for_few_rows_fits(widths: tuple[int, ...], rank: int, k: int) -> None:
+    workload = Workload("w", k, widths, rank, "bfloat16")
+    sketches = [s for s in build_space(workload, SM_90).sketches if s.name.startswith(FEW)]
+    assert len(sketches) == (2 if rank % 32 == 0 else 1)
+    for sketch in sketches:
+        assert sketch.broken_limit(sketch.default()) is None
+
+
+def build_few(workload: Workload, which: str, **numbers: int) -> Generated:
+    found = [s for s in build_space(workload, SM_90).sketches if s.name.startswith(FEW)]
+    sketch = next(s for s in found if f"/{which}/" in s.name)
+    values = {**sketch.default(), **{k.replace("__", "."): v for k, v in numbers.items()}}
+    trace = Trace.from_json(sketch.bind(values).to_json())
+    assert sketch.match(trace) == values
+    return generate(workload, trace, SM_90)
+
+
+def test_few_rows_are_spread_over_clusters_and_blocks_of_ranks() -> None:
+    code = build_few(
+        *(QKV_64, "shared_b"),
+        tokens__tile_rows=16,
+        tokens__workers=3,
+        shrink__split_k=16,
+        shrink__cluster=4,
+        shrink__rank_blocks=3,
+        shrink__rank_warps=6,
+        shrink__row_warps=1,
+        expand__column_warps=2,
+        expand__steps=1,
+    )
+    shrink, expand = code.kernels
+    assert evaluate(shrink.grid[0], tokens=64, tiles=64) == 7
+    assert shrink.grid[1] == str(16 * 3)
+    assert shrink.block == (32, 2, 1)
+    assert evaluate(expand.grid[0], tokens=64, tiles=64) == 7 * 6144 // 64
+    assert "__cluster_dims__(1, 4, 1)" in code.source
+    (v,) = code.workspaces
+    assert evaluate(v.elements, tokens=64, tiles=64) == 4 * 64 * 3 * 16 * 64
+    assert "@" not in code.source
+    assert code.source.endswith("  dop_wait_for_v();\n}\n")  # blocks without a tile wait too
+
+
+def test_few_rows_ask_for_all_of_b_before_they_wait() -> None:
+    source = build_few(O_16, "register_b", expand__steps=2, expand__ahead=2).source
+    waited = source.rindex("  dop_wait_for_v();\n  unsigned vw")
+    assert source.index("DOP_LOAD_B(step, step)") < waited
+    assert source.count("DOP_LOAD_B(") == 2  # its definition and that
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("cluster_blocks", 3, "fit"), ("rank_blocks", 5, "fit"), ("workers", 0, "want workers")],
+)
+def test_clusters_and_blocks_that_leave_something_over_are_refused(
+    name: str, value: int, message: str
+) -> None:
+    sketches = build_space(O_16, SM_90).sketches
+    sketch = next(s for s in sketches if s.name.startswith(FEW))
+    steps = [
+        replace(step, value=value) if isinstance(step, PragmaStep) and step.name == name else step
+        for step in sketch.bind(sketch.default()).steps
+    ]
+    with pytest.raises(TraceError, match=message):
+        generate(O_16, Trace(tuple(steps)), SM_90)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_few_rows_compile_without_spills(tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text(build_few(QKV_64, "shared_b").source)
+    command = ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "k.cubin"), str(tmp_path / "k.cu")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", done.stderr)
     assert set(spilled) == {"0"}

@@ -5,6 +5,12 @@ k. Both come through shared memory, `stages` steps of `depth` elements deep, row
 more with their 16-byte pieces swizzled so that ldmatrix meets no bank conflict. The parts of a tile
 are one thread-block cluster (sm_90): its blocks add their sums through distributed shared memory,
 in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank].
+
+With `workers` the kernel is for batches of few rows, where a tile or two must occupy the whole GPU
+and where most tiles of the bound are empty: more parts than a cluster holds (each cluster writes a
+v of its own, v[part, slice, tile, row, rank], which expand adds up), ranks spread over blocks,
+all of A asked for before x, whose rows are found through one more table, and a grid of
+tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more.
 """
 
 from __future__ import annotations
@@ -26,6 +32,9 @@ class PipelinedShrink:
         row_warps, rank_warps: warps along rows and along ranks of all slices.
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
+        cluster: parts of a cluster; 0: all of them.
+        rank_blocks: blocks that share the ranks of all slices.
+        workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
     """
 
     workload: Workload
@@ -36,6 +45,24 @@ class PipelinedShrink:
     row_warps: int
     rank_warps: int
     warpgroups: bool = False
+    cluster: int = 0
+    rank_blocks: int = 1
+    workers: int = 0
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster or self.split_k
+
+    @property
+    def parts(self) -> int:
+        """Sums of v that are written: one per cluster of a tile."""
+        return self.split_k // self.cluster_blocks
+
+    @property
+    def block_ranks(self) -> int:
+        """Ranks of a block, of all slices together."""
+        return self.ranks // self.rank_blocks
 
     @property
     def padded_rank(self) -> int:
@@ -55,7 +82,8 @@ class PipelinedShrink:
     @property
     def grid(self) -> tuple[str, str, str]:
         """Blocks."""
-        return ("tiles", str(self.split_k), "1")
+        tiles = f"tokens // {self.tile_rows} + {self.workers}" if self.workers else "tiles"
+        return (tiles, str(self.split_k * self.rank_blocks), "1")
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -65,23 +93,37 @@ class PipelinedShrink:
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory: the pipeline, whose place the sums take later."""
-        pipeline = 2 * self.stages * self.depth * (self.tile_rows + self.ranks)
-        sums = 4 * self.tile_rows * (self.ranks + 4) if self.split_k > 1 else 0
+        pipeline = 2 * self.stages * self.depth * (self.tile_rows + self.block_ranks)
+        sums = 4 * self.tile_rows * (self.block_ranks + 4) if self.cluster_blocks > 1 else 0
         return max(pipeline, sums)
 
     @property
     def v_elements(self) -> str:
         """Elements of v."""
-        return f"tiles * {self.workload.slices * self.tile_rows * self.padded_rank}"
+        return f"tiles * {self.parts * self.workload.slices * self.tile_rows * self.padded_rank}"
 
     def source(self, name: str) -> str:
         """The kernel (its helpers are `HELPERS`)."""
         w, threads = self.workload, self.threads
+        cluster, ranks = self.cluster_blocks, self.block_ranks
         pieces = self.depth // 8
+        at_once = self.workers > 0 and self.stages * self.depth * self.split_k == w.in_features
+        close = _CLOSE_WORKERS if cluster > 1 else _SYNC + _CLOSE_WORKERS
         values = {
+            "OPEN": _OPEN_WORKERS if self.workers else _OPEN_TILE,
+            "CLOSE": close if self.workers else "",
+            "PRELOAD": _PRELOAD_ALL if self.workers else _PRELOAD,
+            "AHEAD": self.stages if at_once else f"{self.stages} - 1",
+            "LATER": self.stages - 1 if at_once else f"{self.stages} - 2",
             "NAME": name,
             "THREADS": threads,
-            "CLUSTER": f"dop__cluster_dims__(1, {self.split_k}, 1) " if self.split_k > 1 else "",
+            "CLUSTER": f"dop__cluster_dims__(1, {cluster}, 1) " if cluster > 1 else "",
+            "SHARE": "share" if self.workers else "part",
+            "ROW": "(first_rank + row)" if self.workers else "row",
+            "R": "(first_rank + r)" if self.workers else "r",
+            "V_SLICE": f"(outer * {w.slices} + slice)" if self.workers else "slice",
+            "PARTS": self.parts,
+            "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
             "SHIFT_OF": _shift_of(w),
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
@@ -90,22 +132,22 @@ class PipelinedShrink:
             "K": w.in_features,
             "RANK": w.rank,
             "PADDED": self.padded_rank,
-            "RANKS": self.ranks,
-            "SPLIT": self.split_k,
+            "RANKS": ranks,
+            "SPLIT": cluster,
             "DEPTH": self.depth,
             "PIECES": pieces,
             "X_PIECES": self.tile_rows * pieces,
-            "A_PIECES": self.ranks * pieces,
+            "A_PIECES": ranks * pieces,
             "STAGES": self.stages,
             "STEPS": w.in_features // (self.split_k * self.depth),
             "RANK_WARPS": self.rank_warps,
             "MI": self.tile_rows // (16 * self.row_warps),
-            "NI": self.ranks // (16 * self.rank_warps),
+            "NI": ranks // (16 * self.rank_warps),
             "WARPGROUPS": int(self.warpgroups),
             "ROW_GROUPS": self.tile_rows // 64,
             "WGMMA": self._wgmma() if self.warpgroups else "",
             "X_COPIES": -(-self.tile_rows * pieces // threads),
-            "A_COPIES": -(-self.ranks * pieces // threads),
+            "A_COPIES": -(-ranks * pieces // threads),
         }
         text = _KERNEL
         for key, value in values.items():
@@ -186,13 +228,7 @@ __device__ __forceinline__ void dop_wgmma_wait() {
 }
 """
 
-_KERNEL = """\
-extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
-    const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
-    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
-    const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
-    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
-  extern __shared__ __align__(1024) unsigned char dop_shared[];
+_OPEN_TILE = """\
   const int tile = blockIdx.x, part = blockIdx.y;
   dop_dependents_may_start();
   // The tables' entries are read side by side; a table that is not given reads as another one.
@@ -200,7 +236,73 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   const long long slot = dop_table(tile_slot_ptr + tile);
   const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
   if (rows <= 0) return;
-  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+"""
+
+_OPEN_WORKERS = """\
+  const int share = blockIdx.y % @SPLIT@, outer = blockIdx.y / @SPLIT@ % @PARTS@;
+  const int part = outer * @SPLIT@ + share, first_rank = blockIdx.y / @ALL_PARTS@ * @RANKS@;
+  const int workers = gridDim.x;
+  dop_dependents_may_start();
+  // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
+  for (int base = blockIdx.x; base < tiles; base += 32 * workers) {
+  const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
+  const int mine_rows = dop_table(tile_rows_ptr + at_table);
+  const int mine_row0 = dop_table(tile_row0_ptr + at_table);
+  const int mine_slot = dop_table(tile_slot_ptr + at_table);
+  const int mine_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + at_table);
+  // Empty: no rows. All entries are asked (none is negative), or some would be read later.
+  const bool full = mine < tiles && (mine_rows - 1 | mine_row0 | mine_slot | mine_rank) >= 0;
+  for (unsigned live = dop_lanes_with(full); live; live &= live - 1) {
+  const int from = dop_first_lane(live), tile = base + from * workers;
+  const int rows = dop_of_lane(mine_rows, from), row0 = dop_of_lane(mine_row0, from);
+  const long long slot = dop_of_lane(mine_slot, from);
+  const int given_rank = dop_of_lane(mine_rank, from);
+"""
+
+_SYNC = "  __syncthreads();\n"
+_CLOSE_WORKERS = "  }\n  }\n"
+
+_PRELOAD = """\
+#pragma unroll
+  for (int step = 0; step < @STAGES@ - 1; ++step) {
+    if (step < @STEPS@) {
+      DOP_COPY(step)
+    } else {
+      dop_commit();
+    }
+  }
+"""
+
+_PRELOAD_ALL = """\
+  // A of all stages first: nothing of it depends on the table of rows.
+#pragma unroll
+  for (int step = 0; step < @AHEAD@ && step < @STEPS@; ++step) {
+#pragma unroll
+    for (int c = 0; c < @A_COPIES@; ++c)
+      if ((c + 1) * @THREADS@ <= @A_PIECES@ || thread + c * @THREADS@ < @A_PIECES@)
+        dop_copy(a_shared + (unsigned)step * (@RANKS@ * @DEPTH@ * 2) + a_to[c],
+                 a_from[c] + step * @DEPTH@, a_bytes[c]);
+  }
+#pragma unroll
+  for (int step = 0; step < @AHEAD@; ++step) {
+#pragma unroll
+    for (int c = 0; c < @X_COPIES@; ++c)
+      if (step < @STEPS@ &&
+          ((c + 1) * @THREADS@ <= @X_PIECES@ || thread + c * @THREADS@ < @X_PIECES@))
+        dop_copy(x_shared + (unsigned)step * (@TM@ * @DEPTH@ * 2) + x_to[c],
+                 x_from[c] + step * @DEPTH@, x_bytes[c]);
+    dop_commit();
+  }
+"""
+
+_KERNEL = """\
+extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
+    const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
+    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
+    const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+  extern __shared__ __align__(1024) unsigned char dop_shared[];
+@OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   const int lane = threadIdx.x;
   const int warp = (int)threadIdx.z * @RANK_WARPS@ + (int)threadIdx.y, thread = warp * 32 + lane;
 #if @WARPGROUPS@
@@ -219,7 +321,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #pragma unroll
   for (int c = 0; c < @A_COPIES@; ++c) {
     const int piece = thread + c * @THREADS@, row = piece / @PIECES@, column = piece % @PIECES@;
-    const int slice = row / @PADDED@, r = row % @PADDED@;
+    const int slice = @ROW@ / @PADDED@, r = @ROW@ % @PADDED@;
     a_bytes[c] = r < rank ? 16 : 0;
     a_from[c] = a_ptr + @SHIFT_OF@ + (slot * @RANK@ + (r < rank ? r : 0)) * @K@
         + (part * (@STEPS@ * @DEPTH@) + column * 8);
@@ -247,15 +349,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         dop_copy(x_stage + x_to[c], x_from[c] + (step) * @DEPTH@, x_bytes[c]);      \\
   }                                                                                 \\
   dop_commit();
-#pragma unroll
-  for (int step = 0; step < @STAGES@ - 1; ++step) {
-    if (step < @STEPS@) {
-      DOP_COPY(step)
-    } else {
-      dop_commit();
-    }
-  }
-  float sum[@MI@][2 * @NI@][4];
+@PRELOAD@  float sum[@MI@][2 * @NI@][4];
 #pragma unroll
   for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
@@ -277,7 +371,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #endif
 #pragma unroll 1
   for (int step = 0; step < @STEPS@; ++step) {
-    dop_wait_but<@STAGES@ - 2>();
+    dop_wait_but<@LATER@>();
 #if @WARPGROUPS@
     dop_fence_copies();
     __syncthreads();
@@ -292,8 +386,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #else
     __syncthreads();
 #endif
-    if (step + @STAGES@ - 1 < @STEPS@) {
-      DOP_COPY(step + @STAGES@ - 1)
+    if (step + @AHEAD@ < @STEPS@) {
+      DOP_COPY(step + @AHEAD@)
     } else {
       dop_commit();
     }
@@ -332,10 +426,10 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
     for (int n = 0; n < 2 * @NI@; ++n) {
-      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = r / @PADDED@;
+      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
       const int row = row_warp * (@MI@ * 16) + m * 16 + g;
-      const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
-      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + r % @PADDED@);
+      const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
       to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
       to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
     }
@@ -357,8 +451,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   }
   dop_cluster_sync();
   // Each block adds up its share of the tile.
-  for (int i = part * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
-    const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = r / @PADDED@;
+  for (int i = @SHARE@ * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
+    const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = @R@ / @PADDED@;
     if (row >= rows) break;
     float4 parts[@SPLIT@];
 #pragma unroll
@@ -369,11 +463,11 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     for (int p = 1; p < @SPLIT@; ++p) {
       total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
     }
-    const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
-    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + r % @PADDED@) =
+    const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
         make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
   }
   dop_cluster_sync();
 #endif
-}
+@CLOSE@}
 """

@@ -10,6 +10,10 @@ share of y, B and v is then 16 neighbouring bytes (8 of B and v where the rank i
 
 y's old values for `ahead` groups of columns and the first group of B are on their way before the
 kernel waits for v (programmatic dependent launch), so that only v's own way is left.
+
+With `workers` the kernel is for batches of few rows: a grid of tokens // tile_rows + workers tiles,
+whose blocks go on to later tiles if there are more. v may come in `parts`, which are added up in
+fp32 before the product.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.workload import Workload
+
+ALL_AHEAD = 2
+"""`b_ahead` by which all of B is loaded before v is waited for."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,12 @@ class RegisterExpand:
         row_tiles: 16-row tiles of a warp.
         steps: groups of 32 columns that a warp works through.
         ahead: groups whose old values are loaded ahead.
-        b_ahead: groups of B loaded ahead, 0 or 1.
+        b_ahead: groups of B loaded ahead, 0 or 1; 2: all of them, before v is waited for.
         tiles_first: neighbouring blocks have neighbouring tiles, else neighbouring columns.
         streaming: y is marked as used once (evict first).
         shared_b: the block's rows of B come through shared memory, once for all its rows.
+        parts: sums that make up v.
+        workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
     """
 
     workload: Workload
@@ -46,6 +55,8 @@ class RegisterExpand:
     tiles_first: bool = True
     streaming: bool = False
     shared_b: bool = False
+    parts: int = 1
+    workers: int = 0
 
     @property
     def smem_bytes(self) -> int:
@@ -75,6 +86,8 @@ class RegisterExpand:
     @property
     def grid(self) -> tuple[str, str, str]:
         """Blocks."""
+        if self.workers:
+            return (f"(tokens // {self.tile_rows} + {self.workers}) * {self.blocks}", "1", "1")
         return (f"tiles * {self.blocks}", "1", "1")
 
     @property
@@ -82,12 +95,31 @@ class RegisterExpand:
         """Threads."""
         return (32, self.column_warps, self.row_warps)
 
+    @property
+    def _buffers(self) -> int:
+        """Groups of B in registers."""
+        if self.shared_b:
+            return 1
+        if self.b_ahead == ALL_AHEAD:
+            return self.steps
+        return 1 + min(self.b_ahead, self.steps - 1)
+
     def source(self, name: str) -> str:
         """The kernel (its helpers are `HELPERS`)."""
         w = self.workload
+        count = "workers" if self.workers else "tiles"
+        all_b = self.b_ahead == ALL_AHEAD and not self.shared_b
         threads = 32 * self.row_warps * self.column_warps
         shifts = "".join(f", long long b{s}_shift" for s in range(1, w.slices))
         values = {
+            "OPEN": _OPEN_WORKERS if self.workers else _OPEN_TILE,
+            "CLOSE": _close(self.shared_b) if self.workers else "",
+            "LEAVE": "continue" if self.workers else "return",
+            "READ_V": _READ_V if self.parts == 1 else _ADD_V,
+            "FIRST_B": _ALL_B if all_b else _FIRST_B,
+            "NEXT_B": "" if all_b else _NEXT_B,
+            "COPIES": _COPIES if self.workers else _COPIES_UNBOUND,
+            "STEP_COPIES": -(-4 * self.column_warps * w.rank // threads),
             "NAME": name,
             "THREADS": threads,
             "SHIFTS": shifts,
@@ -97,10 +129,12 @@ class RegisterExpand:
             "MI": self.row_tiles,
             "STEPS": self.steps,
             "AHEAD": min(self.ahead, self.steps),
-            "BUFFERS": 1 if self.shared_b else 1 + min(self.b_ahead, self.steps - 1),
+            "BUFFERS": self._buffers,
+            "PARTS": self.parts,
+            "SLICES": w.slices,
             "SHARED_B": int(self.shared_b),
             "ROW_WARPS": self.row_warps,
-            "STEP_PIECES": 32 * self.column_warps * w.rank // 8,
+            "STEP_PIECES": 4 * self.column_warps * w.rank,
             "SWIZZLE": "(n & 1) * 4" if w.rank % 64 == 0 else "0",
             "COLUMN_WARPS": self.column_warps,
             "BLOCKS": self.blocks,
@@ -113,8 +147,8 @@ class RegisterExpand:
             "WORDS": 4 if self.wide else 2,
             "KB": self.padded_rank // (32 if self.wide else 16),
             "KK": 2 if self.wide else 1,
-            "TILE": f"blockIdx.x / {self.blocks}" if not self.tiles_first else "blockIdx.x % tiles",
-            "PART": f"blockIdx.x % {self.blocks}" if not self.tiles_first else "blockIdx.x / tiles",
+            "TILE": f"blockIdx.x % {count}" if self.tiles_first else f"blockIdx.x / {self.blocks}",
+            "PART": f"blockIdx.x / {count}" if self.tiles_first else f"blockIdx.x % {self.blocks}",
             "LOAD_Y": "__ldcs(at)" if self.streaming else "__ldcg(at)",
             "STORE_Y": "__stcs(at, value)" if self.streaming else "*at = value",
             "SLICE": _slice(w),
@@ -244,13 +278,21 @@ __device__ __forceinline__ void dop_wait_for_v() {
 }
 """
 
-_KERNEL = """\
-extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
-    const @TYPE@* __restrict__ b_ptr, const int* __restrict__ row_index_ptr,
-    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
-    const int* __restrict__ tile_rows_ptr, const float* __restrict__ tile_scale_ptr,
-    const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
-    @TYPE@* y_ptr@SHIFTS@) {
+LANE_HELPERS = """\
+__device__ __forceinline__ unsigned dop_lanes_with(bool here) {
+  return __ballot_sync(0xffffffffu, here);
+}
+__device__ __forceinline__ int dop_first_lane(unsigned lanes) { return __ffs((int)lanes) - 1; }
+__device__ __forceinline__ int dop_of_lane(int value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+__device__ __forceinline__ float dop_of_lane(float value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+"""
+"""What kernels with `workers` use besides."""
+
+_OPEN_TILE = """\
   const int tile = @TILE@;
   // The tables' entries are read side by side; a table that is not given reads as another one.
   const int all_rows = dop_table(tile_rows_ptr + tile);
@@ -258,10 +300,105 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
   const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
   const float given_scale = dop_table(
       (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
-  const int rows = all_rows - (int)threadIdx.z * @MI@ * 16;
+"""
+
+_OPEN_WORKERS = """\
+  const int workers = (int)gridDim.x / @BLOCKS@, worker = @TILE@;
+  // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
+  for (int base = worker; base < tiles; base += 32 * workers) {
+  const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
+  const int mine_rows = dop_table(tile_rows_ptr + at_table);
+  const int mine_row0 = dop_table(tile_row0_ptr + at_table);
+  const int mine_slot = dop_table(tile_slot_ptr + at_table);
+  const int mine_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + at_table);
+  const float mine_scale = dop_table((tile_scale_ptr
+      ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + at_table);
+  // Empty: no rows. All entries are asked (none is negative), or some would be read later.
+  const bool full = mine < tiles && (mine_rows - 1 | mine_row0 | mine_slot | mine_rank) >= 0;
+  for (unsigned live = dop_lanes_with(full); live; live &= live - 1) {
+  const int from = dop_first_lane(live), tile = base + from * workers;
+  const int all_rows = dop_of_lane(mine_rows, from), row_0 = dop_of_lane(mine_row0, from);
+  const int slot = dop_of_lane(mine_slot, from), given_rank = dop_of_lane(mine_rank, from);
+  const float given_scale = dop_of_lane(mine_scale, from);
+"""
+
+
+def _close(shared_b: bool) -> str:
+    """The ends of the loops over tiles; every block waits, whatever it had to do."""
+    sync = "  __syncthreads();\n" if shared_b else ""
+    return f"{sync}  }}\n  }}\n  dop_wait_for_v();\n"
+
+
+_READ_V = """\
+#pragma unroll
+  for (int p = 0; p < @KB@; ++p) {
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        dop_read_v(vw[p][m][h], v + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
+    }
+  }
+"""
+
+_FIRST_B = "  if (@BUFFERS@ > 1) { DOP_LOAD_B(0, 0) }\n"
+_ALL_B = """\
+#pragma unroll
+  for (int step = 0; step < @STEPS@; ++step) { DOP_LOAD_B(step, step) }
+"""
+_NEXT_B = """\
+    if (@BUFFERS@ == 1) { DOP_LOAD_B(0, step) }
+    if (@BUFFERS@ > 1 && step + 1 < @STEPS@) { DOP_LOAD_B((step + 1) % @BUFFERS@, step + 1) }
+"""
+
+_COPIES_UNBOUND = """\
+    for (int piece = thread; piece < @STEP_PIECES@; piece += @THREADS@) {
+"""
+_COPIES = """\
+    for (int copy = 0; copy < @STEP_COPIES@; ++copy) {
+      const int piece = thread + copy * @THREADS@;
+      if ((copy + 1) * @THREADS@ > @STEP_PIECES@ && piece >= @STEP_PIECES@) break;
+"""
+"""A known number of rounds: nvcc unrolls these without branches."""
+
+_ADD_V = """\
+  const long long v_part = (long long)(@SLICES@ * @TM@ * @PADDED@) * tiles;
+#pragma unroll
+  for (int p = 0; p < @KB@; ++p) {
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        unsigned words[@PARTS@][@WORDS@];
+#pragma unroll
+        for (int e = 0; e < @PARTS@; ++e)
+          dop_read_v(words[e], v + e * v_part + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
+#pragma unroll
+        for (int k = 0; k < @WORDS@; ++k) {
+          float low = dop_low_@KIND@(words[0][k]), high = dop_high_@KIND@(words[0][k]);
+#pragma unroll
+          for (int e = 1; e < @PARTS@; ++e) {
+            low += dop_low_@KIND@(words[e][k]);
+            high += dop_high_@KIND@(words[e][k]);
+          }
+          vw[p][m][h][k] = dop_pack_@KIND@(low, high);
+        }
+      }
+    }
+  }
+"""
+
+_KERNEL = """\
+extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
+    const @TYPE@* __restrict__ b_ptr, const int* __restrict__ row_index_ptr,
+    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
+    const int* __restrict__ tile_rows_ptr, const float* __restrict__ tile_scale_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
+    @TYPE@* y_ptr@SHIFTS@) {
+@OPEN@  const int rows = all_rows - (int)threadIdx.z * @MI@ * 16;
   if ((@SHARED_B@ ? all_rows : rows) <= 0) {
     dop_wait_for_v();  // every block waits: a later kernel must find both kernels complete
-    return;
+    @LEAVE@;
   }
   const int first = (@PART@) * @COLUMNS@, lane = threadIdx.x, g = lane >> 2, q = lane & 3;
   const int column = first + (int)threadIdx.y * (@STEPS@ * 32);
@@ -304,8 +441,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
 #pragma unroll
   for (int step = 0; step < @STEPS@; ++step) {
 #pragma unroll
-    for (int piece = thread; piece < @STEP_PIECES@; piece += @THREADS@) {
-      const int row = piece / (@RANK@ / 8), c = piece % (@RANK@ / 8);
+@COPIES@      const int row = piece / (@RANK@ / 8), c = piece % (@RANK@ / 8);
       const int n = row / 32 * (@STEPS@ * 32) + step * 32 + row % 32;
       dop_copy(b_shared + (n * (@RANK@ / 8) + (c ^ (@SWIZZLE@))) * 16,
                block_b + n * @RANK@ + c * 8, c * 8 < rank ? 16 : 0);
@@ -324,21 +460,11 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
       if ((k & ~7) < rank) dop_read_b(bw[buffer][p][j], b + n * @RANK@ + k);                  \\
     }                                                                                         \\
   }
-  if (@BUFFERS@ > 1) { DOP_LOAD_B(0, 0) }
-  dop_wait_for_v();
+@FIRST_B@  dop_wait_for_v();
   unsigned vw[@KB@][@MI@][2][@WORDS@];
   const @TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
       + ((int)threadIdx.z * @MI@ * 16 + g)) * @PADDED@ + q * @PIECE@;
-#pragma unroll
-  for (int p = 0; p < @KB@; ++p) {
-#pragma unroll
-    for (int m = 0; m < @MI@; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        dop_read_v(vw[p][m][h], v + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
-    }
-  }
-#pragma unroll
+@READ_V@#pragma unroll
   for (int step = 0; step < @STEPS@; ++step) {
 #if @SHARED_B@
     dop_wait_at_most(@STEPS@ - 1 - step);
@@ -353,9 +479,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
       }
     }
 #else
-    if (@BUFFERS@ == 1) { DOP_LOAD_B(0, step) }
-    if (@BUFFERS@ > 1 && step + 1 < @STEPS@) { DOP_LOAD_B((step + 1) % @BUFFERS@, step + 1) }
-#endif
+@NEXT_B@#endif
 #pragma unroll
     for (int m = 0; m < @MI@; ++m) {
       float c[4][4];
@@ -394,5 +518,5 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
     }
   }
 #undef DOP_LOAD_B
-}
+@CLOSE@}
 """

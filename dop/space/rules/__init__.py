@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     StagedA(),
     PipelinedX(),
     MatrixTiles("wide_tiles", wide=True),
+    MatrixTiles("small_tiles", wide=True, few=True),
     RegisterColumns(),
     RegisterProduct(),
     RegisterB(),

@@ -3,6 +3,9 @@
 Block: one tile of rows, one of the split-K parts, the ranks of all slices. The parts of a tile are
 one thread-block cluster, whose blocks add their sums through distributed shared memory, so that
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
+
+Tiles for few rows (note "few") are spread over more blocks than a cluster has: several clusters
+along k, whose sums expand adds up, and several along the ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +22,16 @@ from dop.space.step import Param
 
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
+CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
 HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
+
+MAX_PARTS = 8
+"""Sums of v that expand adds up at most."""
+
+FEW_BYTES = 1 << 16
+"""What a block loads by default where rows are few: about a microsecond's worth."""
 
 MIN_WGMMA_TILES = 2
 """16-rank tiles of all slices from which on wgmma may pay."""
@@ -46,16 +56,22 @@ class ClusterSplitK:
         if "registers" not in state.notes or w.in_features % 64:
             return []
         ranks = w.slices * padded(w.rank) // EDGE
-        if self.warpgroups and (state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
+        few = "few" in state.notes
+        if self.warpgroups and (few or state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
             return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
         most = min(CLUSTER, max(1, w.in_features // 256))  # four steps each at least
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
-        new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
+        if few:
+            _spread(new, parts, ranks)
+        else:
+            new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
         new.param(K_TILES.name, "tile", depths, 4)
-        if self.warpgroups:
+        if few:
+            new.param(ROW_WARPS.name, "warps", (1, 2, 4), 4)
+        elif self.warpgroups:
             new.notes["warpgroups"] = 1
             new.param(ROW_WARPS.name, "warps", (4, 8), 4)
             groups = tuple(n for n in dividing(ranks, (1, 2, 3, 4)) if ranks // n <= 16)
@@ -92,8 +108,31 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
+        if "few" in new.notes:
+            new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
+            new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         new.annotate("shrink_rf", 3, "threadIdx.z")
         new.annotate("shrink_rf", 4, "threadIdx.y")
+
+
+def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> None:
+    """Blocks of a tile of few rows: clusters along k and along the ranks."""
+    w = new.workload
+    groups = dividing(rank_tiles, (1, 2, 3, 4, 6, 8, 12, 16))
+    wide = min((n for n in groups if rank_tiles // n <= 4), default=groups[-1])
+    new.param(RANK_BLOCKS.name, "split_k", groups, wide)
+    new.param(RANK_WARPS.name, "warps", groups, wide)
+    counts = [n * c for n in (1, 2, 4, 7, 8) for c in clusters]
+    splits = dividing(w.in_features // 64, sorted({*counts}))
+    row_bytes = 2 * (64 + EDGE * rank_tiles // wide)
+    enough = [n for n in splits if w.in_features // n * row_bytes <= FEW_BYTES] or [splits[-1]]
+    new.param(SPLIT_K.name, "split_k", splits, enough[0])
+    fits = dividing(enough[0], clusters)
+    new.param(CLUSTER_BLOCKS.name, "split_k", clusters, fits[-1])
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
+    new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
+    new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
+    new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a["shrink.cluster"])
 
 
 @dataclass(frozen=True)
@@ -125,7 +164,8 @@ class ClusterX:
         new = state.fork(self.name)
         new.cache_read("gather_x", "shared.dyn", "shrink_rf")
         new.compute_at("gather_x", "shrink_rf", STEP)
-        stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6, 8), 3)
+        deep = 4 if "few" in new.notes else 3  # few rows: nearly all steps at once
+        stages = new.param("shrink.stages", "pipeline", (2, 3, 4, 6, 8), deep)
         new.pragma("shrink_rf", STEP, "pipeline_depth", stages)
         kind = INTRINSIC_TYPES[new.workload.dtype]
         tile = "warpgroup_product" if "warpgroups" in new.notes else "pipelined_product"
@@ -142,10 +182,19 @@ class ClusterX:
 
 def _limits(new: SketchState) -> None:
     w, target = new.workload, new.target
-    ranks = w.slices * padded(w.rank)
+    all_ranks = w.slices * padded(w.rank)
+
+    def ranks_of(a: Annotation) -> int:
+        return all_ranks // a.get(RANK_BLOCKS.name, 1)
+
+    def rank_warps(a: Annotation) -> int:
+        return max(a[RANK_WARPS.name] // a.get(RANK_BLOCKS.name, 1), 1)
+
+    def cluster(a: Annotation) -> int:
+        return a.get(CLUSTER_BLOCKS.name, a[SPLIT_K.name])
 
     def threads(a: Annotation) -> int:
-        return 32 * a[ROW_WARPS.name] * a[RANK_WARPS.name]
+        return 32 * a[ROW_WARPS.name] * rank_warps(a)
 
     def depth(a: Annotation) -> int:
         return EDGE * a[K_TILES.name]
@@ -157,21 +206,22 @@ def _limits(new: SketchState) -> None:
         return (
             a[TILE_ROWS.name] % (EDGE * a[ROW_WARPS.name])
             + w.in_features % (a[SPLIT_K.name] * depth(a))
-            + ranks % (EDGE * a[RANK_WARPS.name])
+            + all_ranks % (EDGE * a[RANK_WARPS.name])
         )
 
     def copies(a: Annotation) -> int:
         share = PIECE * threads(a)
-        return ceil_div(a[TILE_ROWS.name] * depth(a), share) + ceil_div(ranks * depth(a), share)
+        pieces = (a[TILE_ROWS.name] * depth(a), ranks_of(a) * depth(a))
+        return sum(ceil_div(n, share) for n in pieces)
 
     def registers(a: Annotation) -> int:
         rows = a[TILE_ROWS.name] // (EDGE * a[ROW_WARPS.name])
-        tiles = ranks // (EDGE * a[RANK_WARPS.name])
+        tiles = ranks_of(a) // (EDGE * rank_warps(a))
         return 8 * rows * tiles + 4 * (rows + 1) + 4 * copies(a) + 32
 
     def smem(a: Annotation) -> int:
-        pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks)
-        sums = 4 * a[TILE_ROWS.name] * (ranks + 4) if a[SPLIT_K.name] > 1 else 0
+        pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks_of(a))
+        sums = 4 * a[TILE_ROWS.name] * (ranks_of(a) + 4) if cluster(a) > 1 else 0
         return max(pipeline, sums)
 
     new.limit("threads per shrink block", target.max_threads, threads)
@@ -187,8 +237,8 @@ def _limits(new: SketchState) -> None:
     new.estimate("shrink.registers", registers)
     new.estimate("shrink.steps", steps)
     new.estimate("shrink.smem_bytes", smem)
-    new.estimate("shrink.blocks_per_tile", lambda a: a[SPLIT_K.name])
+    new.estimate("shrink.blocks_per_tile", lambda a: a[SPLIT_K.name] * a.get(RANK_BLOCKS.name, 1))
     new.estimate(
         "shrink.bytes_in_flight",
-        lambda a: 2 * (a["shrink.stages"] - 1) * depth(a) * (a[TILE_ROWS.name] + ranks),
+        lambda a: 2 * (a["shrink.stages"] - 1) * depth(a) * (a[TILE_ROWS.name] + ranks_of(a)),
     )

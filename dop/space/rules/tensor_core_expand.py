@@ -87,11 +87,14 @@ def fragments(state: SketchState, stage: str, row_loop: int, intrinsic: str) -> 
 class MatrixTiles:
     """tokens: tiles of whole matrix rows of one segment.
 
-    `wide` is for the form that keeps everything in registers: it wants more rows per tile.
+    `wide` is for the form that keeps everything in registers: it wants more rows per tile. `few`
+    is that form for batches of few rows: most tiles of the bound are empty, so the grid has only as
+    many as one adapter needs, and some more (`workers`).
     """
 
     name: str = "matrix_tiles"
     wide: bool = False
+    few: bool = False
     stage: str = "tokens"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -101,7 +104,8 @@ class MatrixTiles:
             return []
         new = state.fork(self.name)
         default = 64 if self.wide else 16
-        rows = new.param("tokens.tile_rows", "tile", (16, 32, 64, 128), default)
+        choices = (16, 32, 64) if self.few else (16, 32, 64, 128)
+        rows = new.param("tokens.tile_rows", "tile", choices, default)
         source = new.split("gather_x", TOKEN_AXIS["gather_x"], [rows])
         for stage, axis in TOKEN_AXIS.items():
             if stage != "gather_x":
@@ -109,6 +113,8 @@ class MatrixTiles:
         new.notes["matrix"] = 1
         if self.wide:
             new.notes["wide"] = 1
+        if self.few:
+            new.notes["few"] = 1
         return [new]
 
 

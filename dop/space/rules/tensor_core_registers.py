@@ -4,6 +4,8 @@ A warp updates 16 to 64 rows of a tile in groups of 32 columns. Products are com
 columns and ranks in an order that gives every thread 16 neighbouring bytes of y and of B
 (lowering/intrinsics/register_expand.py). y's old values for several groups are loaded before the
 kernel needs v, so that they overlap with the shrink kernel (programmatic dependent launch).
+
+Tiles for few rows (note "few"): many small blocks, all of whose loads are on their way at once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ GROUP = 32
 
 MAX_REGISTER_RANK = 128
 MAX_DIRECT_RANK = 64
-"""Above, reading B once per 16 to 64 rows is hopeless."""
+"""Above, reading B once per 16 to 64 rows is hopeless; where there are few rows, it is not."""
+
+ALL_AHEAD = 2
+"""Value of load_ahead of gather_b: all of it."""
 
 ROW_TILES, COLUMN_WARPS, STEPS = (
     Param("expand.row_tiles"),
@@ -52,13 +57,17 @@ class RegisterColumns:
         if "wide" not in state.notes or not fits:
             return []
         new = state.fork(self.name)
-        new.param(ROW_TILES.name, "tile", (1, 2, 4), 1 if w.rank > 32 else 2)
-        steps = dividing(common // GROUP, (1, 2, 4, 8, 16))
-        new.param(STEPS.name, "tile", steps, 4)
+        few = "few" in new.notes
+        tiles = (1, 2) if few else (1, 2, 4)
+        new.param(ROW_TILES.name, "tile", tiles, 1 if few or w.rank > 32 else 2)
+        steps = dividing(common // GROUP, (1, 2, 4) if few else (1, 2, 4, 8, 16))
+        new.param(STEPS.name, "tile", steps, 1 if few else 4)
         warps = dividing(common // GROUP, (1, 2, 4, 8))
-        new.param(COLUMN_WARPS.name, "warps", warps, 2)
-        ahead = new.param("expand.ahead", "pipeline", (1, 2, 4, 8), 4)
-        order = new.param("expand.block_order", "binding", (0, 1), 0)
+        new.param(COLUMN_WARPS.name, "warps", warps, 1 if few and w.total_out < 8192 else 2)
+        ahead = new.param(
+            "expand.ahead", "pipeline", (1, 2, 4) if few else (1, 2, 4, 8), 1 if few else 4
+        )
+        order = new.param("expand.block_order", "binding", (0, 1), int(few))
         streaming = new.param("expand.streaming", "binding", (0, 1), 0)
         new.split("accumulate", 2, [COLUMN_WARPS, STEPS, GROUP], w.total_out)
         new.split("accumulate", 1, [ROW_TILES, EDGE])
@@ -67,6 +76,9 @@ class RegisterColumns:
         new.annotate("accumulate", 0, "blockIdx.x")
         new.annotate("accumulate", 1, "blockIdx.y")
         new.pragma("accumulate", 0, "block_order", order)
+        if few:
+            workers = new.param("tokens.workers", "binding", (1, 3, 7, 15), 7)
+            new.pragma("accumulate", 0, "workers", workers)
         new.annotate("accumulate", 2, "threadIdx.z")
         new.annotate("accumulate", WARP, "threadIdx.y")
         new.pragma("accumulate", STEP, "load_ahead", ahead)
@@ -80,7 +92,7 @@ class RegisterColumns:
     @staticmethod
     def _limits(new: SketchState, common: int) -> None:
         w, target = new.workload, new.target
-        rank = padded(w.rank)
+        rank, few = padded(w.rank), "few" in new.notes
 
         def row_warps(a: Annotation) -> int:
             return max(a[TILE_ROWS.name] // (EDGE * a[ROW_TILES.name]), 1)
@@ -94,8 +106,12 @@ class RegisterColumns:
 
         def registers(a: Annotation) -> int:
             old = 8 * a["expand.ahead"] * a[ROW_TILES.name]
-            operands = a[ROW_TILES.name] * rank // 4 + (1 + a.get("expand.b_ahead", 0)) * rank // 2
-            return old + operands + 4 * a[ROW_TILES.name] + EDGE + 32
+            ahead = a.get("expand.b_ahead", 0)
+            groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
+            operands = a[ROW_TILES.name] * rank // 4 + groups * rank // 2
+            parts = a.get("shrink.split_k", 1) // a.get("shrink.cluster", 1) if few else 1
+            adding = 8 * parts if parts > 1 else 0
+            return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
         new.limit("columns or rows left over by expand's warps", 0, left_over)
@@ -142,10 +158,13 @@ class RegisterB:
     stage: str = "gather_b"
 
     def apply(self, state: SketchState) -> list[SketchState]:
-        if "registers" not in state.notes or state.workload.rank > MAX_DIRECT_RANK:
+        few = "few" in state.notes
+        if "registers" not in state.notes or (state.workload.rank > MAX_DIRECT_RANK and not few):
             return []
         new = state.fork(self.name)
-        ahead = new.param("expand.b_ahead", "pipeline", (0, 1), 1)
+        ahead = new.param(
+            "expand.b_ahead", "pipeline", (0, ALL_AHEAD) if few else (0, 1), ALL_AHEAD if few else 1
+        )
         new.cache_read("gather_b", "local", "expand")
         new.compute_at("gather_b", "accumulate", STEP)
         new.pragma("gather_b", STEP, "load_ahead", ahead)
