@@ -12,7 +12,8 @@ back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,9 @@ class StepPlans:
 
     def set_rank(self, slot: int, rank: int) -> None:
         """Note the true rank of the adapter in a slot; it counts from the next `update`."""
-        known = min(max(rank, 1), self.rank)
-        if self.rank_list[slot] != known:
-            self.rank_list[slot] = known
-            self._ranks_changed = True
+        self.rank_list[slot] = min(max(rank, 1), self.rank)
+        # Also where the rank is the same: an engine that slept may have lost the table's memory.
+        self._ranks_changed = True
 
     def use_scales(self, scales: torch.Tensor) -> None:
         """Scale of every slot, float32 [slots] at a fixed address, read at every refill."""
@@ -229,23 +229,17 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def slots_of_runs(ids: Sequence[int], slot_of: dict[int, int]) -> torch.Tensor:
-    """int32 slot of every token from its adapter id (0 or less: none); ids come in long runs.
+def slots_of(ids: Sequence[int], slot_of: Mapping[int, int]) -> torch.Tensor:
+    """int32 slot of every token from its adapter id (0: none).
+
+    torch sees the result only: some of its operators start threads, which costs milliseconds where
+    the cores are busy. The first array turns numpy's numbers into Python's at once.
 
     Raises:
         KeyError: an id has no slot.
     """
-    slots: list[int] = []
-    lengths: list[int] = []
-    last: object = None
-    for adapter in ids:
-        if adapter == last:
-            lengths[-1] += 1
-            continue
-        last = adapter
-        slots.append(slot_of[int(adapter)] if adapter > 0 else NO_ADAPTER)
-        lengths.append(1)
-    if not slots:
-        return torch.empty(0, dtype=torch.int32)
-    runs = torch.tensor(slots, dtype=torch.int32)
-    return torch.repeat_interleave(runs, torch.tensor(lengths))
+    known = {0: NO_ADAPTER, **slot_of}
+    slots = array("i", map(known.__getitem__, array("q", ids)))
+    return (
+        torch.frombuffer(slots, dtype=torch.int32) if slots else torch.empty(0, dtype=torch.int32)
+    )

@@ -1,13 +1,15 @@
-"""What vLLM's own LoRA kernels read about a step, filled from the host without waiting.
+"""What vLLM's own LoRA layers read about a step, filled from the host without waiting.
 
 vLLM sorts and counts the token -> slot map on the device and waits for the results three times for
-each of its two tables. The map comes from the host, so it can be sorted there; what reaches the
-device is the same (tests/cpu/test_vllm_metadata.py compares with vLLM's class).
+each of its two tables, and looks up every token in Python. The map comes from the host, so it can
+be sorted there; what reaches the device is the same (tests/engines/test_vllm_real.py compares with
+vLLM's classes).
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,39 +27,108 @@ FIELDS = (
 )
 """Fields of vLLM's LoRAKernelMeta that `fill` knows; with others it must not be used."""
 
+BASE_FIELDS = (
+    "_token_lora_indices",
+    "_sampler_indices",
+    "_sampler_indices_padded",
+    "_embeddings_indices",
+    "indices_len",
+)
+"""Fields of a wrapper that `fill_base` fills."""
+
+ALIGN = 16
+"""Tables begin at multiples of 64 bytes, as those of vLLM do: Triton compiles for alignment."""
+
 
 def is_known(meta: Any) -> bool:
     """Whether `meta` has exactly the fields that `fill` fills."""
     return tuple(sorted(vars(meta))) == tuple(sorted(FIELDS))
 
 
+def is_known_base(wrapper: Any) -> bool:
+    """Whether a wrapper has the fields that `fill_base` fills."""
+    return all(hasattr(wrapper, name) for name in BASE_FIELDS)
+
+
+def join(meta: Any) -> None:
+    """Put the three tables per adapter side by side, so that one copy fills them."""
+    room = -(-meta.lora_token_start_loc.numel() // ALIGN) * ALIGN
+    tables = torch.zeros(3 * room, dtype=torch.int32, device=meta.active_lora_ids.device)
+    size = meta.active_lora_ids.numel()
+    meta.active_lora_ids = tables[:size]
+    meta.num_tokens_per_lora = tables[room : room + size]
+    meta.lora_token_start_loc = tables[2 * room : 2 * room + size + 1]
+
+
 def fill(meta: Any, slots: torch.Tensor) -> None:
     """Do what `meta.prepare_tensors` does, for int32 slots [tokens] on the host.
 
     Args:
-        meta: a LoRAKernelMeta.
+        meta: a LoRAKernelMeta after `join`.
         slots: slot of each token, -1 for no adapter.
     """
+    tables = _joined(meta)
+    room = tables.numel() // 3
+    small = torch.zeros(tables.numel(), dtype=torch.int32)
     size = meta.active_lora_ids.numel()
-    small = torch.zeros(3 * size + 1, dtype=torch.int32)
-    ids, counts, starts = small[:size], small[size : 2 * size], small[2 * size :]
-    ids.fill_(-1)
+    small[:size].fill_(-1)
     none = not bool((slots >= 0).any())
     meta.no_lora_flag_cpu[0] = none
     meta.num_active_loras_cpu[0] = 0
+    pairs = [(tables, small)]
     if not none:
         order = torch.sort(slots, stable=True)[1].to(torch.int32)
-        found, per_id = torch.unique(slots, return_counts=True)
+        found, per_id = torch.unique_consecutive(slots[order], return_counts=True)
         active = found.numel()
-        ids[:active] = found
-        counts[:active] = per_id
-        starts[1 : active + 1] = torch.cumsum(per_id, 0)
+        small[:active] = found
+        small[room : room + active] = per_id
+        small[2 * room + 1 : 2 * room + 1 + active] = torch.cumsum(per_id, 0)
         meta.num_active_loras_cpu[0] = _captured(meta.captured_lora_counts, active)
-        to_device(meta.token_lora_mapping[: slots.numel()], slots)
-        to_device(meta.token_indices_sorted_by_lora_ids[: slots.numel()], order)
-    to_device(meta.active_lora_ids, ids)
-    to_device(meta.num_tokens_per_lora, counts)
-    to_device(meta.lora_token_start_loc, starts)
+        tokens = slots.numel()
+        pairs.append((meta.token_lora_mapping[:tokens], slots))
+        pairs.append((meta.token_indices_sorted_by_lora_ids[:tokens], order))
+    to_device(pairs)
+
+
+def _joined(meta: Any) -> torch.Tensor:
+    """The memory of the three tables that `join` put side by side."""
+    ids = meta.active_lora_ids
+    room = meta.num_tokens_per_lora.storage_offset() - ids.storage_offset()
+    whole: torch.Tensor = ids.as_strided((3 * room,), (1,))
+    return whole
+
+
+def fill_base(
+    wrapper: Any, tokens: torch.Tensor, samples: torch.Tensor, vocab_size: int, slots: int
+) -> None:
+    """Do what `wrapper._update_base_metadata` does.
+
+    Args:
+        wrapper: vLLM's.
+        tokens: int32 slot of each token on the host, -1 for no adapter.
+        samples: the same of each sampled token.
+        vocab_size: rows of an adapter's A for embeddings.
+        slots: adapters in a stack.
+    """
+    count, sampled = tokens.numel(), samples.numel()
+    by_token, by_sample = tokens.long(), samples.long()
+    padded = torch.where(by_sample < 0, slots, by_sample) * sampled
+    padded += torch.arange(sampled)
+    embeddings = wrapper._embeddings_indices
+    if (
+        embeddings.dim() == 2
+    ):  # 0.24 has a row of zeros for a vocabulary that adapters no longer add
+        embeddings[0, :count].zero_()
+        embeddings = embeddings[1]
+    to_device(
+        [
+            (wrapper._token_lora_indices[:count], by_token),
+            (embeddings[:count], by_token.clamp(min=0) * vocab_size),
+            (wrapper._sampler_indices[:sampled], by_sample),
+            (wrapper._sampler_indices_padded[:sampled], padded),
+        ]
+    )
+    wrapper.indices_len[:] = [count, sampled, sampled, count]
 
 
 def _captured(counts: list[int], active: int) -> int:
@@ -66,28 +137,18 @@ def _captured(counts: list[int], active: int) -> int:
     return counts[place] if place < len(counts) else active
 
 
-def to_device(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy from the host without waiting; torch keeps the pinned memory until the copy has run."""
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
-
-
-class SlotIndex(list[Any]):
-    """A list of adapter ids by slot whose `index` is a dictionary look-up.
-
-    vLLM asks for the slot of every token of a step, prompts included.
-    """
-
-    def __init__(self, ids: list[Any]) -> None:
-        super().__init__(ids)
-        self.slot_of = {adapter: slot for slot, adapter in reversed(list(enumerate(ids)))}
-
-    def index(self, adapter: Any, *_: Any) -> int:
-        """First slot of an adapter.
-
-        Raises:
-            ValueError: the adapter is in no slot.
-        """
-        try:
-            return int(self.slot_of[adapter])
-        except KeyError:
-            raise ValueError(f"{adapter} is not in list") from None
+def to_device(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy (target, source) from the host without waiting; all of one type. torch keeps the one
+    pinned piece of memory that they go through until the copies have run."""
+    if not pairs[0][0].is_cuda:
+        for target, source in pairs:
+            target.copy_(source)
+        return
+    total = sum(source.numel() for _, source in pairs)
+    pinned = torch.empty(total, dtype=pairs[0][1].dtype, pin_memory=True)
+    start = 0
+    for target, source in pairs:
+        part = pinned[start : start + source.numel()]
+        part.copy_(source)
+        target.copy_(part, non_blocking=True)
+        start += source.numel()

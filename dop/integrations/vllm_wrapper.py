@@ -26,7 +26,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from dop import ops
 from dop.errors import DopError
 from dop.integrations import vllm_metadata
-from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of_runs
+from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG
 
 _LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -52,7 +52,13 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             small=captured,
             hint_small=not captured or self.lora_config.specialize_active_lora,
         )
-        self._known_meta = vllm_metadata.is_known(self.token_mapping_meta)
+        metas = (self.token_mapping_meta, self.prompt_mapping_meta)
+        self._known_meta = vllm_metadata.is_known_base(self) and all(
+            map(vllm_metadata.is_known, metas)
+        )
+        if self._known_meta:
+            for meta in metas:
+                vllm_metadata.join(meta)
         self._no_adapter = True
         # By address of a layer's first stack: why it stays with vLLM's kernels, or "".
         self._layers: dict[int, str] = {}
@@ -74,18 +80,19 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Once per step, outside of CUDA graphs: fills every table that kernels read."""
-        index = vllm_metadata.SlotIndex(lora_index_to_id)
-        slot_of = index.slot_of
-        tokens = slots_of_runs(mapping.index_mapping, slot_of)
-        samples = slots_of_runs(mapping.prompt_mapping, slot_of)
+        slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter}
+        tokens = slots_of(mapping.index_mapping, slot_of)
+        samples = slots_of(mapping.prompt_mapping, slot_of)
+        self._sampled = set(samples.tolist()) - {-1}
         if self._known_meta:
             self.is_prefill = mapping.is_prefill
-            self._update_base_metadata(mapping, index, max_loras, vocab_size)
+            vllm_metadata.fill_base(self, tokens, samples, vocab_size, max_loras - 1)
             vllm_metadata.fill(self.token_mapping_meta, tokens)
-            vllm_metadata.fill(self.prompt_mapping_meta, samples)
+            # Only the output head reads the other one.
+            heads = torch.full_like(samples, -1) if self._sampled <= self._headless else samples
+            vllm_metadata.fill(self.prompt_mapping_meta, heads)
         else:
-            super().update_metadata(mapping, index, max_loras, vocab_size, **kwargs)
-        self._sampled = set(samples.tolist()) - {-1}
+            super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         used = set(tokens.tolist()) - {-1}
         self._no_adapter = not used
         self._plans.update(tokens, len(used))
@@ -152,6 +159,10 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         """What the opaque op does: dop.ops, or vLLM's kernels for a layer dop does not cover."""
         if self._no_adapter:
             return
+        if x.shape[0] < self._plans.tokens:
+            # Not the step's rows, e.g. a pooled head's: vLLM reads the first rows' adapters there.
+            self._launch_stock(y, x, a, b, scale, add_inputs)
+            return
         layer = b[0].data_ptr()
         known = self._layers.get(layer)
         reason = uncovered(y, x, a, b) if known is None else known
@@ -164,8 +175,18 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         if reason != known:
             self._layers[layer] = reason
             self._say(reason, a, b)
-        if not reason:
-            return
+        if reason:
+            self._launch_stock(y, x, a, b, scale, add_inputs)
+
+    def _launch_stock(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: list[torch.Tensor],
+        b: list[torch.Tensor],
+        scale: float,
+        add_inputs: bool,
+    ) -> None:
         slices = tuple(part.shape[-2] for part in b)
         super().add_lora_linear(y, x, tuple(a), tuple(b), scale, slices, add_inputs=add_inputs)
 

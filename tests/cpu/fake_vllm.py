@@ -71,6 +71,9 @@ class PunicaWrapperGPU:
         self.token_mapping_meta = KernelMeta(self.max_loras, max_num_batched_tokens, counts)
         self.prompt_mapping_meta = KernelMeta(self.max_loras, max_num_batched_tokens, counts)
         self._token_lora_indices = torch.empty(max_num_batched_tokens, dtype=torch.long)
+        self._sampler_indices = torch.empty(max_num_batched_tokens, dtype=torch.long)
+        self._sampler_indices_padded = torch.empty(max_num_batched_tokens, dtype=torch.long)
+        self._embeddings_indices = torch.empty(max_num_batched_tokens, dtype=torch.long)
         self.indices_len: list[int | None] = [None] * 4
         self.is_prefill = False
         self.stock_calls = 0

@@ -7,7 +7,7 @@ import torch
 
 from dop import ops
 from dop.integrations import step_plan
-from dop.integrations.step_plan import NO_ADAPTER, StepPlans, narrow, slots_of_runs
+from dop.integrations.step_plan import NO_ADAPTER, StepPlans, narrow, slots_of
 from dop.ops.plan import ROW_TABLES, TILE_SIZES, TILE_TABLES
 
 SLOTS = 5
@@ -127,9 +127,9 @@ def test_scales_and_ranks_are_read_anew():
     assert table.table("token_rank").tolist() == [2, 8]
 
 
-def test_slots_of_runs():
-    ids = (5, 5, 0, 9, 9, 9, -1, 5)
-    assert slots_of_runs(ids, {5: 1, 9: 0}).tolist() == [1, 1, -1, 0, 0, 0, -1, 1]
-    assert slots_of_runs((), {}).numel() == 0
+def test_slots_of():
+    ids = (5, 5, 0, 9, 9, 9, 0, 5)
+    assert slots_of(ids, {5: 1, 9: 0}).tolist() == [1, 1, -1, 0, 0, 0, -1, 1]
+    assert slots_of((), {}).numel() == 0
     with pytest.raises(KeyError):
-        slots_of_runs((4,), {5: 1})
+        slots_of((4,), {5: 1})

@@ -112,6 +112,19 @@ def test_padded_rows_of_a_longer_step_before_are_not_touched(wrapper_module):
     engine.check([1, 1, 1], padded=13)
 
 
+def test_fewer_rows_than_the_step_has_tokens_are_vllms(wrapper_module):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, 8, 1)
+    engine.step([1] * 6)
+    pooled = torch.randn(2, HIDDEN).to(engine.config.lora_dtype)
+    meta = engine.wrapper.token_mapping_meta
+    meta.token_indices_sorted_by_lora_ids[:2], meta.num_tokens_per_lora[0] = torch.arange(2), 2
+    engine.layers["o"].apply(pooled)
+    assert engine.wrapper.stock_calls == 1
+    engine.check([1] * 6)
+    assert engine.wrapper.stock_calls == 1
+
+
 def test_steps_beyond_the_small_plan_and_back(wrapper_module):
     engine = Engine(wrapper_module, tokens=2048)
     engine.adapter(1, 4, 1)

@@ -162,6 +162,7 @@ def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
                 for _ in range(2)
             ]
             assert vllm_metadata.is_known(metas[0])
+            vllm_metadata.join(metas[1])
             for meta in metas:
                 meta.token_lora_mapping.fill_(9)
                 meta.token_indices_sorted_by_lora_ids.fill_(9)
@@ -171,6 +172,26 @@ def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
                 vllm_metadata.fill(metas[1], given)
                 for name in vllm_metadata.FIELDS[:-1]:
                     assert torch.equal(getattr(metas[0], name), getattr(metas[1], name)), name
+
+
+def test_the_indices_that_vllms_embeddings_read_are_the_same():
+    from dop.integrations import vllm_metadata
+    from dop.integrations.step_plan import slots_of
+
+    wrappers = [punica_gpu.PunicaWrapperGPU(64, 8, "cpu", lora_config=CONFIG) for _ in range(2)]
+    assert vllm_metadata.is_known_base(wrappers[1])
+    ids, slot_of = [7, None, 5], {7: 0, 5: 2}
+    for tokens, samples in (((7, 7, 0, 5), (7, 5)), ((0,) * 64, (0,) * 8), ((5,), (5,))):
+        mapping = LoRAMapping(tokens, samples)
+        wrappers[0]._update_base_metadata(mapping, ids, SLOTS + 1, 100)
+        slots = [slots_of(each, slot_of) for each in (tokens, samples)]
+        vllm_metadata.fill_base(wrappers[1], *slots, 100, SLOTS)
+        assert wrappers[0].indices_len == wrappers[1].indices_len
+        for name, length in zip(
+            vllm_metadata.BASE_FIELDS[:4], wrappers[0].indices_len, strict=True
+        ):
+            stock, mine = (getattr(w, name)[..., :length] for w in wrappers)
+            assert torch.equal(stock, mine), name
 
 
 def test_the_lru_manager_activates_through_the_patch():
