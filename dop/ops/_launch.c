@@ -721,7 +721,8 @@ read_rows(const Short *self, const Found *found, PyObject *object, int64_t width
     }
     *out = (uint64_t)(uintptr_t)address_of(&tensor);
     return tensor.ndim == 2 && tensor.shape[0] == found->call->tokens &&
-           tensor.shape[1] == width && same_kind(found->weights, &tensor) && !(*out & 15);
+           tensor.shape[1] == width && same_kind(found->weights, &tensor) && *out != 0 &&
+           !(*out & 15);
 }
 
 /* Weights where they were and as they were. Only values are compared: that a tensor died and

@@ -106,7 +106,7 @@ def _in_python(around: Surroundings) -> ShortPath:
             else:
                 words = own_words(plan, block.tile_rows, ranks, scale)
             x_at, y_at = x.data_ptr(), y.data_ptr()
-            if (x_at | y_at) & 15:
+            if (x_at | y_at) & 15 or not (x_at and y_at):  # 0: it has no memory
                 return False
             code = block.call.run(x_at, y_at, stacks.words, words)
         except (KeyError, AttributeError, IndexError, TypeError, ValueError):

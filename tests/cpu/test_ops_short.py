@@ -253,14 +253,16 @@ def test_a_hundred_thousand_calls_leave_nothing_behind(monkeypatch):
             call(y, x, a, b, bad, 1.0, None)
             call(y, x, a, wide, plan, 1.0, None)
             call(y, x, a, b, plan, 2.0, None)
-        for _ in range(times // 500):
+        for _ in range(times // 50):
             fails()
 
     many(1000)
-    before, blocks = counts(objects), allocated()
-    many(100_000)
-    grown = allocated() - blocks
-    assert abs(grown) < 500, grown
+    before, blocks, grown = counts(objects), allocated(), []
+    for _ in range(4):
+        many(25_000)
+        blocks, last = allocated(), blocks
+        grown.append(blocks - last)
+    assert min(grown) < 200, grown  # what other tests left behind may end meanwhile
     for name, had, has in zip(objects, before, counts(objects), strict=True):
         assert abs(has - had) < 50, type(name)
 
@@ -274,8 +276,8 @@ def test_prepared_calls_are_freed():
                 native.EXTENSION.Call(*call_arguments(places=(17,)))
         return allocated()
 
-    before = many(100)
-    assert abs(many(20_000) - before) < 500
+    found = [many(100), many(10_000), many(10_000)]
+    assert min(found[1] - found[0], found[2] - found[1]) < 200
 
 
 def call_arguments(entry=1, fixed=bytes(16), figures=(1,) * 7, places=(0, 16), **rest):
@@ -415,3 +417,37 @@ def test_no_compiler_is_no_failure(tmp_path):
 def test_one_binary_for_every_python(tmp_path):
     said, found = build(tmp_path, CFLAGS="-Wall -Wextra -Werror -Wno-cast-function-type")
     assert found == ["_launch.abi3.so"], said
+
+
+def test_parameters_and_inference_tensors_stay_short(case):
+    _, a, b, x, y, plan = case
+    with torch.no_grad():
+        learnt = [[torch.nn.Parameter(t.clone()) for t in side] for side in (a, b)]
+        ops.add_lora(y.clone(), x, *learnt, plan)
+        assert is_short(y.clone(), x, *learnt, plan)
+    with torch.inference_mode():
+        inside = torch.randn_like(x)
+        got, want = y.clone(), reference(y, inside, a, b, IDS)
+        assert is_short(got, inside, a, b, plan)
+    near(got, want)
+
+
+def test_a_tensor_without_memory_is_an_error(case):
+    _, a, b, x, y, plan = case
+    driver = case[0]
+    driver.launches.clear()
+    with pytest.raises((RuntimeError, DopError)):
+        torch.vmap(lambda one: ops.add_lora(y, one, a, b, plan))(torch.stack([x, x]))
+    assert not driver.launches
+    nothing = torch.empty_like(x, device="meta")
+    with pytest.raises(DopError):
+        ops.add_lora(y, nothing, a, b, plan)
+    assert not driver.launches
+
+
+def test_swapped_rows(case):
+    _, a, b, x, y, plan = case
+    torch.utils.swap_tensors(x, torch.randn_like(x))
+    want = reference(y, x, a, b, IDS)
+    assert is_short(y, x, a, b, plan)
+    near(y, want)
