@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import struct
 import time
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import pytest
 
 from dop import ops, packs
 from dop.errors import BuildError, DopError, MissingKernelError
+from dop.measure import compile_cuda
+from dop.measure.compile_cpu import CompilerError
+from dop.measure.nvrtc_headers import STUBS
 from dop.ops import cache, nvrtc, sources
-from dop.ops.nvrtc_headers import STUBS
 
 KERNEL = """
 #ifdef __CUDACC_RTC__
@@ -237,3 +240,42 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_parts_of_a_key_are_kept_apart():
     assert cache.key_of("ab", "c") != cache.key_of("a", "bc")
+
+
+@pytest.mark.skipif(compile_cuda.load_nvrtc() is None, reason="NVRTC is not installed")
+def test_small_headers_give_the_machine_code_of_cudas_own():
+    source = (
+        "#include <cuda/std/cstdint>\n#include <cuda_bf16.h>\n"
+        'extern "C" __global__ void k(nv_bfloat16* y, const nv_bfloat16* x) {\n'
+        "  y[threadIdx.x] = __hadd(x[threadIdx.x], y[threadIdx.x]);\n}\n"
+    )
+    nvrtc = compile_cuda.load_nvrtc()
+    small = compile_cuda._by_nvrtc(nvrtc, source, "sm_90a", STUBS)
+    own = compile_cuda._by_nvrtc(nvrtc, source, "sm_90a", {})
+    assert text_of(small) == text_of(own) != b""
+
+
+def text_of(cubin: bytes) -> bytes:
+    """Section .text.k of an ELF file."""
+    offset = struct.unpack_from("<Q", cubin, 0x28)[0]
+    size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
+    heads = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + i * size) for i in range(count)]
+    for head in heads:
+        start = heads[names_at][4] + head[0]
+        if cubin[start : cubin.index(b"\0", start)] == b".text.k":
+            return cubin[head[4] : head[4] + head[5]]
+    return b""
+
+
+def test_what_small_headers_do_not_serve_gets_cudas_own(monkeypatch):
+    seen = []
+
+    def by_nvrtc(nvrtc, source, arch, headers):
+        seen.append(bool(headers))
+        if headers:
+            raise CompilerError("NVRTC: cuda/std/complex is not there")
+        return b"cubin"
+
+    monkeypatch.setattr(compile_cuda, "_by_nvrtc", by_nvrtc)
+    assert compile_cuda._compile_nvrtc(None, "source", "sm_90a") == b"cubin"
+    assert seen == [True, False]
