@@ -35,6 +35,9 @@ _LOG_FIRST = typer.Argument(..., help="The tuning log.", show_default=False)
 _PACK = typer.Option(..., "--output", "-o", help="File to write, NAME.doppack.", show_default=False)
 _CATALOG = typer.Argument(..., help="The folder.", show_default=False)
 _JSON = typer.Option(False, "--json", help="Print one JSON document.")
+_REUSE = typer.Option(
+    None, help="Take unchanged kernels from this pack. Default: the output, if it exists."
+)
 _JOBS = typer.Option(0, "--jobs", "-j", min=0, help="Processes that build; 0: one per core.")
 
 
@@ -93,6 +96,8 @@ def pack(
     sources: bool = typer.Option(
         True, help="Ship the CUDA sources too, from which other architectures are served."
     ),
+    reuse: Path | None = _REUSE,
+    rebuild: bool = typer.Option(False, "--rebuild", help="Build every kernel anew."),
     jobs: int = _JOBS,
     as_json: bool = _JSON,
 ) -> None:
@@ -118,8 +123,10 @@ def pack(
         max_regret=regret / 100,
         processes=jobs or default_processes(),
         sources=sources,
+        reuse=None if rebuild else reuse or output,
         progress=progress,
     )
+    note(packed.effort)
     for line in packed.notes:
         note(f"note: {line}")
     _report(packed.selection, output, packed.size_bytes, as_json, packed.notes)

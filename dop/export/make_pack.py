@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dop.export.cuda_text import ONE_GPU, take_apart
 from dop.export.index import FORMAT, VERSION
 from dop.export.library import described, job_of
 from dop.export.pack import SOURCES, hashed_name, write_pack
+from dop.export.reuse import BUILDER, MIN_ARCH, Reusable, builder
 from dop.export.select import Kernel, Measured, Selection, choose
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
@@ -34,6 +36,8 @@ class Packed:
         selection: what is in it.
         binaries: distinct cubins.
         cubin_bytes: of them, uncompressed.
+        built, reused: kernels that were built now, and that came from an existing pack.
+        build_s: seconds that building took.
         notes: what a person should know, one line each.
     """
 
@@ -43,6 +47,18 @@ class Packed:
     binaries: int
     cubin_bytes: int
     notes: tuple[str, ...]
+    built: int = 0
+    reused: int = 0
+    build_s: float = 0.0
+
+    @property
+    def effort(self) -> str:
+        """What it took, for people."""
+        each = f", {self.build_s / self.built:.2f} s each" if self.built else ""
+        return (
+            f"{self.built} kernels built in {self.build_s:.0f} s{each}; "
+            f"{self.reused} reused from an existing pack."
+        )
 
 
 def make_pack(
@@ -53,6 +69,7 @@ def make_pack(
     max_regret: float,
     processes: int = 1,
     sources: bool = True,
+    reuse: Path | None = None,
     generate: Generate | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Packed:
@@ -69,6 +86,8 @@ def make_pack(
         max_regret: see `dop.dispatch.cover`.
         processes: that build at a time.
         sources: ship the CUDA sources too, of kernels that other architectures can build.
+        reuse: an existing pack; its kernels are taken where they would be built the same, see
+            `dop.export.reuse`.
         generate: stand-in for the code generator.
         progress: is told (kernels built, kernels to build).
 
@@ -81,14 +100,19 @@ def make_pack(
             f"{measured.device_name} is no CUDA device.", "Use dop export library for CPUs."
         )
     outcomes: dict[Key, Outcome] = {}
+    existing = Reusable(reuse, measured.target_key, sources)
+    reused: set[Key] = set()
+    began = time.monotonic()
     banned: dict[Key, str] = {}
     while True:
         selection = in_dtypes(choose(measured, max_regret, banned), dtypes)
+        reused |= _take(selection, outcomes, existing)
         _build(selection, outcomes, processes, generate, progress)
         broken = _broken(selection, outcomes)
         if not broken:
             break
         banned |= broken
+    build_s = time.monotonic() - began
     notes = [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items()]
     selection, dropped = _transferable(selection, outcomes)
     notes += dropped
@@ -97,11 +121,25 @@ def make_pack(
     size = write_pack(path, index, files)
     cubins = {name: data for name, data in files.items() if name.endswith(".cubin")}
     total = sum(map(len, cubins.values()))
-    return Packed(path, size, selection, len(cubins), total, tuple(notes))
+    told = (*notes, *([existing.note] if existing.note else []))
+    built = len(outcomes.keys() - reused)
+    return Packed(path, size, selection, len(cubins), total, told, built, len(reused), build_s)
 
 
 def _key(kernel: Kernel) -> Key:
     return kernel.workload.key, kernel.trace_key
+
+
+def _take(selection: Selection, outcomes: dict[Key, Outcome], existing: Reusable) -> set[Key]:
+    """Takes from an existing pack what it has; returns the keys."""
+    found: set[Key] = set()
+    for kernel in selection.kernels:
+        key = _key(kernel)
+        artifact = None if key in outcomes else existing.artifact(*key)
+        if artifact is not None:
+            outcomes[key] = artifact
+            found.add(key)
+    return found
 
 
 def _build(
@@ -190,10 +228,12 @@ def _contents(
         files[file] = artifact.binary
         entry = described(kernel, artifact, (file, ""))
         del entry["scenarios"]  # the table holds them
-        entry["min_arch"] = take_apart(artifact.source).min_arch
+        known = artifact.resources.get(MIN_ARCH)
+        entry[MIN_ARCH] = int(known) if known else take_apart(artifact.source).min_arch
         if kernel.transferred_from:
             entry["transferred_from"] = kernel.transferred_from
-        if sources and not ONE_GPU.search(artifact.source):
+        # A reused kernel without source was shipped without it.
+        if sources and artifact.source and not ONE_GPU.search(artifact.source):
             entry["source"] = SOURCES
             entry["source_span"] = texts.add(artifact.source)
         kernels.append(entry)
@@ -203,6 +243,7 @@ def _contents(
     provenance = {
         **selection.provenance.to_json(),
         "max_regret": max_regret,
+        BUILDER: builder(),
         "transferred": transferred,
     }
     index = {

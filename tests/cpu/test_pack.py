@@ -15,6 +15,7 @@ import pytest
 from pack_samples import TIMES, TRACES, WORKLOAD, fake_generate, pack_at, trace
 
 from dop.errors import ConfigError, ExportError
+from dop.export import reuse
 from dop.export.dtypes import parse_dtypes
 from dop.export.index import runs_on
 from dop.export.load import CudaLibrary, load
@@ -317,3 +318,60 @@ def test_the_command_writes_a_pack(packed, tmp_path, monkeypatch, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert why in lines[0]
+
+
+def counted(calls):
+    def generate(workload, steps, target):
+        calls.append(workload.key)
+        return fake_generate(workload, steps, target)
+
+    return generate
+
+
+def test_unchanged_kernels_are_reused(tmp_path, monkeypatch):
+    path, calls = tmp_path / "p.doppack", []
+    first = pack_at(path, monkeypatch, generate=counted(calls))
+    assert (first.built, first.reused) == (len(calls), 0)
+    before = path.read_bytes()
+
+    calls.clear()
+    again = pack_at(path, monkeypatch, generate=counted(calls), reuse=path)
+    assert (calls, again.built, again.reused) == ([], 0, first.built)
+    assert path.read_bytes() == before
+    assert f"{first.built} reused" in again.effort
+
+    # another regret ships one more kernel; only that one is built, in both types
+    more = pack_at(path, monkeypatch, generate=counted(calls), reuse=path, max_regret=0.0)
+    assert (more.built, more.reused) == (len(calls), first.built)
+    assert 0 < more.built < first.built + more.built
+
+
+def test_nothing_is_reused_from_another_builder(tmp_path, monkeypatch):
+    path, calls = tmp_path / "p.doppack", []
+    first = pack_at(path, monkeypatch)
+    monkeypatch.setattr("dop.export.reuse.builder", lambda: "another")
+    other = pack_at(path, monkeypatch, generate=counted(calls), reuse=path)
+    assert (len(calls), other.reused) == (first.built, 0)
+    assert "another version" in other.notes[-1]
+    path.write_bytes(b"damaged")
+    damaged = pack_at(path, monkeypatch, generate=counted(calls), reuse=path)
+    assert damaged.reused == 0
+    assert "damaged" in damaged.notes[-1]
+
+
+def test_a_pack_without_sources_gives_nothing_to_one_with_them(tmp_path, monkeypatch):
+    path = tmp_path / "p.doppack"
+    first = pack_at(path, monkeypatch, sources=False)
+    assert pack_at(path, monkeypatch, reuse=path).reused == 0
+    assert pack_at(path, monkeypatch, reuse=path, sources=False).reused == first.built
+
+
+def test_the_builder_knows_its_files(monkeypatch):
+    reuse.builder.cache_clear()
+    one = reuse.builder()
+    monkeypatch.setattr(reuse, "_PARTS", reuse._PARTS[1:])
+    reuse.builder.cache_clear()
+    assert reuse.builder() != one
+    reuse.builder.cache_clear()
+    root = Path(reuse.dop.__file__).parent
+    assert all(list(root.glob(part)) for part in reuse._PARTS)
