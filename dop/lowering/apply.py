@@ -17,6 +17,7 @@ implied by a step or rides on a pragma (PR):
   element), so that one lane's part of it is a box (regions of CA are boxes).
 - PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches,
   2 the first one too (lowering/cuda_launch.py).
+- PR scaled_b of gather_b, near_rows of gather_x: forms of the program (lowering/program.py).
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand
@@ -67,6 +68,11 @@ HINTS = (
     *("workers", "cluster_blocks", "rank_blocks"),
 )
 """Pragmas that a tile's intrinsic reads, see lowering/tile_kernels.py."""
+
+TURNED_LANES = (4, 8, 16)
+
+FORMS = ("scaled_b", "near_rows")
+"""Pragmas that the program is rendered by, see lowering/program.py."""
 
 TILE_INTRINSICS = tuple(
     f"{tile}_{kind}"
@@ -129,7 +135,10 @@ class Application:
         program = Program(
             *(workload, rows, _packing(trace), _wants_matrices(trace)),
             *(_runs_on_a_gpu(trace), _stages_y(trace)),
+            *(_asks(trace, "scaled_b"), _asks(trace, "near_rows")),
         )
+        if program.near_rows and (program.matrix or program.clamp):
+            raise TraceError("near_rows is for loops of scalar rows on a CPU.")
         func = from_source(program.source(), extra_vars={"T": T})
         # The slice of a group of columns is no affine number where widths differ; TVM's checks
         # would refuse to vectorize the sum over split-K parts for that alone.
@@ -330,6 +339,10 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         app.dependent_launch = int(step.value)
     elif name == "transpose":
         schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)
+    elif name == "turn":
+        _turn(app, step)
+    elif name in FORMS:
+        pass  # the program was rendered so
     elif name in HINTS:
         if not isinstance(step.value, int):
             raise TraceError(f"{name} wants a number.")
@@ -338,6 +351,15 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         schedule.annotate(app.loop(step.stage, step.iter), f"pragma_{name}", value)
     else:
         raise TraceError(f"pragma {name!r} is unknown.")
+
+
+def _turn(app: Application, step: PragmaStep) -> None:
+    from dop.lowering.intrinsics.turn import register_turn
+
+    if not isinstance(step.value, int) or step.value not in TURNED_LANES:
+        raise TraceError(f"turn wants one of {TURNED_LANES}.")
+    intrinsic, loop = register_turn(step.value), app.loop(step.stage, step.iter)
+    app.copies.append(lambda: app.schedule.tensorize(loop, intrinsic))
 
 
 def _swap_last(*index: Any) -> list[Any]:
@@ -378,6 +400,11 @@ def _stages_y(trace: Trace) -> bool:
             return True
         stages = stages.after(step)
     return False
+
+
+def _asks(trace: Trace, name: str) -> bool:
+    """Whether a pragma that the program is rendered by stands in the trace."""
+    return any(isinstance(s, PragmaStep) and s.name == name for s in trace.steps)
 
 
 def _packing(trace: Trace) -> tuple[int, int] | None:

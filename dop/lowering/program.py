@@ -68,6 +68,10 @@ class Program:
         matrix: the form for tensor cores: padded rank, v converted in a stage of its own.
         clamp: loads of A and B behind the adapter's rank are turned back to its last element.
         stage_y: the old values of y are read in a stage of their own.
+        scaled_b: rank and scale of the adapter are applied to bg instead of v, which pays where a
+            copy of B serves many rows.
+        near_rows: rows behind a tile's end repeat its last one instead of being zero, so that x is
+            loaded without a condition; what they make of v is never used.
     """
 
     workload: Workload
@@ -76,6 +80,8 @@ class Program:
     matrix: bool = False
     clamp: bool = False
     stage_y: bool = False
+    scaled_b: bool = False
+    near_rows: bool = False
 
     @property
     def reads_y_early(self) -> bool:
@@ -203,7 +209,7 @@ class Program:
             "xg": (f"{t}, {self.rows}, {k}", dtype),
             "ag": (f"{w.slices}, {t}, {self.rank}, {k}", dtype),
             "v": (f"{w.slices}, {t}, {self.rows}, {self.rank}", "float32"),
-            "bg": (f"{t}, {w.total_out}, {self.rank}", dtype),
+            "bg": (f"{t}, {w.total_out}, {self.rank}", "float32" if self.scaled_b else dtype),
             "d": (f"{t}, {self.rows}, {w.total_out}", "float32"),
         }
         if self.matrix:
@@ -225,9 +231,11 @@ class Program:
         w = self.workload
         loops, index, column = self._k
         guards = [self._k_guard] if self._k_guard else []
-        if self.tile_rows:
-            guards.append("vi < tile_rows[vt]")
         row = self._row
+        if self.tile_rows and self.near_rows:
+            row = "row_index[tile_row0[vt] + T.max(T.min(vi, tile_rows[vt] - 1), 0)]"
+        elif self.tile_rows:
+            guards.append("vi < tile_rows[vt]")
         if self.matrix:
             # An asynchronous copy takes its condition as an operand: it always needs an address.
             row = "row_index[T.min(tile_row0[vt] + vi, tokens - 1)]"
@@ -325,6 +333,9 @@ class Program:
             column = f"{group} * {unit} + vr % {unit}"
         offset = f"((vn - {first}) * {w.rank} + {column})"
         value = self._padded(self._stack("b", before, offset, sizes))
+        if self.scaled_b:
+            factor = f"T.Select(vr < {self._adapter_rank}, {self._adapter_scale}, T.float32(0))"
+            value = f'T.cast({value}, "float32") * {factor}'
         axes: Axes = {"t": self.tiles, "n": w.total_out, "r": self.rank}
         return _stage("gather_b", axes, "SSS", [f"bg[vt, vn, vr] = {value}"])
 
@@ -332,7 +343,9 @@ class Program:
         w = self.workload
         slice_of = " + ".join(f'(1 - T.cast(vn < {o}, "int32"))' for o in w.offsets[1:]) or "0"
         axes: Axes = {"t": self.tiles, "i": self.rows, "n": w.total_out, "r": self.rank}
-        v = self._masked(f"v[{slice_of}, vt, vi, vr]")
+        v = f"v[{slice_of}, vt, vi, vr]"
+        if not self.scaled_b:
+            v = self._masked(v)
         if self.matrix:
             v = f'T.cast(vc[vt, vn // {self._group}, vi, vr], "float32")'
         product = f'{v} * T.cast(bg[vt, vn, vr], "float32")'

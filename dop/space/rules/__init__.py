@@ -5,6 +5,15 @@ from dop.space.rules.cpu_chunks import ChunkedLaneSums, StagedX
 from dop.space.rules.cpu_columns import ColumnBlocks
 from dop.space.rules.cpu_lane_sums import InlineA, InlineX, RowLaneSums
 from dop.space.rules.cpu_shuffled_b import InlineB, WrittenOutSums
+from dop.space.rules.cpu_turned_a import (
+    BlockTiles,
+    BroadcastX,
+    RegisterBlocks,
+    RegisterSums,
+    SquaresOfA,
+    SquaresOfB,
+    TurnedRanks,
+)
 from dop.space.rules.cpu_turned_b import TurnedB, VectorColumns
 from dop.space.rules.cuda_columns import (
     Columns,
@@ -94,5 +103,14 @@ RULES: tuple[Rule, ...] = (
     InlineA(),
     InlineX(),
     StagedX(),
+    BlockTiles("low_tiles", (8,)),
+    BlockTiles("middle_tiles", (16, 32)),
+    BlockTiles("tall_tiles", (64, 128)),
+    RegisterBlocks(),
+    RegisterSums(),
+    SquaresOfB(),
+    TurnedRanks(),
+    SquaresOfA(),
+    BroadcastX(),
 )
 """All rules."""

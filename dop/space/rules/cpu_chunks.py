@@ -27,7 +27,7 @@ class ChunkedLaneSums:
 
     def apply(self, state: SketchState) -> list[SketchState]:
         """shrink: [outer], s, t | rank group, row group, row, rank, lane; shrink_rf per (s, t)."""
-        if state.target.kind != "cpu" or max(tile_rows(state)) == 1:
+        if "regions" not in state.notes or max(tile_rows(state)) == 1:
             return []
         new = state.fork(self.name)
         width = feature_lanes(new)

@@ -65,7 +65,7 @@ class ColumnBlocks:
 
     def apply(self, state: SketchState) -> list[SketchState]:
         """Splits the columns into blocks of vectors: (tile, block), row, vector, lane."""
-        if state.target.kind != "cpu":
+        if state.target.kind != "cpu" or "register_blocks" in state.notes:
             return []
         new = state.fork(self.name)
         width = column_lanes(new)

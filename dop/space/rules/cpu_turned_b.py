@@ -29,7 +29,7 @@ class VectorColumns:
 
     def apply(self, state: SketchState) -> list[SketchState]:
         """Loops: block, tile, vector group, row group, rank, row, vector (both unrolled), lane."""
-        if state.target.kind != "cpu" or max(tile_rows(state)) == 1:
+        if "regions" not in state.notes or max(tile_rows(state)) == 1:
             return []
         new = state.fork(self.name)
         at = block_loop(new)
