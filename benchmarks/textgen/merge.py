@@ -14,7 +14,7 @@ from benchmarks.textgen.plot import plot
 from benchmarks.textgen.results import CaseResult
 from benchmarks.textgen.timing import Run, Stats
 from benchmarks.textgen.workload import Case
-from dop.errors import ConfigError
+from dop.errors import ConfigError, MissingDependencyError
 
 SAME = ("engine", "model", "rank", "slots", "dtype", "device", "versions", "vllm_args")
 """What runs must have in common to stand in one table."""
@@ -136,7 +136,6 @@ def show(paths: Sequence[Path], folder: Path | None) -> None:
 
     Raises:
         ConfigError: a file cannot be read or does not fit the others.
-        MissingDependencyError: a folder is given and matplotlib is not installed.
     """
     for group in merge([read(path) for path in paths]):
         group.results.sort(key=lambda r: (not r.decodes, r.case.lengths))  # stable
@@ -146,5 +145,9 @@ def show(paths: Sequence[Path], folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             stem = folder / group.stem
             Path(f"{stem}.json").write_text(json.dumps(group.document(), indent=1) + "\n")
-            plot(Path(f"{stem}.svg"), report.title(group.header), group.results)
-            print(f"written to {stem}.json and .svg\n")
+            print(f"written to {stem}.json")
+            try:
+                plot(Path(f"{stem}.svg"), report.title(group.header), group.results)
+                print(f"written to {stem}.svg\n")
+            except MissingDependencyError as error:
+                print(f"no figure: {error}\n")

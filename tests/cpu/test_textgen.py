@@ -388,6 +388,17 @@ def test_runs_of_two_gpus_in_one_table(tmp_path, capsys):
     assert [len(r.runs["dop"]) for r in back.results] == [3, 2, 2]
 
 
+def test_without_matplotlib_there_are_tables_and_documents(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    case = Case(1, "distinct", "64:96")
+    for rank in (16, 64):
+        saved(tmp_path / f"r{rank}", [measured(case, stock=[1], dop=[2])], rank=rank)
+    both = [str(tmp_path / "r16"), str(tmp_path / "r64")]
+    assert main(["--merge", *both, "--save-to", str(tmp_path / "o")]) == 0
+    assert len(list((tmp_path / "o").glob("*.json"))) == 2
+    assert capsys.readouterr().out.count("no figure: matplotlib") == 2
+
+
 def test_what_cannot_be_merged(tmp_path):
     case = Case(1, "distinct", "64:96")
     a = saved(tmp_path / "a", [measured(case, stock=[1], dop=[2])])
