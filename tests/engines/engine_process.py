@@ -17,6 +17,7 @@ from tiny_llama import ADAPTERS
 IDS = {name: number for number, name in enumerate([*ADAPTERS, "a1b"], start=1)}
 IDS["a1b"] = IDS["a1"]  # the same adapter id with other weights
 TOKENS = 12
+LOGPROBS = 20
 
 
 def requests() -> list[dict[str, Any]]:
@@ -47,9 +48,11 @@ class Engine:
         self.llm = LLM(
             model=str(folder), skip_tokenizer_init=True, enable_lora=True,
             dtype=settings.get("dtype", "float16"),
-            max_loras=settings.get("max_loras", 3), max_cpu_loras=4, max_lora_rank=16,
+            max_loras=settings.get("max_loras", 3), max_lora_rank=16,
+            max_cpu_loras=max(4, settings.get("max_loras", 3)),
             specialize_active_lora=settings.get("specialize", False), max_model_len=128,
-            max_num_seqs=16, gpu_memory_utilization=0.1, kv_cache_memory_bytes=64 << 20,
+            max_num_seqs=settings.get("sequences", 16), gpu_memory_utilization=0.1,
+            kv_cache_memory_bytes=64 << 20,
             enforce_eager=settings["eager"], enable_prefix_caching=False, seed=0,
         )  # fmt: skip
 
@@ -60,21 +63,66 @@ class Engine:
         return LoRARequest(f"id{IDS[name]}", IDS[name], str(self.folder / name), **more)
 
     def ask(self, asked: list[dict[str, Any]], *, inplace: bool = False) -> Any:
-        """Tokens of each request and the log-probability of its first token."""
-        from vllm import SamplingParams, TokensPrompt
+        """Tokens of each request and the log-probabilities of its first token's best."""
+        from vllm import TokensPrompt
 
-        params = SamplingParams(
-            max_tokens=TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=1
-        )
         prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in asked]
-        loras = [self.lora(r["adapter"]) if r["adapter"] else None for r in asked]
         if inplace:
-            for name in sorted({r["adapter"] for r in asked} - {""}):
-                self.llm.llm_engine.add_lora(self.lora(name, load_inplace=True))
-        outputs = self.llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+            self.replace(*sorted({r["adapter"] for r in asked} - {""}))
+        outputs = self.llm.generate(
+            prompts, parameters(), lora_request=[self.request_of(r) for r in asked], use_tqdm=False
+        )
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        first = [next(iter(o.outputs[0].logprobs[0].values())).logprob for o in outputs]
+        first = [
+            {token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()}
+            for o in outputs
+        ]
         return tokens, first
+
+    def request_of(self, asked: dict[str, Any]) -> Any:
+        """vLLM's request for the adapter of one of our requests."""
+        from vllm.lora.request import LoRARequest
+
+        if not asked["adapter"]:
+            return None
+        if "id" not in asked:
+            return self.lora(asked["adapter"])
+        return LoRARequest(f"n{asked['id']}", asked["id"], str(self.folder / asked["adapter"]))
+
+    def replace(self, *names: str) -> None:
+        """Load adapters over those of the same ids."""
+        for name in names:
+            self.llm.llm_engine.add_lora(self.lora(name, load_inplace=True))
+
+    def start(self, asked: list[dict[str, Any]], names: list[str]) -> None:
+        """Put requests to the engine without waiting for them."""
+        from vllm import TokensPrompt
+
+        for request, name in zip(asked, names, strict=True):
+            self.llm.llm_engine.add_request(
+                name, TokensPrompt(prompt_token_ids=request["prompt"]), parameters(),
+                lora_request=self.request_of(request),
+            )  # fmt: skip
+
+    def steps(self, count: int = 1 << 30) -> dict[str, list[int]]:
+        """Tokens, by name, of what finishes within so many steps."""
+        done: dict[str, list[int]] = {}
+        engine = self.llm.llm_engine
+        while count and engine.has_unfinished_requests():
+            count -= 1
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = list(output.outputs[0].token_ids)
+        return done
+
+
+def parameters() -> Any:
+    """Greedy, always the same number of tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=LOGPROBS
+    )
 
 
 def swapped(engine: Engine) -> dict[str, Any]:
@@ -91,17 +139,61 @@ def swapped(engine: Engine) -> dict[str, Any]:
     return {"requests": other, "before": before, "fresh": fresh, "again": again}
 
 
-def memory_growth(engine: Engine) -> int:
-    """Bytes of device memory that 5 more rounds of requests took."""
+def under_load(engine: Engine) -> dict[str, Any]:
+    """a1 is replaced by other weights under its id while other adapters' requests are running, and
+    the slots change hands (3 of them for 5 adapters); requests of the new weights join at once."""
+    others = [r for r in requests() if r["adapter"] not in ("", "a1")]
+    asked: list[dict[str, Any]] = []
+    done: dict[str, list[int]] = {}
+    for turn, name in enumerate(("a1", "a1b", "a1", "a1b")):
+        mine = [{**r, "adapter": name} for r in requests()[turn : turn + 3]]
+        part = others[turn * 3 : turn * 3 + 6]
+        names = [str(len(asked) + i) for i in range(len(part) + len(mine))]
+        engine.start(part, names[: len(part)])
+        done |= engine.steps(3)
+        engine.replace(name)
+        engine.start(mine, names[len(part) :])
+        asked += part + mine
+        # A running request would see its weights replaced, with any kernels.
+        while not set(names[len(part) :]) <= set(done):
+            done |= engine.steps(1)
+    done |= engine.steps()
+    return {"requests": asked, "tokens": [done[str(i)] for i in range(len(asked))]}
+
+
+def device_memory() -> list[int]:
+    """Bytes that torch has handed out and holds, after everything has finished."""
+    import gc
+
     import torch
 
-    engine.ask(requests())
+    gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    for _ in range(5):
-        engine.ask(requests())
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated() - before
+    return [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
+
+
+def many(engine: Engine, adapters: int = 500, count: int = 2000) -> dict[str, Any]:
+    """2,000 requests over 500 adapters in random order: device memory before and after, and what
+    the last of them answered."""
+    rng = random.Random(1)
+    kinds = [r for r in requests() if r["adapter"]]
+    names = list(ADAPTERS)
+    asked = []
+    for _ in range(count):
+        number = rng.randrange(adapters)
+        prompt = rng.choice(kinds)["prompt"]
+        name = names[number % len(names)]
+        asked.append({"prompt": prompt, "adapter": name, "id": 1000 + number, "tokens": TOKENS})
+    engine.ask(asked[:200])
+    before = device_memory()
+    tokens, _ = engine.ask(asked)
+    return {
+        "before": before, "after": device_memory(), "answered": len(tokens),
+        "requests": asked[-60:], "tokens": tokens[-60:],
+    }  # fmt: skip
+
+
+JOBS = {"swapped": swapped, "under_load": under_load, "many": many}
 
 
 def main() -> int:
@@ -116,9 +208,8 @@ def main() -> int:
         layers = [reason for w in _WRAPPERS.values() for reason in w._layers.values()]
         found["served"] = sum(not reason for reason in layers)
         found["stock_reasons"] = sorted({reason for reason in layers if reason})
-    if settings == {"eager": False}:
-        found["swapped"] = swapped(engine)
-        found["memory_growth_bytes"] = memory_growth(engine)
+    for job in settings.get("jobs", ()):
+        found[job] = JOBS[job](engine)
     out.write_text(json.dumps(found))
     sys.stdout.flush()
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -70,16 +72,15 @@ def _write_adapter(folder: Path, rank: int, rng: torch.Generator) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def merged_tokens(folder: Path, requests: list[dict]) -> list[list[int]]:
-    """Greedy tokens of every request by transformers in float32, its adapter merged."""
+def merged_models(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """transformers' model in float32 with each adapter merged, one after the other; "": none."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base = load_file(folder / "model.safetensors")
     settings = {k: v for k, v in CONFIG.items() if k not in ("architectures", "torch_dtype")}
     model = LlamaForCausalLM(LlamaConfig(**settings)).float().eval()
-    found: dict[int, list[int]] = {}
-    for name in {r["adapter"] for r in requests}:
+    for name in names:
         state = {key: value.float() for key, value in base.items()}
         if name:
             lora = load_file(folder / name / "adapter_model.safetensors")
@@ -88,6 +89,13 @@ def merged_tokens(folder: Path, requests: list[dict]) -> list[list[int]]:
                 up = lora[key.replace("lora_A", "lora_B")].float()
                 state[target] = state[target] + up @ lora[key].float()
         model.load_state_dict(state)
+        yield name, model
+
+
+def merged_tokens(folder: Path, requests: list[dict]) -> list[list[int]]:
+    """Greedy tokens of every request by transformers in float32, its adapter merged."""
+    found: dict[int, list[int]] = {}
+    for name, model in merged_models(folder, {r["adapter"] for r in requests}):
         for index, request in enumerate(requests):
             if request["adapter"] == name:
                 prompt = torch.tensor([request["prompt"]])
@@ -97,4 +105,16 @@ def merged_tokens(folder: Path, requests: list[dict]) -> list[list[int]]:
                         do_sample=False, eos_token_id=None, pad_token_id=0,
                     )  # fmt: skip
                 found[index] = out[0, prompt.shape[1] :].tolist()
+    return [found[index] for index in range(len(requests))]
+
+
+def merged_logprobs(folder: Path, requests: list[dict]) -> list[torch.Tensor]:
+    """Log-probabilities [vocabulary] of every request's first token, in float32."""
+    found: dict[int, torch.Tensor] = {}
+    for name, model in merged_models(folder, {r["adapter"] for r in requests}):
+        for index, request in enumerate(requests):
+            if request["adapter"] == name:
+                with torch.no_grad():
+                    logits = model(torch.tensor([request["prompt"]])).logits[0, -1]
+                found[index] = torch.log_softmax(logits, -1)
     return [found[index] for index in range(len(requests))]
