@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dop.errors import TraceError
 from dop.lowering.apply import Application
 from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
-from dop.lowering.intrinsics import pipelined_shrink, register_expand
+from dop.lowering.intrinsics import device_helpers, few_rows
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 
@@ -62,13 +62,13 @@ class TileKernels:
     def source(self) -> str:
         """CUDA C++ of both."""
         shrink, expand = self.shrink.source(NAMES[0]), self.expand.source(NAMES[1])
-        helpers = register_expand.HELPERS
+        helpers = device_helpers.HELPERS
         few = self.expand.tile_rows <= FEW_ROWS or self.expand.workers
         if self.dependent and few:
             for constant, plain in EARLY_LOADS.items():
                 helpers = helpers.replace(constant, plain)
         if self.expand.workers:
-            helpers += register_expand.LANE_HELPERS
+            helpers += few_rows.LANE_HELPERS
         if self.dependent > 1:
             # No load through the read-only path may pass the wait.
             shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
@@ -76,7 +76,7 @@ class TileKernels:
         return (
             INCLUDES[self.shrink.workload.dtype]
             + helpers
-            + pipelined_shrink.HELPERS
+            + device_helpers.CLUSTER_HELPERS
             + (HELPERS + FRESH_TABLE if self.dependent > 1 else "")
             + shrink
             + expand

@@ -163,8 +163,12 @@ def test_pipelined_shrink(
     v = np.full((k.parts, 2, TILES, 16, k.padded_rank), 0x7FC0, np.uint16)
     kernel = k.source("kernel")
     block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
+    # The emulator's clusters lie along y.
+    turned = "std::swap(blockIdx.x, blockIdx.y); std::swap(gridDim.x, gridDim.y);"
+    turned = turned if workers else ""
     launch = (
-        f"launch({workers or TILES}, {k.grid[1]}, {block}, {k.smem_bytes}, [&] {{ kernel("
+        f"launch({workers or TILES}, {split * rank_blocks}, {block}, {k.smem_bytes}, [&] {{ "
+        f"{turned} kernel("
         "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, a1); }, "
         f"{k.cluster_blocks});"
     )

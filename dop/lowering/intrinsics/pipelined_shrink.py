@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dop.lowering.intrinsics import few_rows
 from dop.workload import Workload
 
 
@@ -82,8 +83,10 @@ class PipelinedShrink:
     @property
     def grid(self) -> tuple[str, str, str]:
         """Blocks."""
-        tiles = f"tokens // {self.tile_rows} + {self.workers}" if self.workers else "tiles"
-        return (tiles, str(self.split_k * self.rank_blocks), "1")
+        blocks = str(self.split_k * self.rank_blocks)
+        if self.workers:  # tiles with rows come first, all of their blocks
+            return (blocks, f"tokens // {self.tile_rows} + {self.workers}", "1")
+        return ("tiles", blocks, "1")
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -103,21 +106,24 @@ class PipelinedShrink:
         return f"tiles * {self.parts * self.workload.slices * self.tile_rows * self.padded_rank}"
 
     def source(self, name: str) -> str:
-        """The kernel (its helpers are `HELPERS`)."""
+        """The kernel (its helpers: device_helpers.py)."""
         w, threads = self.workload, self.threads
         cluster, ranks = self.cluster_blocks, self.block_ranks
         pieces = self.depth // 8
         at_once = self.workers > 0 and self.stages * self.depth * self.split_k == w.in_features
-        close = _CLOSE_WORKERS if cluster > 1 else _SYNC + _CLOSE_WORKERS
+        shape = f"{cluster}, 1, 1" if self.workers else f"1, {cluster}, 1"
+        close = (
+            few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
+        )
         values = {
-            "OPEN": _OPEN_WORKERS if self.workers else _OPEN_TILE,
+            "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
             "CLOSE": close if self.workers else "",
-            "PRELOAD": _PRELOAD_ALL if self.workers else _PRELOAD,
+            "PRELOAD": few_rows.SHRINK_PRELOAD if self.workers else _PRELOAD,
             "AHEAD": self.stages if at_once else f"{self.stages} - 1",
             "LATER": self.stages - 1 if at_once else f"{self.stages} - 2",
             "NAME": name,
             "THREADS": threads,
-            "CLUSTER": f"dop__cluster_dims__(1, {cluster}, 1) " if cluster > 1 else "",
+            "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
             "SHARE": "share" if self.workers else "part",
             "ROW": "(first_rank + row)" if self.workers else "row",
             "R": "(first_rank + r)" if self.workers else "r",
@@ -178,56 +184,6 @@ def _shift_of(w: Workload) -> str:
     return text
 
 
-HELPERS = """\
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define dop__cluster_dims__(...) __cluster_dims__(__VA_ARGS__)
-#else
-#define dop__cluster_dims__(...)
-#endif
-__device__ __forceinline__ void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(at)
-               : "memory");
-}
-__device__ __forceinline__ float4 dop_read_peer(unsigned at, int block) {
-  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(there) : "memory");
-#endif
-  return value;
-}
-__device__ __forceinline__ void dop_cluster_sync() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dop_fence_copies() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dop_wgmma_begin() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dop_wgmma_commit() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dop_wgmma_wait() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-"""
-
 _OPEN_TILE = """\
   const int tile = blockIdx.x, part = blockIdx.y;
   dop_dependents_may_start();
@@ -238,30 +194,6 @@ _OPEN_TILE = """\
   if (rows <= 0) return;
 """
 
-_OPEN_WORKERS = """\
-  const int share = blockIdx.y % @SPLIT@, outer = blockIdx.y / @SPLIT@ % @PARTS@;
-  const int part = outer * @SPLIT@ + share, first_rank = blockIdx.y / @ALL_PARTS@ * @RANKS@;
-  const int workers = gridDim.x;
-  dop_dependents_may_start();
-  // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
-  for (int base = blockIdx.x; base < tiles; base += 32 * workers) {
-  const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
-  const int mine_rows = dop_table(tile_rows_ptr + at_table);
-  const int mine_row0 = dop_table(tile_row0_ptr + at_table);
-  const int mine_slot = dop_table(tile_slot_ptr + at_table);
-  const int mine_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + at_table);
-  // Empty: no rows. All entries are asked (none is negative), or some would be read later.
-  const bool full = mine < tiles && (mine_rows - 1 | mine_row0 | mine_slot | mine_rank) >= 0;
-  for (unsigned live = dop_lanes_with(full); live; live &= live - 1) {
-  const int from = dop_first_lane(live), tile = base + from * workers;
-  const int rows = dop_of_lane(mine_rows, from), row0 = dop_of_lane(mine_row0, from);
-  const long long slot = dop_of_lane(mine_slot, from);
-  const int given_rank = dop_of_lane(mine_rank, from);
-"""
-
-_SYNC = "  __syncthreads();\n"
-_CLOSE_WORKERS = "  }\n  }\n"
-
 _PRELOAD = """\
 #pragma unroll
   for (int step = 0; step < @STAGES@ - 1; ++step) {
@@ -270,28 +202,6 @@ _PRELOAD = """\
     } else {
       dop_commit();
     }
-  }
-"""
-
-_PRELOAD_ALL = """\
-  // A of all stages first: nothing of it depends on the table of rows.
-#pragma unroll
-  for (int step = 0; step < @AHEAD@ && step < @STEPS@; ++step) {
-#pragma unroll
-    for (int c = 0; c < @A_COPIES@; ++c)
-      if ((c + 1) * @THREADS@ <= @A_PIECES@ || thread + c * @THREADS@ < @A_PIECES@)
-        dop_copy(a_shared + (unsigned)step * (@RANKS@ * @DEPTH@ * 2) + a_to[c],
-                 a_from[c] + step * @DEPTH@, a_bytes[c]);
-  }
-#pragma unroll
-  for (int step = 0; step < @AHEAD@; ++step) {
-#pragma unroll
-    for (int c = 0; c < @X_COPIES@; ++c)
-      if (step < @STEPS@ &&
-          ((c + 1) * @THREADS@ <= @X_PIECES@ || thread + c * @THREADS@ < @X_PIECES@))
-        dop_copy(x_shared + (unsigned)step * (@TM@ * @DEPTH@ * 2) + x_to[c],
-                 x_from[c] + step * @DEPTH@, x_bytes[c]);
-    dop_commit();
   }
 """
 

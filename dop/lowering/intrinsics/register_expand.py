@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dop.lowering.intrinsics import few_rows
 from dop.workload import Workload
 
 ALL_AHEAD = 2
@@ -105,20 +106,20 @@ class RegisterExpand:
         return 1 + min(self.b_ahead, self.steps - 1)
 
     def source(self, name: str) -> str:
-        """The kernel (its helpers are `HELPERS`)."""
+        """The kernel (its helpers: device_helpers.py)."""
         w = self.workload
         count = "workers" if self.workers else "tiles"
         all_b = self.b_ahead == ALL_AHEAD and not self.shared_b
         threads = 32 * self.row_warps * self.column_warps
         shifts = "".join(f", long long b{s}_shift" for s in range(1, w.slices))
         values = {
-            "OPEN": _OPEN_WORKERS if self.workers else _OPEN_TILE,
-            "CLOSE": _close(self.shared_b) if self.workers else "",
+            "OPEN": few_rows.EXPAND_OPEN if self.workers else _OPEN_TILE,
+            "CLOSE": few_rows.expand_close(self.shared_b) if self.workers else "",
             "LEAVE": "continue" if self.workers else "return",
-            "READ_V": _READ_V if self.parts == 1 else _ADD_V,
-            "FIRST_B": _ALL_B if all_b else _FIRST_B,
+            "READ_V": _READ_V if self.parts == 1 else few_rows.EXPAND_ADD_V,
+            "FIRST_B": few_rows.EXPAND_ALL_B if all_b else _FIRST_B,
             "NEXT_B": "" if all_b else _NEXT_B,
-            "COPIES": _COPIES if self.workers else _COPIES_UNBOUND,
+            "COPIES": few_rows.EXPAND_COPIES if self.workers else _COPIES_UNBOUND,
             "STEP_COPIES": -(-4 * self.column_warps * w.rank // threads),
             "NAME": name,
             "THREADS": threads,
@@ -170,128 +171,6 @@ def _slice(w: Workload) -> str:
     return "\n".join(lines)
 
 
-HELPERS = """\
-__device__ __forceinline__ void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2,
-                                             unsigned a3, unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void dop_mma_f16(float* c, unsigned a0, unsigned a1, unsigned a2,
-                                            unsigned a3, unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ unsigned dop_pack_bf16(float low, float high) {
-  unsigned word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-__device__ __forceinline__ unsigned dop_pack_f16(float low, float high) {
-  unsigned word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-__device__ __forceinline__ float dop_low_bf16(unsigned word) { return __uint_as_float(word << 16); }
-__device__ __forceinline__ float dop_high_bf16(unsigned word) {
-  return __uint_as_float(word & 0xffff0000u);
-}
-__device__ __forceinline__ float dop_low_f16(unsigned word) {
-  float value;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(word));
-  return value;
-}
-__device__ __forceinline__ float dop_high_f16(unsigned word) {
-  float value;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
-  return value;
-}
-__device__ __forceinline__ int dop_table(const int* at) {
-  int value;
-  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ float dop_table(const float* at) {
-  float value;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
-  return value;
-}
-template <int N>
-__device__ __forceinline__ void dop_read_shared(unsigned (&words)[N], const void* at) {
-  const uint4 value = *static_cast<const uint4*>(at);
-  words[0] = value.x; words[1] = value.y; words[2] = value.z; words[3] = value.w;
-}
-__device__ __forceinline__ unsigned dop_shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-__device__ __forceinline__ void dop_copy(unsigned to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void dop_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N> __device__ __forceinline__ void dop_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-__device__ __forceinline__ void dop_wait_at_most(int groups) {
-  switch (groups) {  // a constant wherever it is used
-    case 0: dop_wait_but<0>(); break;
-    case 1: dop_wait_but<1>(); break;
-    case 2: dop_wait_but<2>(); break;
-    case 3: dop_wait_but<3>(); break;
-    case 4: dop_wait_but<4>(); break;
-    case 5: dop_wait_but<5>(); break;
-    case 6: dop_wait_but<6>(); break;
-    default: dop_wait_but<7>(); break;
-  }
-}
-__device__ __forceinline__ void dop_read_v(unsigned (&words)[4], const void* at) {
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(at) : "memory");
-}
-__device__ __forceinline__ void dop_read_v(unsigned (&words)[2], const void* at) {
-  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];"
-               : "=r"(words[0]), "=r"(words[1]) : "l"(at) : "memory");
-}
-__device__ __forceinline__ void dop_read_b(unsigned (&words)[4], const void* at) {
-  const uint4 value = __ldg(static_cast<const uint4*>(at));
-  words[0] = value.x; words[1] = value.y; words[2] = value.z; words[3] = value.w;
-}
-__device__ __forceinline__ void dop_read_b(unsigned (&words)[2], const void* at) {
-  const uint2 value = __ldg(static_cast<const uint2*>(at));
-  words[0] = value.x; words[1] = value.y;
-}
-__device__ __forceinline__ void dop_dependents_may_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dop_wait_for_v() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-"""
-
-LANE_HELPERS = """\
-__device__ __forceinline__ unsigned dop_lanes_with(bool here) {
-  return __ballot_sync(0xffffffffu, here);
-}
-__device__ __forceinline__ int dop_first_lane(unsigned lanes) { return __ffs((int)lanes) - 1; }
-__device__ __forceinline__ int dop_of_lane(int value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
-__device__ __forceinline__ float dop_of_lane(float value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
-"""
-"""What kernels with `workers` use besides."""
-
 _OPEN_TILE = """\
   const int tile = @TILE@;
   // The tables' entries are read side by side; a table that is not given reads as another one.
@@ -301,32 +180,6 @@ _OPEN_TILE = """\
   const float given_scale = dop_table(
       (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
 """
-
-_OPEN_WORKERS = """\
-  const int workers = (int)gridDim.x / @BLOCKS@, worker = @TILE@;
-  // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
-  for (int base = worker; base < tiles; base += 32 * workers) {
-  const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
-  const int mine_rows = dop_table(tile_rows_ptr + at_table);
-  const int mine_row0 = dop_table(tile_row0_ptr + at_table);
-  const int mine_slot = dop_table(tile_slot_ptr + at_table);
-  const int mine_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + at_table);
-  const float mine_scale = dop_table((tile_scale_ptr
-      ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + at_table);
-  // Empty: no rows. All entries are asked (none is negative), or some would be read later.
-  const bool full = mine < tiles && (mine_rows - 1 | mine_row0 | mine_slot | mine_rank) >= 0;
-  for (unsigned live = dop_lanes_with(full); live; live &= live - 1) {
-  const int from = dop_first_lane(live), tile = base + from * workers;
-  const int all_rows = dop_of_lane(mine_rows, from), row_0 = dop_of_lane(mine_row0, from);
-  const int slot = dop_of_lane(mine_slot, from), given_rank = dop_of_lane(mine_rank, from);
-  const float given_scale = dop_of_lane(mine_scale, from);
-"""
-
-
-def _close(shared_b: bool) -> str:
-    """The ends of the loops over tiles; every block waits, whatever it had to do."""
-    sync = "  __syncthreads();\n" if shared_b else ""
-    return f"{sync}  }}\n  }}\n  dop_wait_for_v();\n"
 
 
 _READ_V = """\
@@ -342,10 +195,6 @@ _READ_V = """\
 """
 
 _FIRST_B = "  if (@BUFFERS@ > 1) { DOP_LOAD_B(0, 0) }\n"
-_ALL_B = """\
-#pragma unroll
-  for (int step = 0; step < @STEPS@; ++step) { DOP_LOAD_B(step, step) }
-"""
 _NEXT_B = """\
     if (@BUFFERS@ == 1) { DOP_LOAD_B(0, step) }
     if (@BUFFERS@ > 1 && step + 1 < @STEPS@) { DOP_LOAD_B((step + 1) % @BUFFERS@, step + 1) }
@@ -354,39 +203,7 @@ _NEXT_B = """\
 _COPIES_UNBOUND = """\
     for (int piece = thread; piece < @STEP_PIECES@; piece += @THREADS@) {
 """
-_COPIES = """\
-    for (int copy = 0; copy < @STEP_COPIES@; ++copy) {
-      const int piece = thread + copy * @THREADS@;
-      if ((copy + 1) * @THREADS@ > @STEP_PIECES@ && piece >= @STEP_PIECES@) break;
-"""
-"""A known number of rounds: nvcc unrolls these without branches."""
 
-_ADD_V = """\
-  const long long v_part = (long long)(@SLICES@ * @TM@ * @PADDED@) * tiles;
-#pragma unroll
-  for (int p = 0; p < @KB@; ++p) {
-#pragma unroll
-    for (int m = 0; m < @MI@; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        unsigned words[@PARTS@][@WORDS@];
-#pragma unroll
-        for (int e = 0; e < @PARTS@; ++e)
-          dop_read_v(words[e], v + e * v_part + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
-#pragma unroll
-        for (int k = 0; k < @WORDS@; ++k) {
-          float low = dop_low_@KIND@(words[0][k]), high = dop_high_@KIND@(words[0][k]);
-#pragma unroll
-          for (int e = 1; e < @PARTS@; ++e) {
-            low += dop_low_@KIND@(words[e][k]);
-            high += dop_high_@KIND@(words[e][k]);
-          }
-          vw[p][m][h][k] = dop_pack_@KIND@(low, high);
-        }
-      }
-    }
-  }
-"""
 
 _KERNEL = """\
 extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(

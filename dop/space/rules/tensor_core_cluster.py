@@ -129,6 +129,10 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.param(SPLIT_K.name, "split_k", splits, enough[0])
     fits = dividing(enough[0], clusters)
     new.param(CLUSTER_BLOCKS.name, "split_k", clusters, fits[-1])
+    # The grid's empty blocks should fit beside those of one tile, at three per multiprocessor.
+    spare = 3 * new.target.units // (enough[0] * wide) - 1
+    workers = new.param("tokens.workers", "binding", (1, 3, 7, 15), 7 if spare >= 7 else 3)
+    new.pragma("accumulate", 0, "workers", workers)
     new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
     new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])

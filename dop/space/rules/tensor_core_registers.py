@@ -76,9 +76,6 @@ class RegisterColumns:
         new.annotate("accumulate", 0, "blockIdx.x")
         new.annotate("accumulate", 1, "blockIdx.y")
         new.pragma("accumulate", 0, "block_order", order)
-        if few:
-            workers = new.param("tokens.workers", "binding", (1, 3, 7, 15), 7)
-            new.pragma("accumulate", 0, "workers", workers)
         new.annotate("accumulate", 2, "threadIdx.z")
         new.annotate("accumulate", WARP, "threadIdx.y")
         new.pragma("accumulate", STEP, "load_ahead", ahead)
