@@ -119,4 +119,18 @@ __device__ __forceinline__ const T* weights_of(const T* stack, long long shift1,
   return (const T*)first + slot * size;
 }
 
+// Which slice of y a block belongs to, where blocks of `per_block` columns go through all slices.
+struct Slice {
+  int slice, block;     // the slice; the block within it
+  int offset, columns;  // its first column in y, and how many it has
+};
+__device__ __forceinline__ Slice slice_of(int block, int per_block, int out0, int out1, int out2) {
+  const int blocks0 = (out0 + per_block - 1) / per_block;
+  if (block < blocks0) return {0, block, 0, out0};
+  block -= blocks0;
+  const int blocks1 = (out1 + per_block - 1) / per_block;
+  if (block < blocks1) return {1, block, out0, out1};
+  return {2, block - blocks1, out0 + out1, out2};
+}
+
 }  // namespace

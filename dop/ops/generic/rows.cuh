@@ -226,20 +226,7 @@ __device__ __forceinline__ void expand_rows(const float* v, const T* b, long lon
     return;
   }
   const int per_block = (kRowThreads * kColumns) >> lanes_log2;
-  const int blocks0 = (out0 + per_block - 1) / per_block, blocks1 = (out1 + per_block - 1) / per_block;
-  int block = blockIdx.y, slice = 0, offset = 0, columns = out0;
-  if (block >= blocks0) {
-    block -= blocks0;
-    slice = 1;
-    offset = out0;
-    columns = out1;
-    if (block >= blocks1) {
-      block -= blocks1;
-      slice = 2;
-      offset = out0 + out1;
-      columns = out2;
-    }
-  }
+  const auto [slice, block, offset, columns] = slice_of(blockIdx.y, per_block, out0, out1, out2);
   const T* const weights = weights_of(b, b1_shift, b2_shift, slice, slot,
                                       (long long)columns * rank, indirect);
   const long long split_step = (long long)slices * tokens * rank;

@@ -269,20 +269,7 @@ __device__ __forceinline__ void expand_tiles(const float* v, const T* b, long lo
     wait_for_previous();
     return;
   }
-  int block = blockIdx.y, slice = 0, offset = 0, columns = out0;
-  const int blocks0 = (out0 + run - 1) / run, blocks1 = (out1 + run - 1) / run;
-  if (block >= blocks0) {
-    block -= blocks0;
-    slice = 1;
-    offset = out0;
-    columns = out1;
-    if (block >= blocks1) {
-      block -= blocks1;
-      slice = 2;
-      offset = out0 + out1;
-      columns = out2;
-    }
-  }
+  const auto [slice, block, offset, columns] = slice_of(blockIdx.y, run, out0, out1, out2);
   const T* const weights = weights_of(b, b1_shift, b2_shift, slice, slot,
                                       (long long)columns * rank, indirect);
   const bool wide_b = rank % 8 == 0 && is_aligned(weights);
