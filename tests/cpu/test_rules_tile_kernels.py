@@ -198,7 +198,7 @@ def test_few_rows_are_spread_over_clusters_and_blocks_of_ranks() -> None:
 
 
 def test_few_rows_ask_for_all_of_b_before_they_wait() -> None:
-    source = build_few(O_16, "register_b", expand__steps=2, expand__ahead=2).source
+    source = build_few(O_16, "register_b", expand__steps=2).source
     waited = source.rindex("  dop_wait_for_v();\n  unsigned vw")
     assert source.index("DOP_LOAD_B(step, step)") < waited
     assert source.count("DOP_LOAD_B(") == 2  # its definition and that

@@ -64,9 +64,8 @@ class RegisterColumns:
         new.param(STEPS.name, "tile", steps, 1 if few else 4)
         warps = dividing(common // GROUP, (1, 2, 4, 8))
         new.param(COLUMN_WARPS.name, "warps", warps, 1 if few and w.total_out < 8192 else 2)
-        ahead = new.param(
-            "expand.ahead", "pipeline", (1, 2, 4) if few else (1, 2, 4, 8), 1 if few else 4
-        )
+        # Few rows: all of a warp's steps, of which there are four at most.
+        ahead = new.param("expand.ahead", "pipeline", (4,) if few else (1, 2, 4, 8), 4)
         order = new.param("expand.block_order", "binding", (0, 1), int(few))
         streaming = new.param("expand.streaming", "binding", (0, 1), 0)
         new.split("accumulate", 2, [COLUMN_WARPS, STEPS, GROUP], w.total_out)
@@ -102,7 +101,7 @@ class RegisterColumns:
             return common % columns + a[TILE_ROWS.name] % (EDGE * a[ROW_TILES.name])
 
         def registers(a: Annotation) -> int:
-            old = 8 * a["expand.ahead"] * a[ROW_TILES.name]
+            old = 8 * min(a["expand.ahead"], a[STEPS.name]) * a[ROW_TILES.name]
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
             operands = a[ROW_TILES.name] * rank // 4 + groups * rank // 2
@@ -112,11 +111,12 @@ class RegisterColumns:
 
         new.limit("threads per expand block", target.max_threads, threads)
         new.limit("columns or rows left over by expand's warps", 0, left_over)
-        new.limit(
-            "groups of columns loaded ahead without a step",
-            0,
-            lambda a: max(a["expand.ahead"] - a[STEPS.name], 0),
-        )
+        if not few:
+            new.limit(
+                "groups of columns loaded ahead without a step",
+                0,
+                lambda a: max(a["expand.ahead"] - a[STEPS.name], 0),
+            )
         new.limit("expand registers per thread", 240, registers)
         new.limit(
             "expand registers per block", target.max_registers, lambda a: registers(a) * threads(a)
@@ -124,7 +124,10 @@ class RegisterColumns:
         new.estimate("expand.threads", threads)
         new.estimate("expand.registers", registers)
         new.estimate("expand.row_warps", row_warps)
-        new.estimate("expand.bytes_ahead", lambda a: 32 * a["expand.ahead"] * a[ROW_TILES.name])
+        new.estimate(
+            "expand.bytes_ahead",
+            lambda a: 32 * min(a["expand.ahead"], a[STEPS.name]) * a[ROW_TILES.name],
+        )
         new.estimate(
             "expand.blocks_per_tile",
             lambda a: w.total_out / (GROUP * a[STEPS.name] * a[COLUMN_WARPS.name]),
