@@ -26,7 +26,7 @@ NARROW = Workload.parse("sgmv/float32/r12/200->96+40")
 WIDE_RANK = Workload.parse("sgmv/float32/r32/96->48")
 HALF = Workload.parse("sgmv/float16/r16/256->64")
 RANK_13 = Workload.parse("sgmv/float32/r13/256->64")
-FORMS = ("low_tiles", "middle_tiles", "tall_tiles")
+FORMS = ("flat_tiles", "low_tiles", "middle_tiles", "tall_tiles")
 
 
 def _sketches(workload: Workload) -> list[Sketch]:
@@ -38,7 +38,7 @@ def _sketches(workload: Workload) -> list[Sketch]:
 def test_each_height_has_a_default_within_its_limits(workload: Workload) -> None:
     sketches = _sketches(workload)
     assert [s.name.split("/")[0] for s in sketches] == list(FORMS)
-    assert [s.broken_limit(s.default()) for s in sketches] == [None] * 3
+    assert [s.broken_limit(s.default()) for s in sketches] == [None] * 4
 
 
 def test_ranks_that_fill_no_vector_and_half_precision_are_left_to_lane_sums() -> None:
@@ -65,7 +65,7 @@ def test_a_tall_tile_is_shared_by_the_threads() -> None:
     ],
 )
 def test_limits(change: dict[str, int], message: str) -> None:
-    sketch = _sketches(SLICES)[0]
+    sketch = _sketches(SLICES)[1]
     with pytest.raises(ConstraintError, match=message):
         Candidate.of(sketch, {**sketch.default(), **change})
 
@@ -89,10 +89,10 @@ def _valid(sketch: Sketch, rng: random.Random) -> Candidate:
     ("workload", "form", "sampled"),
     [
         (SLICES, 0, False),
-        (SLICES, 2, True),
-        (NARROW, 0, False),
-        (NARROW, 1, True),
-        (WIDE_RANK, 1, True),
+        (SLICES, 3, True),
+        (NARROW, 1, False),
+        (NARROW, 2, True),
+        (WIDE_RANK, 2, True),
     ],
 )
 def test_results_are_right(workload: Workload, form: int, sampled: bool, cores: list[int]) -> None:
@@ -120,7 +120,7 @@ def test_sums_and_squares_stay_in_registers() -> None:
     pytest.importorskip("tvm")
     from dop.lowering.codegen import generate
 
-    sketch = _sketches(SLICES)[0]
+    sketch = _sketches(SLICES)[1]
     source = generate(SLICES, sketch.bind(sketch.default()), TARGET).source
     assert "shufflevector" in source
     assert not re.search(r"alloca \[\d+ x float\]|alloca <", source)
@@ -147,7 +147,7 @@ def test_a_square_of_another_size_is_refused() -> None:
     pytest.importorskip("tvm")
     from dop.lowering.apply import apply_trace
 
-    sketch = _sketches(SLICES)[0]
+    sketch = _sketches(SLICES)[1]
     steps = tuple(
         replace(s, value=5) if isinstance(s, PragmaStep) and s.name == "turn" else s
         for s in sketch.bind(sketch.default()).steps

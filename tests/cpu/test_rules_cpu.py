@@ -37,11 +37,11 @@ def test_every_form_and_both_region_counts_have_a_default(workload: Workload) ->
 
 def test_the_sketches_of_a_model_projection() -> None:
     sketches = [s.name for s in build_space(QKV, TARGET).sketches]
-    assert len(sketches) == 9
+    assert len(sketches) == 10
     forms = {name.split("/")[0] for name in sketches}
     assert forms == {
         *("single_rows", "few_rows", "many_rows"),
-        *("low_tiles", "middle_tiles", "tall_tiles"),
+        *("flat_tiles", "low_tiles", "middle_tiles", "tall_tiles"),
     }
 
 

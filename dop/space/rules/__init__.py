@@ -103,6 +103,7 @@ RULES: tuple[Rule, ...] = (
     InlineA(),
     InlineX(),
     StagedX(),
+    BlockTiles("flat_tiles", (1, 2, 4)),
     BlockTiles("low_tiles", (8,)),
     BlockTiles("middle_tiles", (16, 32)),
     BlockTiles("tall_tiles", (64, 128)),
