@@ -4,6 +4,10 @@ table gives to it, and is right, those transferred from the other type too."""
 from __future__ import annotations
 
 import itertools
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -11,8 +15,13 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import guarded  # noqa: E402
+
 from dop import ops, packs  # noqa: E402
 from dop.export.index import runs_on  # noqa: E402
+from dop.ops import sources, warm  # noqa: E402
 from dop.packs.answer import Batch, explain  # noqa: E402
 from dop.workload import Workload  # noqa: E402
 
@@ -34,11 +43,14 @@ def batches_of(workload: Workload) -> dict[str, tuple[int, int | None]]:
     for tokens, adapters in itertools.product(counts, (None, 1, 2, 3, 4, 6, 8, 12, 16)):
         if adapters is None or adapters <= tokens:
             found.setdefault(table.choose(tokens, adapters), (tokens, adapters))
+    for bound in table.bounds:
+        if bound.tokens <= MOST_TOKENS:
+            found.setdefault(bound.trace_key, (bound.tokens, None))
     for tokens in counts:  # every token its own adapter: the hint alone decides
         found.setdefault(table.choose(tokens, tokens), (tokens, tokens))
-    assert set(found) >= set(table.trace_keys) - {
-        row.trace_key for row in table.rows if row.tokens > MOST_TOKENS
-    }
+    large = {row.trace_key for row in table.rows if row.tokens > MOST_TOKENS}
+    large |= {bound.trace_key for bound in table.bounds if bound.tokens > MOST_TOKENS}
+    assert set(found) >= set(table.trace_keys) - large
     return found
 
 
@@ -54,11 +66,8 @@ def test_every_kernel_is_right_where_it_serves(key):
 
     a = [draw(slots, workload.rank, workload.in_features) / 64 for _ in workload.out_features]
     b = [draw(slots, out, workload.rank) for out in workload.out_features]
+    library = packs.find(NAME, ARCH, key)[0].library()
     for trace, (tokens, adapters) in batches_of(workload).items():
-        answer = explain(Batch(workload, tokens, adapters, NAME, ARCH))
-        assert answer.trace == trace
-        choice = ops.explain_choice(key, tokens=tokens, adapters=adapters, slots=slots)
-        assert choice.name == answer.kernel
         used = min(slots, adapters or slots)
         ids = torch.randint(-1, used, (tokens,), generator=generator, device="cuda").int()
         x, y = draw(tokens, workload.in_features), draw(tokens, workload.total_out)
@@ -70,11 +79,35 @@ def test_every_kernel_is_right_where_it_serves(key):
             want[mine] += torch.cat(parts, dim=1)
         before = y.clone()
         plan = ops.segment_plan(ids, slots=slots, adapters=adapters)
-        ops.add_lora(y, x, a, b, plan)
-        torch.cuda.synchronize()
+        # Fewer slots than a batch of that kind has in earnest: the kernel is named, not chosen.
+        with only(library, library.kernel(key, trace).name):
+            ops.add_lora(y, x, a, b, plan)
+            torch.cuda.synchronize()
         assert torch.equal(y[ids < 0], before[ids < 0])
         error = (y.double() - want).abs().max() / want.abs().max()
         assert error <= TOLERANCE[dtype], (key, trace, tokens, adapters, float(error))
+
+
+@contextmanager
+def only(library, name):
+    """Every call is served by one kernel of a pack."""
+    source = guarded.pack_source(library, name)
+    with patch.object(sources, "SOURCES", [source]):
+        warm.forget()
+        try:
+            yield
+        finally:
+            warm.forget()
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_the_operator_chooses_what_explain_says(key):
+    workload = Workload.parse(key)
+    for tokens, adapters in batches_of(workload).values():
+        for slots in (1, 4, 16, 300, 5000):
+            batch = Batch(workload, tokens, adapters, NAME, ARCH, slots)
+            choice = ops.explain_choice(key, tokens=tokens, adapters=adapters, slots=slots)
+            assert choice.name == explain(batch).kernel, (tokens, adapters, slots)
 
 
 def test_shipped_packs_know_this_gpu():
