@@ -1,12 +1,14 @@
 """The LoRA wrapper that vLLM's layers call: linears through dop.ops, the rest as vLLM has it.
 
-Importing this module patches vLLM in two more places (`install`), so it is imported only when
+Importing this module patches vLLM in three more places (`install`), so it is imported only when
 vLLM asks for the wrapper class:
 
 - vLLM 0.24 sends packed projections (qkv, gate_up) to the kernels for fully sharded LoRA even
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
+- The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
+  hashes of configurations, and one that was compiled without Dop would never call it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.library import Library
+from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import base_linear, column_parallel_linear
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
@@ -257,7 +260,7 @@ def _add_lora_linear_fake(
 
 
 def install() -> None:
-    """Patch vLLM's packed projections and adapter activation (module docstring); once."""
+    """Patch packed projections, adapter activation and the hash (module docstring); once."""
     if hasattr(LoRAModelManager.activate_adapter, "stock"):
         return
     direct_register_custom_op(
@@ -268,9 +271,17 @@ def install() -> None:
         target_lib=_LIBRARY,
     )
     LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
+    LoRAConfig.compute_hash = _own_hash(LoRAConfig.compute_hash)
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)
+
+
+def _own_hash(stock: Any) -> Any:
+    def compute_hash(config: Any) -> str:
+        return f"{stock(config)}-dop"
+
+    return compute_hash
 
 
 def _packed_apply(stock: Any) -> Any:

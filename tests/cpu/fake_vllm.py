@@ -238,6 +238,13 @@ def config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**facts, **changes})
 
 
+class LoRAConfig:
+    """What vLLM hashes to find compiled models on disk."""
+
+    def compute_hash(self) -> str:
+        return "stock"
+
+
 def modules() -> dict[str, ModuleType]:
     """Everything under the names that the plugin imports."""
 
@@ -255,6 +262,7 @@ def modules() -> dict[str, ModuleType]:
     utils = "vllm.utils.torch_utils"
     made = [
         module("vllm"), module("vllm.lora"), module("vllm.lora.punica_wrapper"),
+        module("vllm.config"), module("vllm.config.lora", LoRAConfig=LoRAConfig),
         module("vllm.utils"), base, column, layers,
         module(logits, LogitsProcessorWithLoRA=LogitsProcessorWithLoRA),
         module(punica, PunicaWrapperGPU=PunicaWrapperGPU),

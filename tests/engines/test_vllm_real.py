@@ -194,6 +194,16 @@ def test_the_indices_that_vllms_embeddings_read_are_the_same():
             assert torch.equal(stock, mine), name
 
 
+def test_models_compiled_without_the_plugin_are_not_loaded_from_disk():
+    from vllm.config.lora import LoRAConfig
+
+    import dop.integrations.vllm_wrapper  # noqa: F401 - patches the hash
+
+    config = LoRAConfig(max_lora_rank=8)
+    assert config.compute_hash().endswith("-dop")
+    assert config.compute_hash() != LoRAConfig(max_lora_rank=16).compute_hash()
+
+
 def test_the_lru_manager_activates_through_the_patch():
     assert hasattr(LoRAModelManager.activate_adapter, "stock")
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
