@@ -34,6 +34,7 @@ AT_ONCE = 4
 ARMS: dict[str, dict[str, Any]] = {
     "stock": {"eager": False},
     "dop": {"eager": False, "jobs": ["swapped", "under_load"]},
+    "dop many": {"eager": False, "max_loras": 64, "sequences": 64, "jobs": ["many"]},
     "dop eager": {"eager": True},
     "dop specialize": {"eager": False, "specialize": True, "max_loras": 2},
     "dop one slot": {"eager": False, "max_loras": 1},
@@ -41,7 +42,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "dop bfloat16": {"eager": False, "dtype": "bfloat16"},
     "dop dual stream": {"eager": False, "dual": True},
     "dop after stock": {"eager": False},
-    "dop many": {"eager": False, "max_loras": 64, "sequences": 64, "jobs": ["many"]},
 }
 AFTER = {"dop after stock": "stock"}
 """Arms that find the compiled models of another one on disk."""
