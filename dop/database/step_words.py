@@ -297,8 +297,19 @@ def _say_pragma(tracker: LoopTracker, position: int, step: PragmaStep) -> str:
         return f"In {where} the code generator {how}."
     if step.name == "dependent_launch":
         return _DEPENDENT_WORDS.get(step.value, f"Launches dependent kernels in a way {value}.")
+    if step.name == "turn":
+        return f"Turns squares of {value} x {value} elements in registers at {where}."
+    if step.name in _FORM_WORDS:
+        return _FORM_WORDS[step.name]
     return f"Attaches pragma {step.name} = {value} to {where}."
 
+
+_FORM_WORDS = {
+    "near_rows": "Has rows behind a tile's end repeat its last one, so that x needs no condition.",
+    "scaled_b": "Applies the adapter's rank and scale to the copy of B instead of every v.",
+    "transpose": "Lets the last two axes of the stage's result change places.",
+}
+"""Pragmas that say something of the whole stage."""
 
 _DEPENDENT_WORDS: dict[object, str] = {
     0: "Launches kernels one after the other.",
