@@ -43,6 +43,9 @@ host has slow spells longer than a timing: a candidate that met one lost to a wo
 _RIVALS = 5
 _CLOSE = 1.35
 
+_FINISH = 0.1
+"""Share of the wall time after which old records are no longer filled up with missing batches."""
+
 _FOREIGN_WORKLOADS = 24
 _NEAREST = 3
 """Workloads of the log that are not being tuned: so many nearest ones of each family, and so many
@@ -364,6 +367,8 @@ class _Run:
 
     def _search(self) -> str:
         for state in self.states:
+            if self.clock() - self.began > _FINISH * self.budget_s:
+                break
             self._finish_recorded(state)
         while True:
             if self.trials >= self.max_trials:

@@ -38,7 +38,7 @@ class Limits:
         run_s: check and timing under one scenario.
     """
 
-    build_s: float = 60.0
+    build_s: float = 25.0
     prepare_s: float = 120.0
     run_s: float = 20.0
 
