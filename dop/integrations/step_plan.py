@@ -86,11 +86,16 @@ class StepPlans:
         """Most tokens of a step."""
         return self._levels[-1].capacity
 
-    def set_rank(self, slot: int, rank: int) -> None:
-        """Note the true rank of the adapter in a slot; it counts from the next `update`."""
-        self.rank_list[slot] = min(max(rank, 1), self.rank)
-        # Also where the rank is the same: an engine that slept may have lost the table's memory.
-        self._ranks_changed = True
+    def set_rank(self, slot: int, rank: int, *, again: bool = False) -> None:
+        """Note the true rank of the adapter in a slot; it counts from the next `update`.
+
+        `again`: write the ranks even if none has changed. An engine that slept may have lost
+        the table's memory; adapters are loaded afterwards.
+        """
+        known = min(max(rank, 1), self.rank)
+        if again or self.rank_list[slot] != known:
+            self.rank_list[slot] = known
+            self._ranks_changed = True
 
     def use_scales(self, scales: torch.Tensor) -> None:
         """Scale of every slot, float32 [slots] at a fixed address, read at every refill."""

@@ -102,7 +102,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     def note_adapter(self, slot: int, rank: int, has_head: bool) -> None:
         """An adapter entered a slot: its true rank, and whether it changes the output head."""
-        self._plans.set_rank(slot, rank)
+        self._plans.set_rank(slot, rank, again=True)
         (self._headless.discard if has_head else self._headless.add)(slot)
 
     def add_lora_linear(

@@ -133,3 +133,13 @@ def test_slots_of():
     assert slots_of((), {}).numel() == 0
     with pytest.raises(KeyError):
         slots_of((4,), {5: 1})
+
+
+def test_ranks_are_written_again_for_an_adapter_that_enters():
+    plans = StepPlans(16, 3, 8, "cpu")
+    plans.set_rank(0, 4)
+    plans.update(torch.tensor([0], dtype=torch.int32))
+    plans._ranks.zero_()  # as after a deep sleep
+    plans.set_rank(0, 4, again=True)
+    plans.update(torch.tensor([0], dtype=torch.int32))
+    assert plans.plan(1).table("token_rank").tolist() == [4]
