@@ -62,14 +62,34 @@ def header_of(
         ExportError: as `header`, or nothing is left.
     """
     banned: dict[tuple[str, str], str] = {}
+    remembered = _remembering(generate)
     while True:
         selection = choose(measured, max_regret, banned)
         try:
-            text = header(selection, generate)
+            text = header(selection, remembered)
         except UnfitKernelsError as error:
             banned |= error.keys
             continue
         return text, selection, [f"passed over: {why}" for why in banned.values()]
+
+
+def _generate(workload: Workload, trace: Trace, target: Target) -> Generated:
+    from dop.lowering.codegen import generate
+
+    return generate(workload, trace, target)
+
+
+def _remembering(generate: Generate | None) -> Generate:
+    """The code generator, which makes each kernel once however often a selection is made anew."""
+    found: dict[tuple[str, str, str], Generated] = {}
+
+    def once(workload: Workload, trace: Trace, target: Target) -> Generated:
+        key = (workload.key, trace.key, target.key)
+        if key not in found:
+            found[key] = (generate or _generate)(workload, trace, target)
+        return found[key]
+
+    return once
 
 
 def header(selection: Selection, generate: Generate | None = None) -> str:

@@ -295,7 +295,10 @@ def test_kernels_of_one_gpu_alone_are_passed_over(tmp_path):
     from dop.export.cuda_header import header_of
     from dop.export.select import read_measured
 
+    made = []
+
     def with_wgmma(workload, trace, target):
+        made.append(trace.key)
         code = fake_generate(workload, trace, target)
         if trace.key == TRACES["4"].key:
             code.source = code.source.replace("uint one", 'asm("wgmma.mma_async;"); uint one')
@@ -305,6 +308,7 @@ def test_kernels_of_one_gpu_alone_are_passed_over(tmp_path):
     log = write_log(tmp_path / "log.jsonl", records_of(FAKE[0], TRACES, times))
     text, selection, notes = header_of(read_measured(log), 0.05, with_wgmma)
     assert "wgmma" not in text
+    assert len(made) == len(set(made))  # also those that were chosen twice
     assert [k.trace_key for k in selection.kernels] == [TRACES["3"].key]
     assert len(notes) == 1
     assert "sm_90a alone" in notes[0]
