@@ -18,6 +18,7 @@ implied by a step or rides on a pragma (PR):
 - PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches,
   2 the first one too (lowering/cuda_launch.py).
 - PR scaled_b of gather_b, near_rows of gather_x: forms of the program (lowering/program.py).
+- PR turn of a copy: its square of that many elements becomes shuffles (intrinsics/turn.py).
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
 
 A trace begins with its prologue: an SP of gather_x's token axis, followed by FSP in shrink, expand

@@ -71,7 +71,8 @@ class Program:
         scaled_b: rank and scale of the adapter are applied to bg instead of v, which pays where a
             copy of B serves many rows.
         near_rows: rows behind a tile's end repeat its last one instead of being zero, so that x is
-            loaded without a condition; what they make of v is never used.
+            loaded without a condition; what they make of v is never used. An empty tile reads the
+            row that its tile_row0 names, which must be one of the batch.
     """
 
     workload: Workload

@@ -2,7 +2,8 @@
 
 A block's sums are written out in full (rank x lanes products); LLVM's straight-line vectoriser then
 loads whole rows of B and turns them by shuffles. This pays while a row of B is used once or twice;
-for taller tiles cpu_turned_b.py turns B once per tile.
+for taller tiles cpu_turned_b.py turns B once per tile, and cpu_turned_a.py for any tile where the
+rank fills vectors.
 """
 
 from __future__ import annotations
