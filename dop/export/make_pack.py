@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dop.errors import ExportError
+from dop.errors import DopError, ExportError
 from dop.export.build import Generate, Outcome, build_all
 from dop.export.cuda_text import ONE_GPU, take_apart
 from dop.export.index import FORMAT, VERSION
@@ -18,6 +19,7 @@ from dop.export.reuse import BUILDER, MIN_ARCH, Reusable, builder
 from dop.export.select import Kernel, Measured, Selection, choose
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
+from dop.space.step import SplitStep
 
 Key = tuple[str, str]
 """Workload key and trace key."""
@@ -103,7 +105,10 @@ def make_pack(
     existing = Reusable(reuse, measured.target_key, sources)
     reused: set[Key] = set()
     began = time.monotonic()
-    banned: dict[Key, str] = {}
+    banned = _unplannable(measured)
+    notes = [f"{len(banned)} kernels want tiles that no plan has; they are passed over."]
+    notes = notes if banned else []
+    known = set(banned)
     while True:
         selection = in_dtypes(choose(measured, max_regret, banned), dtypes)
         reused |= _take(selection, outcomes, existing)
@@ -113,7 +118,7 @@ def make_pack(
             break
         banned |= broken
     build_s = time.monotonic() - began
-    notes = [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items()]
+    notes += [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items() if k not in known]
     selection, dropped = _transferable(selection, outcomes)
     notes += dropped
     artifacts = {k: a for k, a in outcomes.items() if isinstance(a, Artifact)}
@@ -157,6 +162,20 @@ def _build(
         outcomes[_key(todo[job.name])] = _servable(outcome)
         if progress is not None:
             progress(done, len(jobs))
+
+
+def _unplannable(measured: Measured) -> dict[Key, str]:
+    """Kernels for tiles of heights without tables: known from the trace, so none is built."""
+    found: dict[Key, str] = {}
+    for entry in {(e.workload_key, e.trace_key): e for e in measured.entries if e.ok}.values():
+        with contextlib.suppress(DopError):
+            first = entry.trace().steps[0]
+            if not isinstance(first, SplitStep) or (first.stage, first.extent) != (0, None):
+                continue  # the row form; the ragged axis alone has no extent
+            if first.lengths[0] not in TILE_SIZES:
+                key = entry.workload_key, entry.trace_key
+                found[key] = f"it wants tiles of {first.lengths[0]} rows, which no plan has."
+    return found
 
 
 def _servable(outcome: Outcome) -> Outcome:

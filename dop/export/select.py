@@ -13,10 +13,13 @@ from dop.database.record import Record
 from dop.database.wire import Entry
 from dop.dispatch.cover import MAX_REGRET, build_table
 from dop.dispatch.table import Fit, Table
-from dop.errors import ConfigError, ExportError, LogError
+from dop.errors import ConfigError, ExportError, Failure, LogError
 from dop.export.provenance import Provenance, provenance_of
 from dop.target import Target
 from dop.workload import Workload
+
+_NEVER = (Failure.LAUNCH, Failure.CORRECTNESS)
+"""What faulted or was wrong in one batch is shipped for none: some other batch may do it too."""
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
@@ -161,7 +164,9 @@ def choose(
     Raises:
         ExportError: nothing usable is left.
     """
-    entries = [e for e in measured.entries if (e.workload_key, e.trace_key) not in banned]
+    out = {(e.workload_key, e.trace_key) for e in measured.entries if e.failure in _NEVER}
+    out.update(banned)
+    entries = [e for e in measured.entries if (e.workload_key, e.trace_key) not in out]
     built = build_table(
         entries,
         device=measured.device_name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from pack_samples import TIMES, TRACES, WORKLOAD, fake_generate, pack_at, trace
+from export_logs import records_of, write_log
+from pack_samples import H200, TIMES, TRACES, WORKLOAD, fake_generate, pack_at, trace
 
-from dop.errors import ConfigError, ExportError
+from dop.errors import ConfigError, ExportError, Failure
 from dop.export import reuse
 from dop.export.dtypes import parse_dtypes
 from dop.export.index import runs_on
@@ -23,6 +25,9 @@ from dop.export.make_pack import TILE_SIZES
 from dop.export.pack import SOURCES, PackFile, write_pack
 from dop.export.select import select
 from dop.export.transfer import translated
+from dop.measurement import Measurement
+from dop.space.step import SplitStep
+from dop.space.trace import Trace
 
 ROOT = Path(__file__).parents[2]
 FP16 = "sgmv/float16/r16/64->64+32"
@@ -165,6 +170,39 @@ def test_tiles_that_no_plan_has_are_passed_over(tmp_path, monkeypatch):
     assert {k.tile_rows for k in load(packed.path).kernels.values()} == {0}
     plan = pytest.importorskip("dop.ops.plan")
     assert plan.TILE_SIZES == TILE_SIZES
+
+
+def test_tiles_that_no_plan_has_are_never_built(tmp_path, monkeypatch):
+    """The trace tells; building it to see would cost a round of choosing for every such kernel."""
+    traces = {**TRACES, "odd": Trace((SplitStep(0, 0, None, (12,), True),))}
+    times = {key: {**row, "odd": 1.0} for key, row in TIMES.items()}
+    built = []
+
+    def watched(workload, steps, target):
+        built.append(steps.key)
+        return fake_generate(workload, steps, target)
+
+    packed = pack_at(
+        tmp_path / "p.doppack", monkeypatch, traces=traces, times=times, generate=watched
+    )
+    assert traces["odd"].key not in built
+    assert "1 kernels want tiles that no plan has" in packed.notes[0]
+
+
+def shipped_of(path, records):
+    path.unlink(missing_ok=True)
+    write_log(path, records)
+    return {kernel.trace_key for kernel in select(path).kernels}
+
+
+def test_what_faulted_in_one_batch_is_shipped_for_none(tmp_path):
+    path = tmp_path / "log.jsonl"
+    records = records_of(WORKLOAD, TRACES, TIMES, target=H200)
+    assert TRACES["b"].key in shipped_of(path, records)
+    bad = next(r for r in records if r.trace == TRACES["b"])
+    failed = Measurement.failed(Failure.LAUNCH, "an illegal memory access")
+    records.append(dataclasses.replace(bad, scenario_key="T512/identical/1", measurement=failed))
+    assert TRACES["b"].key not in shipped_of(path, records)
 
 
 def test_a_workload_that_cannot_be_transferred_is_left_out_and_noted(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The plugin over real vLLM classes, on CPU tensors: no engine, no GPU kernels of vLLM.
+"""The plugin over real vLLM classes, without an engine or GPU kernels of vLLM, on the GPU if any.
 
 Runs wherever `import vllm.lora.model_manager` works (also a vLLM without its binaries).
 """
@@ -27,6 +27,8 @@ from vllm.lora.punica_wrapper import punica_gpu
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.utils import torch_utils
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""vLLM registers its operators for one kind of device alone."""
 HIDDEN, SLOTS, RANK = 32, 3, 8
 CONFIG = SimpleNamespace(
     max_loras=SLOTS,
@@ -62,10 +64,10 @@ def plain_layer(kind, wrapper, widths):
     nn.Module.__init__(layer.base_layer)
     layer.base_layer.quant_method = quant
     layer.lora_a_stacked = tuple(
-        torch.zeros(SLOTS, 1, RANK, HIDDEN, dtype=torch.float16) for _ in widths
+        torch.zeros(SLOTS, 1, RANK, HIDDEN, dtype=torch.float16, device=DEVICE) for _ in widths
     )
     layer.lora_b_stacked = tuple(
-        torch.zeros(SLOTS, 1, width, RANK, dtype=torch.float16) for width in widths
+        torch.zeros(SLOTS, 1, width, RANK, dtype=torch.float16, device=DEVICE) for width in widths
     )
     return layer
 
@@ -73,7 +75,7 @@ def plain_layer(kind, wrapper, widths):
 def build(manager_class=LoRAModelManager):
     from dop.integrations.vllm_wrapper import DopPunicaWrapper
 
-    wrapper = DopPunicaWrapper(64, 8, "cpu", lora_config=CONFIG)
+    wrapper = DopPunicaWrapper(64, 8, torch.device(DEVICE), lora_config=CONFIG)
     manager = manager_class.__new__(manager_class)
     manager.lora_config, manager.is_pooling_model, manager.supports_mm = CONFIG, False, False
     manager.punica_wrapper_mapping = {"language_model": wrapper}
@@ -109,15 +111,15 @@ def adapter(manager, lora_id, rank, seed):
 
 def check(manager, ids, padded=3):
     for name, layer in manager.modules.items():
-        x = torch.randn(len(ids) + padded, HIDDEN).half()
-        got = layer.apply(x).float()
+        x = torch.randn(len(ids) + padded, HIDDEN).half().to(DEVICE)
+        got = layer.apply(x).float().cpu()
         want = torch.zeros_like(got)
         for row, lora_id in enumerate(ids):
             if lora_id > 0:
                 weights = manager._registered_adapters[lora_id].loras[name]
                 a, b = weights.lora_a, weights.lora_b
                 pairs = [(a, b)] if torch.is_tensor(a) else zip(a, b, strict=True)
-                parts = [x[row].float() @ u.float().T @ v.float().T for u, v in pairs]
+                parts = [x[row].float().cpu() @ u.float().T @ v.float().T for u, v in pairs]
                 want[row] = torch.cat(parts)
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
 

@@ -25,24 +25,22 @@ SCENARIOS = (
     Scenario("recorded", (130, 33, 17, 16, 1), 3),
 )
 SAMPLES = 4
+DRAWS = 400
 
 
 SKETCHES = ("matrix_tiles/", "wide_tiles/", "small_tiles/")
 
 
 def candidates(workload: Workload, target: object) -> list[Candidate]:
-    """The defaults of the tensor-core sketches and a few random ones of each."""
+    """The defaults of the tensor-core sketches, where they are valid, and a few random ones."""
     found = []
     for sketch in build_space(workload, target).sketches:  # type: ignore[arg-type]
         if not sketch.name.startswith(SKETCHES):
             continue
-        found.append(Candidate.of(sketch, sketch.default()))
-        rng, drawn = random.Random(workload.rank), 0
-        while drawn < SAMPLES:
-            values = sketch.sample(rng)
-            if sketch.broken_limit(values) is None:
-                found.append(Candidate.of(sketch, values))
-                drawn += 1
+        rng = random.Random(workload.rank)
+        draws = (sketch.default(), *(sketch.sample(rng) for _ in range(DRAWS)))
+        valid = [values for values in draws if sketch.broken_limit(values) is None]
+        found += [Candidate.of(sketch, values) for values in valid[: SAMPLES + 1]]
     return found
 
 
