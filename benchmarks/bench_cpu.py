@@ -22,9 +22,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,9 @@ REST_S = 0.02
 """Pause before a turn. Idle threads of torch's OpenMP spin for a while before they sleep, on cores
 that the next contender needs: without the pause a kernel of 18 us took up to 357."""
 HOPELESS = 8.0
+CORES = sorted(os.sched_getaffinity(0))
+"""What this process may use, read before any kernel is loaded: loading one pins the thread that
+does it, and asking afterwards would leave the next kernels a single core."""
 Call = Callable[[], object]
 
 
@@ -90,6 +93,18 @@ class Row:
     def default_speedup(self) -> float:
         """Baseline over Dop's untuned default."""
         return self.baseline_us / self.default_us
+
+
+@cache
+def start_torch(threads: int) -> None:
+    """torch's threads start before ours are pinned: a thread inherits the cores of its maker.
+
+    The products and sums are large enough for all of them.
+    """
+    torch.set_num_threads(threads)
+    square = torch.randn(2048, 2048)
+    for _ in range(3):
+        square = torch.addmm(square, square, square).mul_(1e-3)
 
 
 def torch_calls(batch: Batch, weights: Weights) -> tuple[list[Call], list[Call]]:
@@ -179,10 +194,16 @@ def _goes_on(calls: int, spent_s: float) -> bool:
     return calls < ROUND_CALLS or spent_s < ROUND_S
 
 
-def alternate(contenders: Sequence[Sequence[Call]]) -> list[float]:
+def alternate(
+    contenders: Sequence[Sequence[Call]], places: Sequence[Collection[int]]
+) -> list[float]:
     """Microseconds per call: contenders in turn, best of the rounds' medians.
 
     One that is hopelessly behind after a few rounds is left out of the rest.
+
+    Args:
+        contenders: calls of each.
+        places: cores of the calling thread in each one's turn (its other threads keep theirs).
     """
     found: list[list[float]] = [[] for _ in contenders]
     positions = [0] * len(contenders)
@@ -190,6 +211,7 @@ def alternate(contenders: Sequence[Sequence[Call]]) -> list[float]:
         for i, calls in enumerate(contenders):
             if round_ >= 1 and min(found[i]) > HOPELESS * min(map(min, found)):
                 continue
+            os.sched_setaffinity(0, places[i])
             time.sleep(REST_S)
             samples: list[float] = []
             begin = time.perf_counter()
@@ -247,7 +269,8 @@ def bench(
     resident: bool,
 ) -> Iterator[Row]:
     """Rows of one workload as they are measured."""
-    cores = sorted(os.sched_getaffinity(0))[: target.units]
+    start_torch(target.units)
+    cores = CORES[: target.units]
     cache = TensorCache(target)
     weights = cache.weights(workload, scenarios, 1)
     traces = traces_of(workload, scenarios, target, log)
@@ -262,7 +285,9 @@ def bench(
         loop, bmm = torch_calls(batch, weights)
         mine = kernels[trace.key].calls(batch, weights)
         untuned = kernels[default.key].calls(batch, weights)
-        dop_us, default_us, loop_us, bmm_us = alternate([mine, untuned, loop, bmm])
+        places = [cores[:1], cores[:1], cores, cores]
+        found = alternate([mine, untuned, loop, bmm], places)
+        dop_us, default_us, loop_us, bmm_us = found
         name = workload.name
         yield Row(name, scenario.key, dop_us, default_us, loop_us, bmm_us, trace.key)
 
@@ -333,8 +358,6 @@ def main() -> int:
     """Runs the comparison; returns the exit code."""
     arguments = _arguments()
     target = cpu_target()
-    torch.set_num_threads(target.units)
-    torch.randn(64, 64) @ torch.randn(64, 64)  # torch's threads start before ours are pinned
     workloads = workloads_from_model(arguments.model, ranks=(arguments.rank,), dtype="float32")
     if arguments.only:
         workloads = [w for w in workloads if w.name in arguments.only.split(",")]
@@ -349,9 +372,8 @@ def main() -> int:
     )
     rows = []
     for workload in workloads:
-        for row in bench(
-            workload, scenarios, target, arguments.log, arguments.weights == "resident"
-        ):
+        resident = arguments.weights == "resident"
+        for row in bench(workload, scenarios, target, arguments.log, resident):
             rows.append(row)
             show(row)
     figures = summary(rows)
