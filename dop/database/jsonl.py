@@ -11,6 +11,7 @@ import errno
 import fcntl
 import gc
 import gzip
+import lzma
 import os
 import stat
 import tempfile
@@ -120,7 +121,8 @@ class LogContents:
 def read_log(path: str | os.PathLike[str]) -> LogContents:
     """The contents of a log; lines that cannot be used are counted and named in it.
 
-    A name that ends in .gz is read through gzip: long logs that are only kept shrink to a tenth.
+    A name that ends in .gz or .xz is unpacked: long logs that are only kept shrink to a tenth
+    (gzip) or a twentieth.
 
     Raises:
         LogError: the file cannot be read at all.
@@ -132,12 +134,13 @@ def read_log(path: str | os.PathLike[str]) -> LogContents:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise LogError(f"{where} is not a file.", "Give the path of a tuning log.")
-        if where.suffix == ".gz":
-            with gzip.open(where, "rb") as packed:
-                return _read(where, packed)  # type: ignore[arg-type]
+        unpack = {".gz": gzip.open, ".xz": lzma.open}.get(where.suffix)
+        if unpack is not None:
+            with unpack(where, "rb") as packed:
+                return _read(where, packed)
         with where.open("rb") as file:
             return _read(where, file)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise _os_error(where, "read", error) from error
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import gc
 import gzip
+import lzma
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -401,19 +403,32 @@ def test_the_collector_runs_again_after_reading(tmp_path: Path) -> None:
     assert 100 * len(LINE) < jsonl.MAX_LINE_BYTES
 
 
-def test_a_compressed_log_reads_as_the_plain_one(tmp_path: Path) -> None:
-    plain, packed = tmp_path / "log.jsonl", tmp_path / "log.jsonl.gz"
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress)])
+def test_a_compressed_log_reads_as_the_plain_one(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    plain, packed = tmp_path / "log.jsonl", tmp_path / f"log.jsonl.{suffix}"
     with Log.open(plain) as log:
         log.append(record(us=5.0), record(us=7.0))
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    packed.write_bytes(pack(plain.read_bytes()))
     assert [e.record() for e in read_log(packed).entries] == [
         e.record() for e in read_log(plain).entries
     ]
 
 
-@pytest.mark.parametrize("data", [b"not gzip", gzip.compress(b"{}" * 99)[:-9]])
-def test_a_damaged_compressed_log_is_one_clear_error(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "log.jsonl.gz"
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        ("gz", b"not gzip"),
+        ("gz", gzip.compress(b"{}" * 99)[:-9]),
+        ("xz", b"not xz"),
+        ("xz", lzma.compress(b"{}" * 99)[:-9]),
+    ],
+)
+def test_a_damaged_compressed_log_is_one_clear_error(
+    tmp_path: Path, suffix: str, data: bytes
+) -> None:
+    path = tmp_path / f"log.jsonl.{suffix}"
     path.write_bytes(data)
     with pytest.raises(LogError, match="cannot be read"):
         read_log(path)
