@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dop.errors import BuildError, DopError, MissingDependencyError, MissingKernelError
-from dop.ops.cache import get_or_build, key_of
 from dop.measure.nvrtc_headers import STUBS
+from dop.ops.cache import get_or_build, key_of
 from dop.ops.switches import JIT
 
 if TYPE_CHECKING:
