@@ -71,7 +71,7 @@ class SearchEffort:
         prior_sigma: standard deviation of the model's log error until it was observed.
     """
 
-    warm_up: int = 2
+    warm_up: int = 8
     first_batch: int = 2
     first_until: int = 16
     max_defaults: int = 32
@@ -82,7 +82,7 @@ class SearchEffort:
     tournament: int = 4
     crossover: float = 0.3
     structural: float = 0.1
-    epsilon: float = 0.1
+    epsilon: float = 0.2
     hinted: float = 0.5
     spread: float = 0.1
     prior_sigma: float = 0.25

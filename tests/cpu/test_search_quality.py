@@ -101,10 +101,10 @@ def test_some_table_can_tell_searches_apart():
 
 
 def _ranked(name: str):
-    """The bar on ranks. Missed on the CPU tables (0.72 and 0.49): they were recorded on a shared
-    host where the same kernel varies by a factor of two, and nothing can rank that noise."""
-    noisy = pytest.mark.xfail(reason="timing noise of a shared host", strict=False)
-    return pytest.param(name, marks=noisy) if name.startswith("space_cpu") else name
+    """The bar on ranks. Missed on the CPU tables (0.73 both; `epsilon` 0.3: about 0.8): a search
+    measures what its model likes, so the model knows the rest less well than the best."""
+    missed = pytest.mark.xfail(reason="the search's own hundred are not spread out", strict=False)
+    return pytest.param(name, marks=missed) if name.startswith("space_cpu") else name
 
 
 @pytest.mark.parametrize("name", [_ranked(name) for name in NAMES])
@@ -113,6 +113,20 @@ def test_after_100_measurements_the_model_ranks_the_whole_space(name):
     correlation, regret = _quality(found, seed=0)
     assert correlation >= 0.8
     assert regret <= 0.03
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MADE_UP])
+def test_a_model_of_100_random_points_ranks_the_others(name):
+    """The model alone, without a search: what it was not shown, in its order."""
+    found = table(name)
+    sketch = found.recorded_sketch()
+    points = [Candidate.of(sketch, dict(point)) for point in found.rows]
+    random.Random(0).shuffle(points)
+    strategy = evolutionary(found, 0)
+    strategy.tell([(c, found.scenario, found.measure(c)) for c in points[:100]])
+    predicted = strategy.model.predict(points[100:], (found.scenario,))[:, 0]
+    seconds = [found.measure(point).median_s for point in points[100:]]
+    assert spearman(predicted, seconds) >= 0.8
 
 
 def _quality(found: SpaceTable, seed: int) -> tuple[float, float]:
