@@ -134,10 +134,12 @@ def read_log(path: str | os.PathLike[str]) -> LogContents:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise LogError(f"{where} is not a file.", "Give the path of a tuning log.")
-        unpack = {".gz": gzip.open, ".xz": lzma.open}.get(where.suffix)
-        if unpack is not None:
-            with unpack(where, "rb") as packed:
-                return _read(where, packed)
+        if where.suffix == ".gz":
+            with gzip.open(where, "rb") as unzipped:
+                return _read(where, unzipped)  # type: ignore[arg-type]
+        if where.suffix == ".xz":
+            with lzma.open(where, "rb") as unpacked:
+                return _read(where, unpacked)  # type: ignore[arg-type]
         with where.open("rb") as file:
             return _read(where, file)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
