@@ -257,6 +257,7 @@ def test_a_hundred_thousand_calls_leave_nothing_behind(monkeypatch):
             fails()
 
     many(1000)
+    gc.collect()  # what other tests left behind holds None thousands of times
     before, blocks, grown = counts(objects), allocated(), []
     for _ in range(4):
         many(25_000)
@@ -264,7 +265,8 @@ def test_a_hundred_thousand_calls_leave_nothing_behind(monkeypatch):
         grown.append(blocks - last)
     assert min(grown) < 200, grown  # what other tests left behind may end meanwhile
     for name, had, has in zip(objects, before, counts(objects), strict=True):
-        assert abs(has - had) < 50, type(name)
+        # Everybody holds None; the rarest of these calls is made 2,000 times.
+        assert abs(has - had) < (1000 if name is None else 50), type(name)
 
 
 @needs_extension
