@@ -286,8 +286,7 @@ def bench(
         mine = kernels[trace.key].calls(batch, weights)
         untuned = kernels[default.key].calls(batch, weights)
         places = [cores[:1], cores[:1], cores, cores]
-        found = alternate([mine, untuned, loop, bmm], places)
-        dop_us, default_us, loop_us, bmm_us = found
+        dop_us, default_us, loop_us, bmm_us = alternate([mine, untuned, loop, bmm], places)
         name = workload.name
         yield Row(name, scenario.key, dop_us, default_us, loop_us, bmm_us, trace.key)
 

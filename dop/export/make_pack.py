@@ -105,12 +105,13 @@ def make_pack(
     existing = Reusable(reuse, measured.target_key, sources)
     reused: set[Key] = set()
     began = time.monotonic()
-    banned = _unplannable(measured)
-    notes = [f"{len(banned)} kernels want tiles that no plan has; they are passed over."]
-    notes = notes if banned else []
-    known = set(banned)
+    skipped = _unplannable(measured)
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} kernels want tiles that no plan has; they are passed over.")
+    banned: dict[Key, str] = {}
     while True:
-        selection = in_dtypes(choose(measured, max_regret, banned), dtypes)
+        selection = in_dtypes(choose(measured, max_regret, skipped | banned.keys()), dtypes)
         reused |= _take(selection, outcomes, existing)
         _build(selection, outcomes, processes, generate, progress)
         broken = _broken(selection, outcomes)
@@ -118,7 +119,7 @@ def make_pack(
             break
         banned |= broken
     build_s = time.monotonic() - began
-    notes += [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items() if k not in known]
+    notes += [f"{k[0]}: {k[1]} is passed over: {w}" for k, w in banned.items()]
     selection, dropped = _transferable(selection, outcomes)
     notes += dropped
     artifacts = {k: a for k, a in outcomes.items() if isinstance(a, Artifact)}
@@ -164,17 +165,16 @@ def _build(
             progress(done, len(jobs))
 
 
-def _unplannable(measured: Measured) -> dict[Key, str]:
+def _unplannable(measured: Measured) -> set[Key]:
     """Kernels for tiles of heights without tables: known from the trace, so none is built."""
-    found: dict[Key, str] = {}
+    found: set[Key] = set()
     for entry in {(e.workload_key, e.trace_key): e for e in measured.entries if e.ok}.values():
         with contextlib.suppress(DopError):
             first = entry.trace().steps[0]
             if not isinstance(first, SplitStep) or (first.stage, first.extent) != (0, None):
                 continue  # the row form; the ragged axis alone has no extent
             if first.lengths[0] not in TILE_SIZES:
-                key = entry.workload_key, entry.trace_key
-                found[key] = f"it wants tiles of {first.lengths[0]} rows, which no plan has."
+                found.add((entry.workload_key, entry.trace_key))
     return found
 
 
