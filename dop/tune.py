@@ -11,8 +11,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 from dop.database.jsonl import Log, without_collector
 from dop.database.record import Record
@@ -37,11 +37,17 @@ DEFAULT_MARK = " (default)"
 _HINTS = 12
 """Most candidates that a family takes over from its neighbours at once."""
 
+_LIKE = 2
+"""Fastest candidates of each batch on another device that are tried first."""
+
 _CONFIRM = {"cpu": 0.12}
 """Share of the wall time, by device, in which the closest rivals are measured once more. A shared
 host has slow spells longer than a timing: a candidate that met one lost to a worse one."""
 _RIVALS = 5
 _CLOSE = 1.35
+
+_TELL_S = 0.1
+"""Progress is told this often at most: a report over hundreds of tasks costs more than a record."""
 
 _FINISH = 0.1
 """Share of the wall time after which old records are no longer filled up with missing batches."""
@@ -166,6 +172,7 @@ def tune(
     on_event: Callable[[Event], None] | None = None,
     build: Callable[[Workload, Target], Space] | None = None,
     provenance: Provenance | None = None,
+    like: Iterable[Entry] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> TuneResult:
     """Tune families until the budget, the trials or the spaces run out.
@@ -182,6 +189,8 @@ def tune(
         on_event: is told about every record and note.
         build: makes the space of a workload; None takes the rules of dop.space.
         provenance: goes into every record.
+        like: records of another device; the fastest candidates of each batch there are tried
+            first here. Their times count for nothing.
         clock: seconds that only grow.
 
     Returns:
@@ -207,6 +216,7 @@ def tune(
     )
     try:
         run.start(families)
+        run.try_first(like)
         reason = run.loop()
     except KeyboardInterrupt:
         reason = "interrupt"
@@ -256,6 +266,7 @@ class _Run:
         self.records = 0
         self.resumed = 0
         self.current = ""
+        self.told = -math.inf
         self.cost_s: dict[str, float] = {}
         self.reserve_s = 0.0
         self.trainer = ThreadPoolExecutor(1, thread_name_prefix="dop-train")
@@ -287,6 +298,21 @@ class _Run:
         if self.resumed:
             self._note(f"{self.log.path}: continuing after {self.resumed} records.")
         self.foreign = list(self._foreign(by_workload))
+
+    def try_first(self, entries: Iterable[Entry]) -> None:
+        """Offer every family what was fastest for its workload on another device."""
+        by_task: dict[tuple[str, str], list[Entry]] = {}
+        for entry in entries:
+            if entry.ok:
+                by_task.setdefault((entry.workload_key, entry.scenario_key), []).append(entry)
+        for state in self.states:
+            winners: dict[str, Entry] = {}
+            for (workload_key, _), tried in by_task.items():
+                if workload_key == state.family.workload.key:
+                    tried.sort(key=lambda e: e.median_s)
+                    winners.update((e.trace_key, e) for e in tried[:_LIKE])
+            known = (_recorded(state, entry) for entry in winners.values())
+            state.strategy.hint([r.candidate for r in known if r and r.candidate])
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -370,10 +396,41 @@ class _Run:
             if self.clock() - self.began > _FINISH * self.budget_s:
                 break
             self._finish_recorded(state)
+        visit = self._next_visit()
+        while True:
+            if isinstance(visit, str):
+                return visit
+            wanted = self._affordable(visit.state)
+            if wanted < 1:
+                return "budget"
+            visit = replace(visit, jobs=visit.jobs[:wanted])
+            self.trials += len(visit.jobs)
+            visit.state.trials += len(visit.jobs)
+            upcoming = self._plan_ahead(visit.state)
+            if not self._measure(visit, upcoming):
+                return "budget"
+            following = upcoming.result() if upcoming is not None else ""
+            # What ended the search while a batch was under way may hold no longer.
+            visit = self._next_visit() if isinstance(following, str) else following
+
+    def _plan_ahead(self, current: FamilyState) -> Future[_Visit | str] | None:
+        """The visit after that of `current`, proposed on another core while that one is measured:
+        its builds can then begin before the GPU would wait for them."""
+        if not self.measurer.overlaps or len(self.states) < 2:
+            return None
+        return self.trainer.submit(self._next_visit, current)
+
+    def _next_visit(self, besides: FamilyState | None = None) -> _Visit | str:
+        """Candidates of the family that promises most, or why there are none.
+
+        Args:
+            besides: a family that is being measured: what it will be told is not known yet.
+        """
         while True:
             if self.trials >= self.max_trials:
                 return "trials"
-            state = max(self.states, key=lambda s: s.promise(self.effort.patience))
+            states = [s for s in self.states if s is not besides]
+            state = max(states, key=lambda s: s.promise(self.effort.patience))
             if state.promise(self.effort.patience) <= 0:
                 return "exhausted"
             wanted = self._affordable(state)
@@ -382,12 +439,24 @@ class _Run:
             state.settle()
             self._hint(state)
             candidates = state.strategy.ask(wanted)
-            if not candidates:
-                state.exhausted = True
-                continue
-            jobs = [(c, state.family.scenarios) for c in candidates]
-            if not self._measure(state, jobs):
-                return "budget"
+            if candidates:
+                return self._visit(state, [(c, state.family.scenarios) for c in candidates])
+            state.exhausted = True
+
+    def _visit(
+        self, state: FamilyState, batch: Sequence[tuple[Candidate, tuple[Scenario, ...]]]
+    ) -> _Visit:
+        """Jobs of candidates, told how fast others were."""
+        best = {k: b.measurement.median_s for k, b in state.best.items()}
+        workload = state.family.workload
+        return _Visit(
+            state,
+            tuple(c for c, _ in batch),
+            tuple(
+                Job(c.trace, workload, scenarios, tuple(best.get(s.key) for s in scenarios))
+                for c, scenarios in batch
+            ),
+        )
 
     def _affordable(self, state: FamilyState) -> int:
         """Candidates of the next batch that the time and the trials left allow."""
@@ -417,7 +486,7 @@ class _Run:
         for candidate, scenarios in missing[: self.effort.batch]:
             jobs.append((candidate, scenarios))
         if jobs and self._affordable(state) > 0:
-            self._measure(state, jobs, counted=False)
+            self._measure(self._visit(state, jobs), counted=False)
 
     def _confirm(self) -> None:
         """Measure the closest rivals of each family again; the faster of the two timings counts."""
@@ -428,31 +497,36 @@ class _Run:
             each_s = self.cost_s.get(state.family.workload.key, 1.0)
             jobs = state.strategy.history.contested(_RIVALS, _CLOSE)[: int(share_s / each_s)]
             if len(jobs) > 1:
-                self._measure(state, jobs, counted=False)
+                self._measure(self._visit(state, jobs), counted=False)
 
     def _measure(
         self,
-        state: FamilyState,
-        batch: Sequence[tuple[Candidate, tuple[Scenario, ...]]],
+        visit: _Visit,
+        upcoming: Future[_Visit | str] | None = None,
         counted: bool = True,
     ) -> bool:
-        """Measure a batch and learn from it; False if it had to be dropped at the deadline."""
-        workload = state.family.workload
+        """Measure a batch and learn from it; False if it had to be dropped at the deadline.
+
+        Args:
+            visit: what to measure.
+            upcoming: what comes next; its builds are queued as soon as it is known.
+            counted: whether the visit says something about what a search of the family finds.
+        """
+        state, workload = visit.state, visit.state.family.workload
         self.current = workload.name
-        if counted:
-            self.trials += len(batch)
-            state.trials += len(batch)
-        by_trace = {c.trace: c for c, _ in batch}
-        jobs = [Job(c.trace, workload, scenarios) for c, scenarios in batch]
+        by_trace = {c.trace: c for c in visit.candidates}
         before, began = state.score(), self.clock()
         results: list[Result] = []
-        answers = iter(self.measurer.measure(jobs))
+        answers = iter(self.measurer.measure(visit.jobs))
         whole = True
         try:
             for job, scenario, measurement in answers:
                 candidate = by_trace[job.trace]
                 self._keep(state, candidate, scenario, measurement)
                 results.append((candidate, scenario, measurement))
+                if upcoming is not None and upcoming.done():
+                    self._prefetch(upcoming)
+                    upcoming = None
                 if self._left_s() < -self._grace_s():
                     whole = False
                     break
@@ -460,16 +534,22 @@ class _Run:
             close = getattr(answers, "close", None)
             if close is not None:
                 close()
+        self._tell()
         # Training runs beside the next family's measurements; the runner need not wait for it.
         state.learning = self.trainer.submit(state.strategy.tell, results)
         spent = self.clock() - began
         old = self.cost_s.get(workload.key)
-        each = spent / len(batch)
+        each = spent / len(visit.jobs)
         self.cost_s[workload.key] = each if old is None else 0.5 * (old + each)
         if counted:
             # What a stopped run left open says nothing about what a search here would find.
             state.visited(before - state.score(), spent)
         return whole
+
+    def _prefetch(self, upcoming: Future[_Visit | str]) -> None:
+        visit = upcoming.result()
+        if isinstance(visit, _Visit):
+            self.measurer.prefetch(visit.jobs)
 
     def _keep(
         self, state: FamilyState, candidate: Candidate, scenario: Scenario, found: Measurement
@@ -498,8 +578,13 @@ class _Run:
         if not found.ok:
             self.failures[found.failure] += 1
         state.observe(candidate.trace, sketch, scenario, found, place)
+        if self.clock() - self.told >= _TELL_S:
+            self._tell()
+
+    def _tell(self) -> None:
         if self.emit is not None:
             self.emit(self.progress())
+        self.told = self.clock()
 
     def _left_s(self) -> float:
         return self.budget_s - (self.clock() - self.began)
@@ -526,6 +611,15 @@ class _Run:
             families=tuple(_view(state) for state in self.states),
             current=self.current,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A batch of one family."""
+
+    state: FamilyState
+    candidates: tuple[Candidate, ...]
+    jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ def tune(
     trials: Annotated[int | None, Option(min=1, help="Most candidates to build.")] = None,
     effort: Annotated[str, Option(help="quick, full or transfer.")] = "quick",
     log: Annotated[Path | None, Option(help="Tuning log; one that exists is continued.")] = None,
+    like: Annotated[
+        Path | None, Option(help="Log of another device: what was fastest there is tried first.")
+    ] = None,
     dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
     tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,
     mix: Annotated[str | None, Option(help="Some of distinct,uniform,skewed,identical.")] = None,
@@ -76,20 +79,27 @@ def tune(
         batch = max(profile.batch, 2 * MAX_BUILDERS)
         profile = replace(profile, batch=batch, search=replace(profile.search, first_batch=batch))
     path = log or log_path(model, target)
-    result = _run(families, target, path, profile, seed, as_json)
+    result = _run(families, target, path, profile, seed, as_json, like)
     _report(result, path, as_json, stand_ins)
     return INTERRUPTED if result.interrupted else 0
 
 
 def _run(
-    families: list[Family], target: Target, path: Path, effort: Effort, seed: int, quiet: bool
+    families: list[Family],
+    target: Target,
+    path: Path,
+    effort: Effort,
+    seed: int,
+    quiet: bool,
+    like: Path | None,
 ) -> TuneResult:
     """Tune with everything opened and closed around it."""
     from dop import collect_env
     from dop.cli.progress import display
-    from dop.database.jsonl import Log
+    from dop.database.jsonl import Log, read_log
     from dop.tune import Note, Provenance, tune
 
+    others = read_log(like).require_entries().entries if like is not None else ()
     provenance = Provenance(collect_env.versions(), collect_env.revision())
     with display(quiet) as show, Log.open(path) as log, _measurer(target) as measurer:
         batches = len(families[0].scenarios)
@@ -106,6 +116,7 @@ def _run(
             seed=seed,
             on_event=show,
             provenance=provenance,
+            like=others,
         )
 
 

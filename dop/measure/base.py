@@ -15,11 +15,16 @@ from dop.workload import Workload
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate and the batches it is to be measured under: one build, many timings."""
+    """One candidate and the batches it is to be measured under: one build, many timings.
+
+    Attributes:
+        best_s: per scenario the best time known, or None: what is far behind is timed less often.
+    """
 
     trace: Trace
     workload: Workload
     scenarios: tuple[Scenario, ...]
+    best_s: tuple[float | None, ...] = ()
 
 
 Result = tuple[Job, Scenario, Measurement]
@@ -29,6 +34,16 @@ M = TypeVar("M", bound="Measurer")
 
 class Measurer(Protocol):
     """Builds, checks and times candidates."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether candidates can be built while others are timed."""
+        ...
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Start building what will be measured next. Only a `measure` of these very jobs waits
+        for it; nothing happens where `overlaps` is false."""
+        ...
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Measurements as they finish: every (job, scenario) exactly once, failures included."""

@@ -38,7 +38,7 @@ class Limits:
         run_s: check and timing under one scenario.
     """
 
-    build_s: float = 25.0
+    build_s: float = 12.0
     prepare_s: float = 120.0
     run_s: float = 20.0
 
@@ -53,6 +53,14 @@ class _State:
     offset: int = 0
     retries: int = 0
     looks: dict[int, Measurement] = field(default_factory=dict)
+
+
+@dataclass
+class _Ahead:
+    """A build that no batch waits for yet, and what was heard of it."""
+
+    job: Job
+    events: list[Event] = field(default_factory=list)
 
 
 class LocalMeasurer:
@@ -90,11 +98,35 @@ class LocalMeasurer:
         self.runners = WorkerPool(RUNNERS[target.kind], RunConfig(target, timer, runtime), 1)
         self._best: dict[tuple[str, str], float] = {}
         self._next_id = 0
+        self._ahead: dict[int, _Ahead] = {}
 
     def warm_up(self) -> None:
         """Starts the workers now; their imports take seconds."""
         self.builders.warm_up()
         self.runners.warm_up()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether builders work while the runner times: not on the cores that it times."""
+        return self._overlap
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Queue the builds of what `measure` will be asked for next, behind those under way."""
+        if self._overlap:
+            for job in jobs:
+                task = self._id()
+                self._ahead[task] = _Ahead(job)
+                self._submit_build(task, job)
+
+    def _submit_build(self, task: int, job: Job) -> None:
+        self.builders.submit(task, BuildTask(job.workload, job.trace), self._limits.build_s)
+
+    def _adopted(self, jobs: Sequence[Job]) -> dict[int, _Ahead]:
+        """What was prefetched of `jobs`, by task; other builds ahead are forgotten."""
+        wanted = {id(job) for job in jobs}
+        found = {task: a for task, a in self._ahead.items() if id(a.job) in wanted}
+        self._ahead = {}
+        return found
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Measurements as they finish: every (job, scenario) exactly once, failures included.
@@ -107,6 +139,7 @@ class LocalMeasurer:
             yield from batch.results()
         finally:
             if not batch.finished:
+                self._ahead = {}
                 self.builders.cancel()
                 self.runners.cancel()
 
@@ -141,7 +174,11 @@ class _Batch:
     def __init__(self, measurer: LocalMeasurer, jobs: Sequence[Job]) -> None:
         self._m = measurer
         self._limits = measurer._limits
-        self._states = {measurer._id(): _State(job) for job in jobs if job.scenarios}
+        self._adopted = measurer._adopted(jobs)
+        known = {id(a.job): task for task, a in self._adopted.items()}
+        self._states = {
+            known.get(id(job)) or measurer._id(): _State(job) for job in jobs if job.scenarios
+        }
         self._open = set(self._states)
         self._to_run: deque[int] = deque()
         self._ready: deque[Result] = deque()
@@ -154,7 +191,11 @@ class _Batch:
     def results(self) -> Iterator[Result]:
         """Drives both pools until everything is measured."""
         for task, state in self._states.items():
-            self._submit_build(task, state)
+            if task not in self._adopted:
+                self._m._submit_build(task, state.job)
+            else:
+                for event in self._adopted[task].events:
+                    self._on_build(event, state)
         pools = (self._m.builders, self._m.runners)
         while self._open:
             self._submit_runs()
@@ -164,15 +205,13 @@ class _Batch:
             for event in self._m.builders.collect(connections):
                 if event.task in self._states:
                     self._on_build(event, self._states[event.task])
+                elif event.task in self._m._ahead:
+                    self._m._ahead[event.task].events.append(event)
             for event in self._m.runners.collect(connections):
                 if event.task in self._states:
                     self._on_run(event, self._states[event.task])
             while self._ready:
                 yield self._ready.popleft()
-
-    def _submit_build(self, task: int, state: _State) -> None:
-        build = BuildTask(state.job.workload, state.job.trace)
-        self._m.builders.submit(task, build, self._limits.build_s)
 
     def _submit_runs(self) -> None:
         if not self._m._overlap and self._m.builders.busy:
@@ -185,12 +224,17 @@ class _Batch:
         assert state.built is not None
         assert state.built.artifact is not None
         state.offset = state.done
-        scenarios = state.job.scenarios[state.done :]
-        key = state.job.workload.key
-        best = tuple(self._m._best.get((key, s.key)) for s in scenarios)
+        job = state.job
+        best = tuple(self._best_s(job, n) for n in range(state.done, len(job.scenarios)))
         artifact = replace(state.built.artifact, source="")  # hundreds of KB, of no use there
-        run = RunTask(artifact, state.job.workload, scenarios, best)
+        run = RunTask(artifact, job.workload, job.scenarios[state.done :], best)
         self._m.runners.submit(task, run, self._limits.run_s, self._limits.prepare_s)
+
+    def _best_s(self, job: Job, position: int) -> float | None:
+        """The best time known of a scenario: what was measured here, or what the caller knew."""
+        given = job.best_s[position] if position < len(job.best_s) else None
+        here = self._m._best.get((job.workload.key, job.scenarios[position].key))
+        return min((s for s in (given, here) if s is not None), default=None)
 
     def _on_build(self, event: Event, state: _State) -> None:
         if event.kind == "item":
@@ -201,7 +245,7 @@ class _Batch:
                 self._to_run.append(event.task)
         elif event.kind == "died" and event.signal == SIGKILL and not state.retries:
             state.retries += 1
-            self._submit_build(event.task, state)
+            self._m._submit_build(event.task, state.job)
         elif event.kind == "died":
             self._fail_rest(event.task, Failure.BUILD, f"the builder ended: {event.value}")
         elif event.kind == "timeout":

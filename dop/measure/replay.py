@@ -31,6 +31,11 @@ class RecordedMeasurer:
         self._table = dict(table)
         self._by_workload: WorkloadTable = {}
 
+    overlaps = False
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Nothing is built."""
+
     @staticmethod
     def from_records(records: Iterable[Record]) -> RecordedMeasurer:
         """Measurer that answers from a log, workload by workload; the last record of a

@@ -4,6 +4,7 @@ a worker process, which ends itself when a candidate has made its CUDA context u
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ HOPELESS = 8
 HOPELESS_S = 100e-6
 """A first, cold call this many times slower than the best known, and so much more, is not repeated:
 plain cores under a large prefill would otherwise take most of a tuning run."""
+GRAPH_S = 1e-3
+"""A graph holds no more calls than take about this long, by the first, cold call: 32 calls of a
+large prefill took 60 ms a candidate and said no more than eight."""
 MIN_CALLS = 4
 """Calls of a graph at least. A candidate whose first call takes so long that this many would use
 up the timer's budget is not timed further."""
@@ -188,7 +192,7 @@ class CudaRunner:
         if hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
             seconds: tuple[float, ...] = (cold_s,)
         else:
-            seconds = self._time(loaded, batch, best_s)
+            seconds = self._time(loaded, batch, best_s, cold_s)
         return Measurement(
             seconds,
             accuracy=accuracy,
@@ -197,10 +201,12 @@ class CudaRunner:
             cost_s=time.perf_counter() - begin,
         )
 
-    def _time(self, loaded: Loaded, batch: Batch, best_s: float | None) -> tuple[float, ...]:
+    def _time(
+        self, loaded: Loaded, batch: Batch, best_s: float | None, cold_s: float
+    ) -> tuple[float, ...]:
         """Seconds per call: a graph of back-to-back calls, each on the next window of weights."""
-        count = len(batch.rows)
-        calls = count * -(-MIN_CALLS // count)
+        calls = calls_of(len(batch.rows), cold_s)
+        count = min(len(batch.rows), calls)
         graph = cuda.Graph()
         with loaded.workspaces(batch) as spaces:
             windows = [loaded.kernels(batch, window, spaces) for window in range(count)]
@@ -219,6 +225,13 @@ class CudaRunner:
         self._replay(graph)
         while time.perf_counter() - begin < self._config.timer.warm_up_s:
             self._replay(graph)
+
+
+def calls_of(windows: int, cold_s: float) -> int:
+    """Calls of a graph: one per window, or whole rounds of them if there are few; fewer windows
+    where a call takes long."""
+    enough = max(MIN_CALLS, math.ceil(GRAPH_S / max(cold_s, 1e-9)))
+    return enough if enough < windows else windows * -(-MIN_CALLS // windows)
 
 
 def _is_poisoned(stream: int) -> str:

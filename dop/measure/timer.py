@@ -15,40 +15,51 @@ class TimerSettings:
     Attributes:
         repeats: samples of which the median counts.
         min_sample_s: least time of a sample; calls are repeated within it until it is reached.
-        slow_repeats: samples of a candidate that is far behind.
-        slow_factor: a first sample this many times slower than the best known is far behind.
+        tiers: (factor, samples): a candidate whose fastest sample is more than `factor` times the
+            best known gets so many samples only; the first tier that applies counts.
         budget_s: no further sample starts once the samples have taken this long.
         warm_up_s: time spent before the first sample.
     """
 
     repeats: int
     min_sample_s: float
-    slow_repeats: int = 2
-    slow_factor: float = 3.0
+    tiers: tuple[tuple[float, int], ...] = ((3.0, 2),)
     budget_s: float = 0.06
     warm_up_s: float = 1e-3
+
+    def wanted(self, fastest_s: float, best_s: float | None) -> int:
+        """Samples of a candidate whose fastest one took `fastest_s`."""
+        if best_s is not None:
+            for factor, samples in self.tiers:
+                if fastest_s > factor * best_s:
+                    return samples
+        return self.repeats
+
+    def far_behind(self, seconds: float, best_s: float | None) -> bool:
+        """Whether a time is beyond the first tier."""
+        return best_s is not None and bool(self.tiers) and seconds > self.tiers[0][0] * best_s
 
 
 CPU_TIMER = TimerSettings(repeats=9, min_sample_s=2e-3)
 """About 25 ms per (candidate, scenario). Short samples and their median, because a single
 interruption counts in full in one long sample."""
 
-CUDA_TIMER = TimerSettings(repeats=21, min_sample_s=0.0, slow_repeats=3)
-"""A sample is one replay of a graph, 0.05 to 1 ms; 21 of them take 2 to 15 ms."""
+CUDA_TIMER = TimerSettings(repeats=21, min_sample_s=0.0, tiers=((1.5, 3), (1.1, 7)), budget_s=0.03)
+"""A sample is one replay of a graph, 0.05 to 1 ms. Samples of one kernel differ by about 1 %, so
+the 21 are for those that may be the best; most candidates are told apart by three. All of them 21
+times took two thirds of a tuning run."""
 
 
 def collect(
     sample: Callable[[], float], calls: int, settings: TimerSettings, best_s: float | None
 ) -> tuple[float, ...]:
-    """Seconds per call of each repeat; fewer repeats if the first is far behind `best_s`.
+    """Seconds per call of each repeat; fewer repeats if the fastest is behind `best_s`.
 
     `sample` runs `calls` calls and returns their time.
     """
     spent = sample()
     seconds = [spent / calls]
-    far_behind = best_s is not None and seconds[0] > settings.slow_factor * best_s
-    count = settings.slow_repeats if far_behind else settings.repeats
-    while len(seconds) < count and spent < settings.budget_s:
+    while len(seconds) < settings.wanted(min(seconds), best_s) and spent < settings.budget_s:
         sampled = sample()
         seconds.append(sampled / calls)
         spent += sampled
@@ -63,7 +74,7 @@ def time_calls(
     A candidate whose calls are so long that a few of them use up the budget is not warmed up.
     """
     first = run(1)
-    far_behind = best_s is not None and first > 2 * settings.slow_factor * best_s
+    far_behind = settings.far_behind(first / 2, best_s)
     if first >= settings.budget_s / 2 or (far_behind and first >= settings.min_sample_s):
         return collect(lambda: run(1), 1, settings, best_s)
     calls, spent = 1, first

@@ -22,6 +22,7 @@ class FakeMeasurer:
         failing: trace key -> failure to inject.
         delay_s: time each job takes.
         before: called before every answer with the number of answers so far; may raise.
+        overlaps: pretend that builds overlap with timing, so that the tuner plans ahead.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class FakeMeasurer:
         failing: Mapping[str, Failure] | None = None,
         delay_s: float = 0.0,
         before: Callable[[int], None] | None = None,
+        overlaps: bool = False,
     ) -> None:
         self.space = space
         self.device = device or synthetic.Device()
@@ -39,6 +41,11 @@ class FakeMeasurer:
         self.before = before
         self.measured: list[tuple[str, str, str]] = []
         self.closed_early = 0
+        self.overlaps = overlaps
+        self.ahead: list[Job] = []
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        self.ahead += jobs
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Scenario, Measurement]]:
         done = False

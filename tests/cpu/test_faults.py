@@ -138,3 +138,35 @@ def test_leaving_early_ends_what_runs_and_the_next_batch_works():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_builds_ahead_are_waited_for_by_their_own_batch_only():
+    now = [job("slow", n) for n in range(1, 4)]
+    following = [job("tile_rows", 2), job("build_error"), job("tile_rows", 4)]
+    with measurer(builders=1) as local:
+        local.prefetch(following)  # this CPU's cores are timed: nothing happens
+        assert not local.overlaps
+        assert not local.builders.busy
+        local._overlap = True
+        results = local.measure(now)
+        found = [next(results)]
+        local.prefetch(following)
+        found += results
+        assert {j.trace for j, _, _ in found} == {j.trace for j in now}
+        submitted = local._next_id
+        then = list(local.measure(following))
+        assert local._next_id == submitted  # nothing was built again
+    assert len(then) == len(following) * len(SCENARIOS)
+    failures = {j.trace.steps[0].name: m.failure for j, _, m in then}
+    assert failures == {"tile_rows": Failure.NONE, "build_error": Failure.BUILD}
+
+
+def test_a_batch_dropped_halfway_forgets_what_was_built_ahead():
+    following = [job("tile_rows", 2)]
+    with measurer(builders=1) as local:
+        local._overlap = True
+        results = local.measure([job("slow", 1), job("slow", 2)])
+        next(results)
+        local.prefetch(following)
+        results.close()
+        assert all(m.ok for _, _, m in local.measure(following))

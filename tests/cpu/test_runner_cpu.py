@@ -208,8 +208,18 @@ def test_a_candidate_far_behind_is_sampled_less():
     settings = TimerSettings(repeats=9, min_sample_s=2e-3)
     assert len(collect(lambda: 1e-3, 1, settings, None)) == 9
     assert len(collect(lambda: 1e-3, 1, settings, 0.9e-3)) == 9
-    assert len(collect(lambda: 1e-3, 1, settings, 0.1e-3)) == settings.slow_repeats
+    assert len(collect(lambda: 1e-3, 1, settings, 0.1e-3)) == settings.tiers[0][1]
     assert len(collect(lambda: 1.0, 1, settings, None)) == 1
+
+
+def test_the_closer_to_the_best_the_more_samples():
+    settings = TimerSettings(repeats=21, min_sample_s=0.0, tiers=((1.5, 3), (1.1, 7)))
+    for ratio, wanted in ((2.0, 3), (1.6, 3), (1.3, 7), (1.05, 21), (0.5, 21)):
+        assert len(collect(lambda ratio=ratio: ratio * 1e-4, 1, settings, 1e-4)) == wanted
+    # One slow sample does not decide: the fastest counts.
+    samples = iter([2e-4, *[1e-4] * 30])
+    assert len(collect(lambda: next(samples), 1, settings, 1e-4)) == 21
+    assert len(collect(lambda: 1.0, 1, settings, None)) == 1  # the budget
 
 
 def test_spread_is_the_quartile_distance():

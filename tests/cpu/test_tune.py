@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import signal
@@ -284,11 +285,16 @@ def test_events_tell_the_state(tmp_path):
     events: list[object] = []
     run(tmp_path / "log.jsonl", 40, on_event=events.append)
     states = [e for e in events if isinstance(e, Progress)]
-    assert [s.records for s in states] == list(range(1, 40 * len(SCENARIOS) + 1))
+    told = [s.records for s in states]
+    assert told == sorted(told)
+    assert told[0] == 1  # at once, then now and then, and once more at the end of a batch
+    assert told[-1] == 40 * len(SCENARIOS)
     assert states[-1].trials == 40
     assert states[-1].families[0].spearman is not None
     assert not [e for e in events if isinstance(e, Note)]
-    bests = [sum(math.log(t.best_s) for t in s.families[0].tasks) for s in states[-60:]]
+    whole = [s for s in states if all(t.best_s for t in s.families[0].tasks)]
+    bests = [sum(math.log(t.best_s) for t in s.families[0].tasks) for s in whole]
+    assert len(bests) > 2
     assert bests == sorted(bests, reverse=True)
     events.clear()
     run(tmp_path / "log.jsonl", 8, on_event=events.append)
@@ -355,3 +361,38 @@ def test_transfer_measures_the_neighbours_winners_first(tmp_path):
     }
     tried = {e.trace_key for e in entries[before:]}
     assert winners <= tried
+
+
+def test_the_next_visit_is_planned_while_one_is_measured(tmp_path):
+    other = dataclasses.replace(synthetic.WORKLOAD, rank=32)
+    families = [FAMILY, Family(other, SM_90, SCENARIOS)]
+    measurer = FakeMeasurer(SPACE, overlaps=True)
+    result = run(tmp_path / "log.jsonl", 64, measurer, families=families)
+    assert result.stopped_by == "trials"
+    assert result.progress.trials == 64
+    assert max(pairs(tmp_path / "log.jsonl").values()) == 1
+    order = list(dict.fromkeys((w, t) for w, t, _ in measurer.measured))
+    ahead = [(job.workload.key, job.trace.key) for job in measurer.ahead]
+    assert ahead
+    assert set(ahead) <= set(order)
+    # Planned ahead of the family that was measured: always the other one.
+    visits = [w for w, _ in order]
+    changes = sum(a != b for a, b in itertools.pairwise(visits))
+    assert changes >= 64 // QUICK.batch - 2
+
+
+def test_what_was_fast_on_another_device_is_tried_first(tmp_path):
+    there, here = tmp_path / "there.jsonl", tmp_path / "here.jsonl"
+    run(there, 60)
+    entries = read_log(there).entries
+    winner = min(
+        (e for e in entries if e.scenario_key == SCENARIOS[1].key), key=lambda e: e.median_s
+    )
+    defaults = len(SPACE.defaults())
+    result = run(here, defaults + 12, like=entries)
+    tried = [e.trace_key for e in read_log(here).entries]
+    assert winner.trace_key in tried
+    assert result.progress.resumed == 0
+    without = tmp_path / "without.jsonl"
+    run(without, defaults + 12)
+    assert winner.trace_key not in [e.trace_key for e in read_log(without).entries]
