@@ -25,6 +25,10 @@ from dop.target import Target
 
 SIGKILL = 9
 MAX_BUILDERS = 16
+RUNS_QUEUED = 2
+"""Runs that the runner is given at once: the next one while it answers for the last. More would be
+sent before it is known how fast those before them were, and then all are timed in full."""
+
 RUNNERS = {"cpu": "dop.measure.runner_cpu:create", "cuda": "dop.measure.runner_cuda:create"}
 
 
@@ -216,7 +220,7 @@ class _Batch:
     def _submit_runs(self) -> None:
         if not self._m._overlap and self._m.builders.busy:
             return
-        while self._to_run:
+        while self._to_run and self._m.runners.backlog < RUNS_QUEUED:
             task = self._to_run.popleft()
             self._submit_run(task, self._states[task])
 

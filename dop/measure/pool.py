@@ -133,6 +133,11 @@ class WorkerPool:
         return bool(self._queue) or any(w.task for w in self._workers)
 
     @property
+    def backlog(self) -> int:
+        """Tasks that are queued or running."""
+        return len(self._queue) + sum(w.task is not None for w in self._workers)
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the workers."""
         return [w.process.pid for w in self._workers]

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import fake_codegen
 import pytest
@@ -170,3 +171,24 @@ def test_a_batch_dropped_halfway_forgets_what_was_built_ahead():
         local.prefetch(following)
         results.close()
         assert all(m.ok for _, _, m in local.measure(following))
+
+
+def test_a_run_is_told_how_fast_those_before_it_were(monkeypatch):
+    told = []
+    known = replace(job("tile_rows", 0), best_s=(1.0, None))
+    with measurer() as local:
+        submit = local.runners.submit
+
+        def note(task, run, *rest):
+            told.append(run.best_s)
+            submit(task, run, *rest)
+
+        monkeypatch.setattr(local.runners, "submit", note)
+        found = list(local.measure([known, *(job("tile_rows", n) for n in range(1, 7))]))
+    assert len(told) == 7
+    assert told[0] == (1.0, None)
+    for place, best in enumerate(told[2:], 2):  # two runs are under way at most
+        for n, scenario in enumerate(SCENARIOS):
+            seen = [m.median_s for _, s, m in found if s == scenario][: place - 1]
+            assert best[n] is not None
+            assert best[n] <= min(seen)
