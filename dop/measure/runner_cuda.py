@@ -173,7 +173,7 @@ class CudaRunner:
         with loaded.workspaces(batch) as spaces:
             for space in spaces.values():
                 space.fill_(0xFF)
-            kernels = loaded.kernels(batch, 0, spaces)
+            (kernels,) = loaded.calls(batch, 1, spaces)
             self._begin.record(self.stream)
             _launch(kernels, self.stream)
             self._end.record(self.stream)
@@ -209,7 +209,7 @@ class CudaRunner:
         count = min(len(batch.rows), calls)
         graph = cuda.Graph()
         with loaded.workspaces(batch) as spaces:
-            windows = [loaded.kernels(batch, window, spaces) for window in range(count)]
+            windows = loaded.calls(batch, count, spaces)
             with graph.capture(self.stream):
                 for call in range(calls):
                     _launch(windows[call % count], self.stream)
@@ -320,22 +320,34 @@ class Loaded:
             tensors[w.name] = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         return _Spaces(tensors)
 
-    def kernels(self, batch: Batch, window: int, spaces: dict[str, torch.Tensor]) -> list[_Kernel]:
-        """The launches of one call on one window of weights."""
+    def calls(
+        self, batch: Batch, count: int, spaces: dict[str, torch.Tensor]
+    ) -> list[list[_Kernel]]:
+        """The launches of `count` calls, each on the next window of weights.
+
+        Windows differ in their tables only; all else is worked out once.
+        """
         tables = batch.plans_for(self.artifact.tile_rows)
-        stacks = self._weights.pointers()
-        pointers = {**stacks, "a": stacks["a0"], "b": stacks["b0"], **tables.pointers(window)}
+        stacks, steps = self._weights.pointers(), tables.steps()
+        pointers = {**stacks, "a": stacks["a0"], "b": stacks["b0"], **tables.pointers()}
         pointers |= {"x": batch.x.data_ptr(), "y_in": batch.y_pointer, "y": batch.y_pointer}
         pointers |= {name: space.data_ptr() for name, space in spaces.items()}
         counts = {"tokens": tables.plan.tokens, "tiles": tables.plan.tiles}
         counts["slots"] = self._weights.slots
-        found = []
-        for function, launch, grid in zip(
-            self._functions, self.artifact.launches, self._grids(batch), strict=True
-        ):
-            values = [_value(name, pointers, counts) for name in launch.arguments]
-            found.append(_Kernel(function, grid, launch, cuda.pack_parameters(values)))
-        return found
+        launches = self.artifact.launches
+        fixed = [[_value(n, pointers, counts) for n in launch.arguments] for launch in launches]
+        grids = self._grids(batch)
+
+        def kernel(position: int, window: int) -> _Kernel:
+            launch = launches[position]
+            values = [
+                ctypes.c_void_p(pointers[name] + window * steps[name]) if name in steps else value
+                for name, value in zip(launch.arguments, fixed[position], strict=True)
+            ]
+            parameters = cuda.pack_parameters(values)
+            return _Kernel(self._functions[position], grids[position], launch, parameters)
+
+        return [[kernel(k, window) for k in range(len(launches))] for window in range(count)]
 
 
 def _value(

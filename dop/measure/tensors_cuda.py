@@ -45,13 +45,14 @@ class WindowTables:
     plan: Plan
     tables: dict[str, torch.Tensor]
 
-    def pointers(self, window: int) -> dict[str, int]:
-        """Address of each table of a window; 0 for one that is not given."""
-        given = {
-            name: table.data_ptr() + window * table.stride(0) * 4
-            for name, table in self.tables.items()
-        }
+    def pointers(self) -> dict[str, int]:
+        """Address of each table of the first window; 0 for one that is not given."""
+        given = {name: table.data_ptr() for name, table in self.tables.items()}
         return dict.fromkeys(self.plan.tables, 0) | given
+
+    def steps(self) -> dict[str, int]:
+        """Bytes from a table of one window to that of the next, for those that are given."""
+        return {name: table.stride(0) * 4 for name, table in self.tables.items()}
 
 
 @dataclass
