@@ -130,14 +130,16 @@ def test_register_expand(tmp_path: Path, rank: int, shared: bool, parts: int, wo
 
 
 @pytest.mark.parametrize(
-    ("rank", "split", "cluster", "rank_blocks", "stages", "workers"),
+    ("rank", "split", "cluster", "rank_blocks", "stages", "workers", "early"),
     [
-        (16, 1, 0, 1, 3, 0),
-        (32, 2, 0, 1, 3, 0),
-        (16, 1, 1, 2, 3, 1),
-        (32, 4, 2, 2, 2, 2),
-        (32, 2, 1, 1, 4, 1),
-        (24, 2, 2, 4, 3, 1),
+        (16, 1, 0, 1, 3, 0, False),
+        (32, 2, 0, 1, 3, 0, False),
+        (16, 1, 1, 2, 3, 1, False),
+        (32, 4, 2, 2, 2, 2, False),
+        (32, 2, 1, 1, 4, 1, False),
+        (24, 2, 2, 4, 3, 1, False),
+        (32, 4, 2, 2, 2, 2, True),
+        (32, 2, 1, 1, 4, 4, True),
     ],
 )
 def test_pipelined_shrink(
@@ -148,14 +150,17 @@ def test_pipelined_shrink(
     rank_blocks: int,
     stages: int,
     workers: int,
+    early: bool,
 ) -> None:
-    """With one worker its blocks go on from tile to tile; stages: fewer steps, all, and less."""
+    """With one worker its blocks go on from tile to tile; stages: fewer steps, all, and less. An
+    early kernel waits in every block, and before it reads x."""
     w = Workload("two", 512, (128, 64), rank, "bfloat16")
     k = PipelinedShrink(
         *(w, 16, split, 64, stages, 1, 2 if rank == 32 and not workers else 1),
         cluster=cluster,
         rank_blocks=rank_blocks,
         workers=workers,
+        early=early,
     )
     rng = np.random.default_rng(split)
     ranks = np.array([rank - 3, rank, 0], np.int32)
@@ -171,10 +176,12 @@ def test_pipelined_shrink(
     # The emulator's clusters lie along y.
     turned = "std::swap(blockIdx.x, blockIdx.y); std::swap(gridDim.x, gridDim.y);"
     turned = turned if workers else ""
+    turned += f" waited = {int(not early)}; x_begin = x; x_end = x + 32 * 512;"
     launch = (
         f"launch({workers or TILES}, {split * rank_blocks}, {block}, {k.smem_bytes}, [&] {{ "
         f"{turned} kernel("
-        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, a1); }, "
+        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, a1);"
+        " if (!waited) std::abort(); }, "
         f"{k.cluster_blocks});"
     )
     v_type = "float" if k.parts > 1 else "uint16_t"

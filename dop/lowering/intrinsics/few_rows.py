@@ -3,6 +3,8 @@ register_expand.py: a block finds the tiles that it works through, whatever thei
 
 from __future__ import annotations
 
+from dop.lowering.cuda_launch import RELEASE, WAIT
+
 LANE_HELPERS = """\
 __device__ __forceinline__ unsigned dop_lanes_with(bool here) {
   return __ballot_sync(0xffffffffu, here);
@@ -21,7 +23,7 @@ SHRINK_OPEN = """\
   const int share = blockIdx.x % @SPLIT@, outer = blockIdx.x / @SPLIT@ % @PARTS@;
   const int part = outer * @SPLIT@ + share, first_rank = blockIdx.x / @ALL_PARTS@ * @RANKS@;
   const int workers = gridDim.y;
-  dop_dependents_may_start();
+@MAY_START@
   // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
   for (int base = blockIdx.y; base < tiles; base += 32 * workers) {
   const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
@@ -49,8 +51,14 @@ STORE_TOTAL = """\
 """A part of v, in fp32."""
 
 SHRINK_CLOSE = "  }\n  }\n"
+EARLY_WAIT = WAIT + RELEASE
+EARLY_CLOSE = WAIT
+"""An early kernel (cuda_launch.py) waits behind A's first copies, in its first tile, and at its end
+if it had no tile: waiting again costs nothing."""
 SHRINK_SYNC = "  __syncthreads();\n"
 """Before the next tile, where no cluster waits for all of its blocks."""
+
+MAY_START = "  dop_dependents_may_start();"
 
 SHRINK_PRELOAD = """\
   // A of all stages first: nothing of it depends on the table of rows.
@@ -62,7 +70,7 @@ SHRINK_PRELOAD = """\
         dop_copy(a_shared + (unsigned)step * (@RANKS@ * @DEPTH@ * 2) + a_to[c],
                  a_from[c] + step * @DEPTH@, a_bytes[c]);
   }
-#pragma unroll
+@WAIT@#pragma unroll
   for (int step = 0; step < @AHEAD@; ++step) {
 #pragma unroll
     for (int c = 0; c < @X_COPIES@; ++c)

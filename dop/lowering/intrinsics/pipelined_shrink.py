@@ -38,6 +38,7 @@ class PipelinedShrink:
         cluster: parts of a cluster; 0: all of them.
         rank_blocks: blocks that share the ranks of all slices.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
+        early: it waits for its predecessor between A's first copies and x's (needs workers).
     """
 
     workload: Workload
@@ -51,6 +52,7 @@ class PipelinedShrink:
     cluster: int = 0
     rank_blocks: int = 1
     workers: int = 0
+    early: bool = False
 
     @property
     def cluster_blocks(self) -> int:
@@ -124,8 +126,10 @@ class PipelinedShrink:
         )
         values = {
             "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
-            "CLOSE": close if self.workers else "",
+            "CLOSE": (close if self.workers else "") + (few_rows.EARLY_CLOSE if self.early else ""),
+            "MAY_START": "" if self.early else few_rows.MAY_START,
             "PRELOAD": few_rows.SHRINK_PRELOAD if self.workers else _PRELOAD,
+            "WAIT": few_rows.EARLY_WAIT if self.early else "",
             "STORE_SUMS": _STORE_SUMS if self.parts == 1 else few_rows.STORE_SUMS,
             "STORE_TOTAL": _STORE_TOTAL if self.parts == 1 else few_rows.STORE_TOTAL,
             "AHEAD": self.stages if at_once else f"{self.stages} - 1",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.launches import dependent_launch
+from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
 from dop.space.rules.tensor_core_registers import WARP, padded
@@ -87,7 +87,7 @@ class ClusterSplitK:
         new.compute_root("shrink")
         new.cache_read("shrink", "local", "expand")
         new.compute_at("shrink_in", "accumulate", WARP)
-        dependent_launch(new)
+        dependent_launch(new, A_FIRST if few else (0, 1, 2))
         new.reorder("shrink", 1, 0, 2, 3, 4)
         new.annotate("shrink", 0, "blockIdx.x")
         new.compute_at("shrink_rf", "shrink", 0)
