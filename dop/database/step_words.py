@@ -317,6 +317,8 @@ _DEPENDENT_WORDS: dict[object, str] = {
     "while the first still runs, then waits.",
     2: "Launches every kernel as a dependent of the one before it in the stream: the first waits "
     "before it reads anything, the second before it reads v.",
+    3: "Launches every kernel as a dependent of the one before it in the stream: the first reads "
+    "its tables and A and then waits, the second waits before it reads v.",
 }
 
 

@@ -173,6 +173,8 @@ def _describe_launch(launch: Launch) -> dict[str, Any]:
     }
     if launch.dependent:
         found["dependent"] = True
+    if launch.early:  # a reader that does not know the word launches it plainly
+        found["early"] = True
     return found
 
 
@@ -210,6 +212,7 @@ def _launch(item: Mapping[str, Any]) -> Launch:
         int(item["dynamic_smem_bytes"]),
         tuple(str(name) for name in item["arguments"]),
         dependent=bool(item.get("dependent", False)),
+        early=bool(item.get("early", False)),
     )
 
 

@@ -16,7 +16,7 @@ implied by a step or rides on a pragma (PR):
 - PR pack_k of shrink: from the start, the k axis of gather_x, gather_a and shrink is (group, lane,
   element), so that one lane's part of it is a box (regions of CA are boxes).
 - PR dependent_launch of accumulate: 1 makes the kernels behind the first one dependent launches,
-  2 the first one too (lowering/cuda_launch.py).
+  2 the first one too, 3 so that it reads A before it waits (lowering/cuda_launch.py).
 - PR scaled_b of gather_b, near_rows of gather_x: forms of the program (lowering/program.py).
 - PR turn of a copy: its square of that many elements becomes shuffles (intrinsics/turn.py).
 - PR transpose: the last two axes of the stage's result change places (CPU: a vector of columns).
@@ -335,8 +335,8 @@ def _pragma(app: Application, step: PragmaStep) -> None:
         if step.value != app.program.pack:
             raise TraceError("the k axis is packed once.")
     elif name == "dependent_launch":
-        if step.value not in (0, 1, 2):
-            raise TraceError("dependent_launch is 0, 1 or 2.")
+        if step.value not in (0, 1, 2, 3):
+            raise TraceError("dependent_launch is 0, 1, 2 or 3.")
         app.dependent_launch = int(step.value)
     elif name == "transpose":
         schedule.transform_layout(app.block(step.stage), ("write", 0), _swap_last)

@@ -43,6 +43,8 @@ class KernelLaunch:
         arguments: tensors, workspaces and scalars in the order of the kernel's parameters.
         dependent: programmatic dependent launch: the kernel may start before its predecessor in
             the stream ends, and waits for it itself.
+        early: it may be launched so only if its tables and weights were complete before its
+            predecessor started, since it reads them before it waits.
     """
 
     name: str
@@ -51,6 +53,7 @@ class KernelLaunch:
     dynamic_smem_bytes: int
     arguments: tuple[str, ...]
     dependent: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def evaluate(expression: str, *, tokens: int, tiles: int) -> int:
 
 
 def _generate_cuda(app: Application, target: Target) -> Generated:
-    from dop.lowering.cuda_launch import order_start
+    from dop.lowering.cuda_launch import EARLY, order_start
     from dop.lowering.cuda_source import finish, signatures
 
     if app.tiles:
@@ -156,7 +159,8 @@ def _generate_cuda(app: Application, target: Target) -> Generated:
     spaces = tuple(w.name for w in workspaces)
     source = finish(text, program, names)
     source, dependent = order_start(source, names, spaces, app.dependent_launch)
-    kernels = [KernelLaunch(n, *launches[n], p, n in dependent) for n, p in found]
+    early = names[:1] if app.dependent_launch == EARLY else ()
+    kernels = [KernelLaunch(n, *launches[n], p, n in dependent, n in early) for n, p in found]
     return Generated(
         "cuda",
         program.workload.key,
@@ -171,6 +175,7 @@ def _generate_cuda(app: Application, target: Target) -> Generated:
 
 def _generate_tiles(app: Application) -> Generated:
     """Code of a trace whose kernels' tiles are intrinsics."""
+    from dop.lowering.cuda_launch import EARLY
     from dop.lowering.cuda_source import signatures
     from dop.lowering.tile_kernels import read_tiles
 
@@ -181,7 +186,7 @@ def _generate_tiles(app: Application) -> Generated:
     kernels = (
         KernelLaunch(
             *(first, shrink.grid, shrink.block, shrink.smem_bytes),
-            *(given, tiles.dependent > 1),
+            *(given, tiles.dependent == 2, tiles.dependent == EARLY),
         ),
         KernelLaunch(
             *(second, expand.grid, expand.block, expand.smem_bytes),
@@ -194,7 +199,7 @@ def _generate_tiles(app: Application) -> Generated:
         program.tile_rows,
         source,
         kernels,
-        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
+        (Workspace("v", shrink.v_type, shrink.v_elements),),
         b"",
         program.arguments,
     )

@@ -16,9 +16,21 @@ Two edits of the generated text, kernel by kernel:
   front of their own wait: only the next launch overlaps with them. The workspace stays safe: the
   next call's first kernel writes it behind its wait, thus after the end of the kernel that reads
   it, however early that one released. A program of one kernel knows value 2 only.
+- With value 3 the first kernel reads its tables and A in front of its wait, and waits in front of
+  the first statement that reads x or writes v; it releases behind the wait, as with value 2. Such
+  a kernel is *early*: launched plainly it is right behind anything, and it may be launched as a
+  dependent one by a caller who knows that the tables and A were complete before its predecessor
+  started (dop/ops/settled.py says how the operator knows).
 
-What a kernel reads of y in front of its wait was complete before it started, but only behind the
-wait does the L1 cache surely forget what it held of y before: y is read past it (ld.global.cg).
+Why that is enough, whatever stands in between. Let F be a plain launch behind the last write of
+the tables and of A. F starts when everything before it is complete and in the L2 cache. A
+dependent launch starts when all blocks of its predecessor have released it or ended, so they have
+started: by induction every kernel behind F starts after F has, however early the ones between
+them release. An early kernel behind F therefore finds the tables and A complete.
+
+What a kernel reads of y, A or a table in front of its wait was complete before it started, but
+only behind the wait does the L1 cache surely forget what it held of them before: they are read
+past it (ld.global.cg), A and the tables where the kernel is an early one.
 
 Every block of a dependent kernel waits, one without rows too. If none did, the kernel could end
 before its predecessor, and a later kernel would no longer be ordered behind that one.
@@ -30,6 +42,9 @@ import re
 from collections.abc import Sequence
 
 from dop.errors import BuildError
+
+EARLY = 3
+"""Value of PR dependent_launch by which the first kernel reads A in front of its wait."""
 
 WAIT = "  dop_wait_for_predecessor();\n"
 RELEASE = "  dop_release_successor();\n"
@@ -80,13 +95,14 @@ _ROW = re.compile(r"\brow_index_ptr\[\(?tile_row0_here(?: \+ (\d+)\))?\]")
 def order_start(
     source: str, kernels: Sequence[str], workspaces: Sequence[str], dependent: int
 ) -> tuple[str, frozenset[str]]:
-    """The source with both edits, and the kernels to launch as dependent ones.
+    """The source with both edits, and the kernels to launch as dependent ones; an early one is not
+    among them.
 
     Args:
         kernels: names in the order of their launches.
         workspaces: what kernels hand to later ones.
         dependent: value of PR dependent_launch; 0: plain launches; 1: all but the first wait;
-            2: the first one too, before it reads anything.
+            2: the first one too, before it reads anything; 3: before it reads x.
 
     Raises:
         BuildError: the text is not of the form that these edits expect.
@@ -100,11 +116,14 @@ def order_start(
         name, head = match[1], source[match.start() : match.start(2)]
         body = _tables_first(match[2])
         if dependent and name != kernels[0]:
-            body = _past_l1(_waiting(body, name, workspaces))
+            body = _past_l1(_waiting(body, name, workspaces), "y_in")
             waiting.add(name)
-        if dependent > 1 or (dependent and name != kernels[-1]):
+        if dependent == EARLY and name == kernels[0]:
+            body = _early(body, name, workspaces)
+            waiting.add(name)
+        elif dependent > 1 or (dependent and name != kernels[-1]):
             body = RELEASE + body
-        if dependent > 1 and name == kernels[0]:
+        if dependent == 2 and name == kernels[0]:
             body = WAIT + body
             waiting.add(name)
         if name in waiting:
@@ -117,7 +136,7 @@ def order_start(
     if waiting:
         first = source.index('extern "C" __global__')
         source = source[:first] + HELPERS + source[first:]
-    return source, frozenset(waiting)
+    return source, frozenset(waiting) - (set(kernels[:1]) if dependent == EARLY else set())
 
 
 def wait_first(kernel: str) -> str:
@@ -191,16 +210,13 @@ def _rows_first(body: str) -> str:
     return body.replace(_GUARD, _GUARD + "".join(lines), 1)
 
 
-_Y_VECTOR = re.compile(r"\*\((\w+)\*\)(?=\(y_in_ptr \+)")
-_Y_ELEMENT = re.compile(r"\by_in_ptr(?=\[)")
-
-
-def _past_l1(body: str) -> str:
-    """The body with its loads of y going to the L2 cache."""
-    body = _Y_VECTOR.sub(r"dop_past_l1((const \1*)", body)
+def _past_l1(body: str, names: str) -> str:
+    """The body with its loads of some arrays (alternatives of a pattern) going to the L2 cache."""
+    vector = re.compile(rf"\*\((\w+)\*\)(?=\((?:{names})_ptr \+)")
+    body = vector.sub(r"dop_past_l1((const \1*)", body)
     body = _closed(body, re.compile(r"dop_past_l1\(\(const \w+\*\)(?=\()"), "(", ")")
-    body = _Y_ELEMENT.sub("dop_past_l1(&y_in_ptr", body)
-    return _closed(body, re.compile(r"dop_past_l1\(&y_in_ptr(?=\[)"), "[", "]")
+    body = re.sub(rf"\b({names})_ptr(?=\[)", r"dop_past_l1(&\1_ptr", body)
+    return _closed(body, re.compile(rf"dop_past_l1\(&(?:{names})_ptr(?=\[)"), "[", "]")
 
 
 def _closed(body: str, head: re.Pattern[str], opening: str, closing: str) -> str:
@@ -218,17 +234,30 @@ def _closed(body: str, head: re.Pattern[str], opening: str, closing: str) -> str
     return "".join([*parts, body[done:]])
 
 
-def _waiting(body: str, name: str, workspaces: Sequence[str]) -> str:
-    """The body of a dependent kernel: it waits before it reads a workspace or leaves early."""
+_BEFORE_THE_WAIT = r"a|row_index|(?:token|tile)_\w+?"
+"""What an early kernel reads in front of its wait."""
+
+
+def _early(body: str, name: str, workspaces: Sequence[str]) -> str:
+    """The body of an early kernel: it waits before it reads x, writes or leaves, then releases."""
+    body = _past_l1(body, _BEFORE_THE_WAIT)
+    body = _waiting(body, name, ("x", "y", "y_in", *workspaces), WAIT + RELEASE)
+    if re.search(r"\ba_ptr\b", body[body.rindex(WAIT) :]):
+        raise BuildError(f"kernel {name} reads A behind x, so it cannot wait between them.")
+    return body
+
+
+def _waiting(body: str, name: str, arrays: Sequence[str], wait: str = WAIT) -> str:
+    """The body of a dependent kernel: it waits before it touches one of the arrays or leaves."""
     lines = body.splitlines(keepends=True)
-    pattern = re.compile(rf"\b(?:{'|'.join(workspaces)})_ptr\b")
+    pattern = re.compile(rf"\b(?:{'|'.join(arrays)})_ptr\b")
     reads = [i for i, line in enumerate(lines) if pattern.search(line)]
-    if not workspaces or not reads:
+    if not arrays or not reads:
         raise BuildError(f"kernel {name} reads no workspace, so it has nothing to wait for.")
     at = reads[0]
     while at and (lines[at].startswith("   ") or lines[at].startswith("  }")):
         at -= 1  # to the statement of the body itself, which every thread comes to
-    lines.insert(at, WAIT)
+    lines.insert(at, wait)
     leave = re.compile(r"^  if \((.*)\) return;\n$")
     for i, line in enumerate(lines[:at]):
         match = leave.match(line)

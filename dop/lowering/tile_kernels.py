@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
-from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
+from dop.lowering.cuda_launch import EARLY, HELPERS, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
@@ -31,6 +31,8 @@ __device__ __forceinline__ int dop_fresh_table(const int* at) {
 }
 """
 """Reads a table behind a wait, when the kernel before may have written it."""
+EARLY_TABLE = FRESH_TABLE.replace("fresh", "early").replace("ld.global.b32", "ld.global.cg.b32")
+"""Reads a table in front of a wait: past the L1 cache, which may hold what it was before."""
 FEW_ROWS = 32
 EARLY_LOADS = {
     "const uint4 value = __ldg(static_cast<const uint4*>(at));": (
@@ -69,15 +71,21 @@ class TileKernels:
                 helpers = helpers.replace(constant, plain)
         if self.expand.workers:
             helpers += few_rows.LANE_HELPERS
-        if self.dependent > 1:
+        if self.expand.parts > 1:
+            helpers += few_rows.PARTS_HELPERS
+        if self.dependent == 2:
             # No load through the read-only path may pass the wait.
             shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
+        if self.dependent == EARLY:
+            shrink = shrink.replace(" __restrict__", "").replace(" dop_table(", " dop_early_table(")
+        if self.dependent > 1:
             expand = release_first(expand)
         return (
             INCLUDES[self.shrink.workload.dtype]
             + helpers
             + device_helpers.CLUSTER_HELPERS
-            + (HELPERS + FRESH_TABLE if self.dependent > 1 else "")
+            + (HELPERS if self.dependent > 1 else "")
+            + {2: FRESH_TABLE, EARLY: EARLY_TABLE}.get(self.dependent, "")
             + shrink
             + expand
         )
@@ -113,7 +121,10 @@ def read_tiles(app: Application) -> TileKernels:
         cluster=cluster,
         rank_blocks=rank_blocks,
         workers=workers,
+        early=app.dependent_launch == EARLY,
     )
+    if shrink.early and not workers:
+        raise TraceError("dependent_launch 3 wants workers: else A comes step by step with x.")
     if shrink.warpgroups and (tiles[0] != 1 or rows % 64 or k_tiles != 4):
         raise TraceError("warpgroup_product wants a warp per 16 rows and steps of 64 elements.")
     if tiles[0] * row_warps * 16 != rows or tiles[1] * rank_warps * 16 != shrink.ranks:

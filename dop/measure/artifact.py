@@ -36,6 +36,9 @@ class Launch:
     int32, shifts as int64 (see `shift_of`)."""
     dependent: bool = False
     """Programmatic dependent launch: it may start before its predecessor ends, and waits itself."""
+    early: bool = False
+    """It may be launched so if its tables and weights were complete before its predecessor started:
+    it reads them before it waits. Launched plainly it is always right."""
 
     @property
     def threads(self) -> int:
@@ -133,6 +136,7 @@ def pack(code: GeneratedLike, binary: bytes, resources: Mapping[str, float]) -> 
             Launch(
                 *(k.name, k.grid, k.block, k.dynamic_smem_bytes, tuple(k.arguments)),
                 dependent=bool(getattr(k, "dependent", False)),
+                early=bool(getattr(k, "early", False)),
             )
             for k in code.kernels
         ),

@@ -246,7 +246,8 @@ def _is_poisoned(stream: int) -> str:
 def _launch(kernels: list[_Kernel], stream: int) -> None:
     for k in kernels:
         if 0 not in k.grid:
-            smem, dependent = k.launch.dynamic_smem_bytes, k.launch.dependent
+            # Weights and tables were complete, and waited for, before the first candidate.
+            smem, dependent = k.launch.dynamic_smem_bytes, k.launch.dependent or k.launch.early
             k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters, dependent)
 
 

@@ -73,14 +73,20 @@ template <int N> void copy_words(unsigned (&words)[N], const void* at) { std::me
 template <int N> void dop_read_v(unsigned (&words)[N], const void* at) { copy_words(words, at); }
 template <int N> void dop_read_b(unsigned (&words)[N], const void* at) { copy_words(words, at); }
 template <int N> void dop_read_shared(unsigned (&words)[N], const void* at) { copy_words(words, at); }
+inline float4 dop_read_part(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 template <class T> T dop_table(const T* at) { return *at; }
 inline void dop_wait_at_most(int) {}
 inline void dop_wait_for_v() {}
+thread_local bool waited;
+thread_local const void *x_begin, *x_end;  // what may be read behind the wait only
+inline void dop_wait_for_predecessor() { waited = true; }
+inline void dop_release_successor() { if (!waited) std::abort(); }
 inline void dop_dependents_may_start() {}
 inline void dop_commit() {}
 template <int N> void dop_wait_but() {}
 inline unsigned dop_shared_address(const void*) { return 0; }
 inline void dop_copy(unsigned to, const void* from, int bytes) {
+  if (from >= x_begin && from < x_end && !waited) std::abort();
   std::memset(block->shared.data() + to, 0, 16);
   std::memcpy(block->shared.data() + to, from, bytes);
 }

@@ -66,6 +66,73 @@ def test_a_dependent_shrink_waits_before_it_reads(sketch: Sketch) -> None:
     assert "b_ptr" not in expand[last:]
 
 
+@pytest.mark.parametrize("sketch", SKETCHES, ids=lambda s: s.name)
+@pytest.mark.parametrize("widths", [(512,), (256, 128, 128)])
+def test_an_early_shrink_reads_its_tables_and_a_before_it_waits(
+    sketch: Sketch, widths: tuple[int, ...]
+) -> None:
+    workload = dataclasses.replace(O_PROJ, out_features=widths)
+    values = {**sketch.default(), "expand.dependent": 3}
+    code = generate(workload, bind(workload, sketch.name, values), SM_90)
+    shrink, expand = bodies(code.source)
+    assert [(k.dependent, k.early) for k in code.kernels] == [(False, True), (True, False)]
+    assert "__restrict__" not in shrink
+    last = shrink.rindex(WAIT)
+    before, behind = shrink[:last], shrink[last:]
+    assert shrink.count(WAIT) == 2  # where there are no rows, and in front of x
+    assert shrink.count(RELEASE) == behind.count(RELEASE) == 1
+    assert behind.index(RELEASE) < behind.index("x_ptr")
+    assert not re.search(r"\b(x|v_rf)_ptr", before)
+    assert not re.search(r"\b(a|row_index|(token|tile)_\w+)_ptr", behind)
+    # What is read in front of the wait is read past the L1 cache.
+    reads = re.findall(r"(.{0,40})\b(?:a|row_index|(?:token|tile)_\w+?)_ptr(?:\[| \+)", before)
+    assert len(reads) > 2
+    assert all("dop_past_l1(" in text for text in reads)
+    assert expand.startswith(f"\n  {RELEASE}")
+    assert expand.count(WAIT) == 2
+
+
+def bind(workload: Workload, name: str, values: dict[str, int]) -> Trace:
+    """A trace of the sketch of that name, as it comes back from a log."""
+    sketch = next(s for s in build_space(workload, SM_90).sketches if s.name == name)
+    trace = Trace.from_json(sketch.bind(values).to_json())
+    assert sketch.match(trace) == values
+    return trace
+
+
+def test_small_tiles_copy_a_before_they_wait() -> None:
+    name = next(s.name for s in build_space(O_PROJ, SM_90).sketches if "small_tiles" in s.name)
+    values = next(s for s in build_space(O_PROJ, SM_90).sketches if s.name == name).default()
+    code = generate(O_PROJ, bind(O_PROJ, name, {**values, "expand.dependent": 3}), SM_90)
+    shrink, expand = bodies(code.source)
+    assert [(k.dependent, k.early) for k in code.kernels] == [(False, True), (True, False)]
+    first = shrink.index(WAIT)
+    assert "a_from[c] + step" in shrink[:first]
+    assert "dop_copy(x_shared" in shrink[first:]
+    assert shrink.index(RELEASE) > first
+    assert "dop_dependents_may_start" not in shrink
+    assert shrink.rstrip().partition("#undef DOP_COPY")[2].count(WAIT) == 1  # without a tile too
+    assert "dop_table(" not in shrink.replace("dop_early_table(", "")
+    assert "ld.global.cg.b32" in code.source
+    assert expand.startswith(f"\n  {RELEASE}")
+
+
+@pytest.mark.parametrize("form", ["wide_tiles", "one_kernel"])
+def test_where_a_comes_with_x_there_is_no_early_kernel(form: str) -> None:
+    sketch = next(s for s in build_space(O_PROJ, SM_90).sketches if form in s.name)
+    assert 3 not in next(d.choices for d in sketch.domains if d.name == "expand.dependent")
+    small = {"expand.steps": 1} if form == "one_kernel" else {}
+    trace = sketch.bind({**sketch.default(), **small})
+    steps = [
+        PragmaStep(s.stage, s.iter, s.name, 3)
+        if isinstance(s, PragmaStep) and s.name == "dependent_launch"
+        else s
+        for s in trace.steps
+    ]
+    with pytest.raises((TraceError, BuildError), match="step by step|behind x"):
+        generate(O_PROJ, Trace(tuple(steps)), SM_90)
+
+
 @pytest.mark.parametrize("value", [0, 1, 2])
 def test_tiles_in_registers_wait_as_the_trace_says(value: int) -> None:
     sketch = next(s for s in build_space(O_PROJ, SM_90).sketches if s.name.startswith("wide_tiles"))
@@ -123,7 +190,7 @@ def test_a_pragma_of_another_value_is_refused() -> None:
         else s
         for s in trace.steps
     ]
-    with pytest.raises(TraceError, match="0, 1 or 2"):
+    with pytest.raises(TraceError, match="0, 1, 2 or 3"):
         apply_trace(O_PROJ, Trace(tuple(steps)))
 
 

@@ -3,6 +3,8 @@ register_expand.py: a block finds the tiles that it works through, whatever thei
 
 from __future__ import annotations
 
+from dop.lowering.cuda_launch import RELEASE, WAIT
+
 LANE_HELPERS = """\
 __device__ __forceinline__ unsigned dop_lanes_with(bool here) {
   return __ballot_sync(0xffffffffu, here);
@@ -21,7 +23,7 @@ SHRINK_OPEN = """\
   const int share = blockIdx.x % @SPLIT@, outer = blockIdx.x / @SPLIT@ % @PARTS@;
   const int part = outer * @SPLIT@ + share, first_rank = blockIdx.x / @ALL_PARTS@ * @RANKS@;
   const int workers = gridDim.y;
-  dop_dependents_may_start();
+@MAY_START@
   // A lane reads the entries of one of this block's tiles: one trip for 32 of them, empty or not.
   for (int base = blockIdx.y; base < tiles; base += 32 * workers) {
   const int mine = base + (int)threadIdx.x * workers, at_table = min(mine, tiles - 1);
@@ -38,9 +40,25 @@ SHRINK_OPEN = """\
   const int given_rank = dop_of_lane(mine_rank, from);
 """
 
+STORE_SUMS = """\
+      float2* to = reinterpret_cast<float2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
+      to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
+"""
+STORE_TOTAL = """\
+    *reinterpret_cast<float4*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) = total;
+"""
+"""A part of v, in fp32."""
+
 SHRINK_CLOSE = "  }\n  }\n"
+EARLY_WAIT = WAIT + RELEASE
+EARLY_CLOSE = WAIT
+"""An early kernel (cuda_launch.py) waits behind A's first copies, in its first tile, and at its end
+if it had no tile: waiting again costs nothing."""
 SHRINK_SYNC = "  __syncthreads();\n"
 """Before the next tile, where no cluster waits for all of its blocks."""
+
+MAY_START = "  dop_dependents_may_start();"
 
 SHRINK_PRELOAD = """\
   // A of all stages first: nothing of it depends on the table of rows.
@@ -52,7 +70,7 @@ SHRINK_PRELOAD = """\
         dop_copy(a_shared + (unsigned)step * (@RANKS@ * @DEPTH@ * 2) + a_to[c],
                  a_from[c] + step * @DEPTH@, a_bytes[c]);
   }
-#pragma unroll
+@WAIT@#pragma unroll
   for (int step = 0; step < @AHEAD@; ++step) {
 #pragma unroll
     for (int c = 0; c < @X_COPIES@; ++c)
@@ -112,22 +130,37 @@ EXPAND_ADD_V = """\
     for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        unsigned words[@PARTS@][@WORDS@];
+        const float* at = v + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@);
+        float4 part[@PARTS@][@WORDS@ / 2];
 #pragma unroll
-        for (int e = 0; e < @PARTS@; ++e)
-          dop_read_v(words[e], v + e * v_part + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
+        for (int e = 0; e < @PARTS@; ++e) {
 #pragma unroll
-        for (int k = 0; k < @WORDS@; ++k) {
-          float low = dop_low_@KIND@(words[0][k]), high = dop_high_@KIND@(words[0][k]);
+          for (int k = 0; k < @WORDS@ / 2; ++k) part[e][k] = dop_read_part(at + e * v_part + 4 * k);
+        }
+#pragma unroll
+        for (int k = 0; k < @WORDS@ / 2; ++k) {
+          float4 sum = part[0][k];
 #pragma unroll
           for (int e = 1; e < @PARTS@; ++e) {
-            low += dop_low_@KIND@(words[e][k]);
-            high += dop_high_@KIND@(words[e][k]);
+            sum.x += part[e][k].x; sum.y += part[e][k].y;
+            sum.z += part[e][k].z; sum.w += part[e][k].w;
           }
-          vw[p][m][h][k] = dop_pack_@KIND@(low, high);
+          vw[p][m][h][2 * k] = dop_pack_@KIND@(sum.x, sum.y);
+          vw[p][m][h][2 * k + 1] = dop_pack_@KIND@(sum.z, sum.w);
         }
       }
     }
   }
 """
-"""v as the sum of its parts."""
+"""v as the sum of its parts, in their order, rounded once."""
+
+PARTS_HELPERS = """\
+__device__ __forceinline__ float4 dop_read_part(const float* at) {
+  float4 value;
+  asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(at) : "memory");
+  return value;
+}
+"""
+"""What expand uses besides where v has several parts."""

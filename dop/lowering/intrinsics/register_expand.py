@@ -12,8 +12,8 @@ y's old values for `ahead` groups of columns and the first group of B are on the
 kernel waits for v (programmatic dependent launch), so that only v's own way is left.
 
 With `workers` the kernel is for batches of few rows: a grid of tokens // tile_rows + workers tiles,
-whose blocks go on to later tiles if there are more. v may come in `parts`, which are added up in
-fp32 before the product.
+whose blocks go on to later tiles if there are more. v may come in `parts`, fp32 then, which are
+added up in their order and rounded once before the product.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.lowering.intrinsics import few_rows
+from dop.lowering.intrinsics.pipelined_shrink import CXX_TYPES
 from dop.workload import Workload
 
 ALL_AHEAD = 2
@@ -124,7 +125,8 @@ class RegisterExpand:
             "NAME": name,
             "THREADS": threads,
             "SHIFTS": shifts,
-            "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
+            "TYPE": CXX_TYPES[w.dtype],
+            "V_TYPE": CXX_TYPES[w.dtype if self.parts == 1 else "float32"],
             "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
             "TM": self.tile_rows,
             "MI": self.row_tiles,
@@ -210,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
     const @TYPE@* __restrict__ b_ptr, const int* __restrict__ row_index_ptr,
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const float* __restrict__ tile_scale_ptr,
-    const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, const @V_TYPE@* v_ptr,
     @TYPE@* y_ptr@SHIFTS@) {
 @OPEN@  const int rows = all_rows - (int)threadIdx.z * @MI@ * 16;
   if ((@SHARED_B@ ? all_rows : rows) <= 0) {
@@ -279,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
   }
 @FIRST_B@  dop_wait_for_v();
   unsigned vw[@KB@][@MI@][2][@WORDS@];
-  const @TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
+  const @V_TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
       + ((int)threadIdx.z * @MI@ * 16 + g)) * @PADDED@ + q * @PIECE@;
 @READ_V@#pragma unroll
   for (int step = 0; step < @STEPS@; ++step) {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.launches import dependent_launch
+from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, powers_of_two, vector_width
 from dop.space.sketch import Annotation
 
@@ -102,7 +102,7 @@ class WideColumns:
         new.annotate("accumulate_in", 2, "threadIdx.x")
         new.annotate("accumulate_in", 6, "vectorize")
         new.annotate("accumulate_in", 4, "unroll")
-        dependent_launch(new)
+        dependent_launch(new, A_FIRST)
 
         def columns(a: Annotation) -> int:
             return a["expand.threads"] * a["expand.vector"]

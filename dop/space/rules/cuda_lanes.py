@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.launches import dependent_launch
+from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, vector_width
 from dop.space.sketch import Annotation
 
@@ -77,7 +77,7 @@ class LaneColumns:
         new.annotate("accumulate_in", 2, "threadIdx.y")
         new.annotate("accumulate_in", 3, "threadIdx.x")
         new.annotate("accumulate_in", 5, "unroll")
-        dependent_launch(new)
+        dependent_launch(new, A_FIRST)
         new.notes["early_lanes"] = 1
 
 

@@ -7,6 +7,8 @@ import re
 from dop.space.rule import SketchState
 
 HOPPER = 90
+A_FIRST = (0, 1, 2, 3)
+"""Where all of A is asked for in front of x."""
 
 
 def dependent_launch(state: SketchState, values: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -14,9 +16,11 @@ def dependent_launch(state: SketchState, values: tuple[int, ...] = (0, 1, 2)) ->
     newer. Elsewhere the sketch is the same without them.
 
     Values: 0 none; 1 the expand kernel; 2 the shrink kernel too, which waits before it reads
-    anything (and the only dependent form of a sketch of one kernel).
+    anything (and the only dependent form of a sketch of one kernel), the default; 3 the same, but
+    it reads its tables and A before it waits. That wants a shrink whose loads of A all stand in
+    front of those of x, and a caller who knows that A is complete (dop/ops/settled.py).
     """
     arch = re.match(r"sm_(\d+)", state.target.arch)
     if arch and int(arch[1]) >= HOPPER:
-        value = state.param("expand.dependent", "pipeline", values, values[-1])
+        value = state.param("expand.dependent", "pipeline", values, 2)
         state.pragma("accumulate", 0, "dependent_launch", value)

@@ -5,7 +5,7 @@ one thread-block cluster, whose blocks add their sums through distributed shared
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
 Tiles for few rows (note "few") are spread over more blocks than a cluster has: several clusters
-along k, whose sums expand adds up, and several along the ranks.
+along k, whose fp32 sums expand adds up before v is rounded, and several along the ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.launches import dependent_launch
+from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
 from dop.space.rules.tensor_core_registers import WARP, padded
@@ -28,7 +28,7 @@ CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
 MAX_PARTS = 8
-"""Sums of v that expand adds up at most."""
+"""Sums of v that expand adds up at most; each costs four bytes an element of v."""
 
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
@@ -87,7 +87,7 @@ class ClusterSplitK:
         new.compute_root("shrink")
         new.cache_read("shrink", "local", "expand")
         new.compute_at("shrink_in", "accumulate", WARP)
-        dependent_launch(new)
+        dependent_launch(new, A_FIRST if few else (0, 1, 2))
         new.reorder("shrink", 1, 0, 2, 3, 4)
         new.annotate("shrink", 0, "blockIdx.x")
         new.compute_at("shrink_rf", "shrink", 0)

@@ -106,7 +106,7 @@ class RegisterColumns:
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
             operands = a[ROW_TILES.name] * rank // 4 + groups * rank // 2
             parts = a.get("shrink.split_k", 1) // a.get("shrink.cluster", 1) if few else 1
-            adding = 8 * parts if parts > 1 else 0
+            adding = 8 * parts if parts > 1 else 0  # eight fp32 values of each part at once
             return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
