@@ -60,6 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lengths", default=PUNICA, help='"punica" or PROMPT:OUTPUT, e.g. 64:128; comma list')
     add("--cases", help="instead of the three above: batch/popularity/lengths, comma list")
     add("--num-batches", type=int, help="batches of requests a case and repeat")
+    add("--prefill-batches", type=int, help="the same of cases whose outputs have one token: they "
+        "are short, and first tokens vary more than a step (default: --num-batches)")  # fmt: skip
     add("--maxlen", type=int, help="longest prompt with its output")
     add("--repeats", type=int, default=3, help="runs of each arm and case (default 3)")
     add("--slots", type=int, help="adapter slots (default: largest batch, 64 on vLLM)")
@@ -115,10 +117,14 @@ def _complete(options: argparse.Namespace) -> None:
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.maxlen = options.maxlen or (2048 if on_gpu else 64)
     options.num_batches = options.num_batches or (2 if on_gpu else 1)
+    options.prefill_batches = options.prefill_batches or options.num_batches
     options.arms = [a for a in options.arms.split(",") if a]
     for name in options.arms:
         split(name)
-    if not options.arms or min(options.lora_rank, options.repeats, options.num_batches) < 1:
+    if (
+        not options.arms
+        or min(options.lora_rank, options.repeats, options.num_batches, options.prefill_batches) < 1
+    ):
         raise ConfigError("arms, rank, repeats and batches must be positive.", "Give at least 1.")
     options.cases = list(_cases(options))
     options.load = load_of(options.load) if options.load else None
@@ -241,7 +247,7 @@ def measure(
     for case in options.cases:
         groups = waves(
             case,
-            options.num_batches,
+            options.num_batches if case.decodes else options.prefill_batches,
             options.maxlen,
             options.adapters,
             model.vocabulary,
@@ -331,6 +337,7 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
         "revision": collect_env.revision(),
         "maxlen": options.maxlen,
         "num_batches": options.num_batches,
+        "prefill_batches": options.prefill_batches,
         "repeats": options.repeats,
         "vllm_args": options.vllm_args,
         "copy_gb_per_s": bandwidth / 1e9,

@@ -62,7 +62,7 @@ class CaseResult:
     @property
     def decodes(self) -> bool:
         """Whether its requests have decode steps at all."""
-        return self.case.fixed is None or self.case.fixed[1] > 1
+        return self.case.decodes
 
     def ttft_ratio(self, arm: str, other: str) -> float | None:
         """Mean time to first token of the other arm over this one's: above 1 is faster."""

@@ -483,6 +483,14 @@ def test_behind_its_budget_a_run_measures_every_case_once(tmp_path, monkeypatch)
     assert [len(r.runs["dop"]) for r in read(tmp_path).results] == [1, 1, 1]
 
 
+def test_first_tokens_can_take_more_batches_than_steps(monkeypatch):
+    monkeypatch.setattr("benchmarks.bench_textgen_lora.load", lambda *_: {"dop": arm})
+    arm = Slow()
+    cases = ["--cases", "2/distinct/4:3,2/distinct/4:1", "--repeats", "1", "--prefill-batches", "3"]
+    main(["--arms", "dop", "--model", "tiny", "--device", "cpu", *cases, "--num-batches", "1"])
+    assert len(arm.asked[:-1]) == (1 + 1) + (1 + 3)  # each case once to warm up
+
+
 def test_warming_up_takes_a_batch_and_the_adapters_that_fit():
     (group,) = waves(Case(4, "distinct"), 8, 64, 16, 100)
     chosen = _warm(group, Case(4, "distinct"), 6)
