@@ -23,8 +23,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.textgen import load as load_test
 from benchmarks.textgen import results as report
-from benchmarks.textgen.engine import ARMS, Arm, OneAdapterAtATime
+from benchmarks.textgen.engine import ARMS, SWITCHES, Arm, OneAdapterAtATime, Watched, split
+from benchmarks.textgen.load import OUTPUT, PROMPT
+from benchmarks.textgen.load import parse as load_of
 from benchmarks.textgen.merge import show
 from benchmarks.textgen.models import TINY, BenchModel, copy_bandwidth, find_model
 from benchmarks.textgen.results import CaseResult
@@ -34,13 +37,17 @@ from dop import collect_env
 from dop.errors import ConfigError, DopError, MissingDependencyError
 
 DEFAULT_ARMS = "base,stock,dop,loop"
+LOAD_TOKENS = PROMPT + OUTPUT
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, defaults filled in for the machine."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="arms: " + "; ".join(f"{name}: {what}" for name, what in ARMS.items()),
+        epilog="arms: "
+        + "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+        + f"; vLLM: stock, tuned-json and dop also with a switch ({', '.join(SWITCHES)}), as in "
+        "dop+specialize",
     )
     add = parser.add_argument
     add("--engine", choices=("transformers", "vllm"), default="transformers")
@@ -53,6 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lengths", default=PUNICA, help='"punica" or PROMPT:OUTPUT, e.g. 64:128; comma list')
     add("--cases", help="instead of the three above: batch/popularity/lengths, comma list")
     add("--num-batches", type=int, help="batches of requests a case and repeat")
+    add("--prefill-batches", type=int, help="the same of cases whose outputs have one token: they "
+        "are short, and first tokens vary more than a step (default: --num-batches)")  # fmt: skip
     add("--maxlen", type=int, help="longest prompt with its output")
     add("--repeats", type=int, default=3, help="runs of each arm and case (default 3)")
     add("--slots", type=int, help="adapter slots (default: largest batch, 64 on vLLM)")
@@ -63,6 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, metavar="SECONDS", help="from the start on; once it is spent, "
         "every case that is left is measured once")  # fmt: skip
     add("--save-to", type=Path, help="folder for results.jsonl, table.md and plot.svg")
+    add("--load", metavar="REQUESTS:ADAPTERS", help="after the cases, every arm with adapters: so "
+        "many requests over more adapters than slots, memory before and after")  # fmt: skip
+    add("--profile", metavar="CASE", help="vLLM: before the load, every arm serves this case twice "
+        "while watched; where the time goes stands in profile.txt")  # fmt: skip
     add("--merge", type=Path, nargs="+", metavar="RESULTS", help="measure nothing: put folders or "
         "files of earlier runs together; with --save-to a document and a figure")  # fmt: skip
     add("--tuned-configs", type=Path, help="folder of vLLM's tuned JSON files (arm tuned-json)")
@@ -104,23 +117,49 @@ def _complete(options: argparse.Namespace) -> None:
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.maxlen = options.maxlen or (2048 if on_gpu else 64)
     options.num_batches = options.num_batches or (2 if on_gpu else 1)
+    options.prefill_batches = options.prefill_batches or options.num_batches
     options.arms = [a for a in options.arms.split(",") if a]
-    if bad := [a for a in options.arms if a not in ARMS]:
-        raise ConfigError(f"--arms {bad[0]} is unknown.", f"Use some of {', '.join(ARMS)}.")
-    if not options.arms or min(options.lora_rank, options.repeats, options.num_batches) < 1:
+    for name in options.arms:
+        split(name)
+    if (
+        not options.arms
+        or min(options.lora_rank, options.repeats, options.num_batches, options.prefill_batches) < 1
+    ):
         raise ConfigError("arms, rank, repeats and batches must be positive.", "Give at least 1.")
     options.cases = list(_cases(options))
-    options.maxlen = max([options.maxlen, *(sum(c.fixed) for c in options.cases if c.fixed)])
-    options.batch = max(case.batch_size for case in options.cases)
+    options.load = load_of(options.load) if options.load else None
+    options.profile = _case(options.profile) if options.profile else None
+    if options.profile and (options.engine != "vllm" or not options.save_to):
+        raise ConfigError("--profile needs --engine vllm and --save-to.", "Give both.")
+    every = [*options.cases, *([options.profile] if options.profile else [])]
+    options.maxlen = max([options.maxlen, *(sum(c.fixed) for c in every if c.fixed)])
+    options.batch = max(case.batch_size for case in every)
+    options.kv_tokens = max(case.tokens_in_flight(options.maxlen) for case in every)
+    if options.load:
+        options.maxlen = max(options.maxlen, LOAD_TOKENS)
+        options.kv_tokens = max(options.kv_tokens, options.batch * LOAD_TOKENS)
     options.slots = options.slots or (64 if options.engine == "vllm" else options.batch)
     options.adapters = options.adapters or options.slots
+    many = options.load.adapters if options.load else 0
+    if options.engine != "vllm" and many > options.adapters:
+        raise ConfigError(f"--load asks for {many} adapters.", f"Use --adapters {many}.")
+
+
+def _case(text: str) -> Case:
+    """A case as the command line names it: "32/distinct/64:128"."""
+    try:
+        batch, mix, lengths = text.split("/")
+        return Case(int(batch), mix, lengths)
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} is no case ({error}).", "Write e.g. 32/distinct/64:128."
+        ) from error
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     try:
         if options.cases:
-            split = (case.split("/") for case in options.cases.split(","))
-            return [Case(int(batch), mix, length) for batch, mix, length in split]
+            return [_case(case) for case in options.cases.split(",")]
         return [
             Case(int(batch), mix, length)
             for length in options.lengths.split(",")
@@ -129,7 +168,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         ]
     except ValueError as error:
         raise ConfigError(
-            f"the cases cannot be read ({error}).", "Write e.g. --cases 32/distinct/64:128."
+            f"--batch-size cannot be read ({error}).", "Write e.g. --batch-size 1,8,32,64."
         ) from error
 
 
@@ -146,9 +185,9 @@ def load(options: argparse.Namespace, model: BenchModel, work: Path) -> dict[str
             options.lora_rank,
             options.slots,
             options.adapters,
-            tuple(case.batch_size for case in options.cases),
+            tuple(sorted({options.batch, *(case.batch_size for case in options.cases)})),
             options.maxlen,
-            max(case.tokens_in_flight(options.maxlen) for case in options.cases),
+            options.kv_tokens,
             dtype,
             work,
             options.tuned_configs,
@@ -208,7 +247,7 @@ def measure(
     for case in options.cases:
         groups = waves(
             case,
-            options.num_batches,
+            options.num_batches if case.decodes else options.prefill_batches,
             options.maxlen,
             options.adapters,
             model.vocabulary,
@@ -229,6 +268,42 @@ def measure(
         save(result)
         paces = ", ".join(f"{name} {result.pace(name):.0f}" for name in names)
         print(f"{case.key}: {paces} tokens/s ({time.monotonic() - begin:.0f} s)", flush=True)
+
+
+def watch(arms: Mapping[str, Arm], options: argparse.Namespace, model: BenchModel) -> None:
+    """profile.txt: where the time of one case goes in every arm that can tell."""
+    if options.profile is None:
+        return
+    case = options.profile
+    jobs = waves(case, 1, options.maxlen, options.adapters, model.vocabulary, options.seed)[0]
+    parts = []
+    for name, arm in arms.items():
+        if isinstance(arm, Watched):
+            arm.run(jobs, case.batch_size)
+            text = arm.profile(jobs, case.batch_size)
+            parts.append(f"==== {name}, {case.key}\n\n{text}\n")
+    options.save_to.mkdir(parents=True, exist_ok=True)
+    (options.save_to / "profile.txt").write_text("".join(parts))
+
+
+def put_under_load(
+    arms: Mapping[str, Arm],
+    options: argparse.Namespace,
+    model: BenchModel,
+    about: dict[str, Any],
+    deadline: float,
+) -> None:
+    """What `--load` asks for, Dop's arms first; behind the deadline no further arm."""
+    if options.load is None:
+        return
+    about["load"] = {}
+    with_adapters = [name for name in arms if split(name)[0] not in ("base", "loop")]
+    for name in sorted(with_adapters, key=lambda name: split(name)[0] != "dop"):
+        if about["load"] and time.monotonic() > deadline:
+            break
+        done = load_test.run(arms[name], options.load, model.vocabulary, options.batch)
+        about["load"][name] = done.as_dict()
+        print(load_test.lines({name: about["load"][name]})[0], flush=True)
 
 
 def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> dict[str, Any]:
@@ -262,6 +337,7 @@ def header(options: argparse.Namespace, model: BenchModel, bandwidth: float) -> 
         "revision": collect_env.revision(),
         "maxlen": options.maxlen,
         "num_batches": options.num_batches,
+        "prefill_batches": options.prefill_batches,
         "repeats": options.repeats,
         "vllm_args": options.vllm_args,
         "copy_gb_per_s": bandwidth / 1e9,
@@ -294,6 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 before = {name: arm.device_bytes() for name, arm in arms.items()}
                 deadline = begin + (options.budget or math.inf)
                 measure(arms, options, model, bandwidth, save, deadline)
+                watch(arms, options, model)
+                put_under_load(arms, options, model, about, deadline)
                 about["device_bytes"] = {n: [before[n], arms[n].device_bytes()] for n in arms}
             finally:
                 for arm in arms.values():

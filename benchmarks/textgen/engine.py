@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from benchmarks.textgen.timing import Timing
 from benchmarks.textgen.workload import Job
+from dop.errors import ConfigError
 
 ARMS = {
     "base": "the model without adapters",
@@ -16,6 +17,42 @@ ARMS = {
     "dop": "dop.ops",
     "loop": "stock, but one adapter at a time: no batch mixes adapters",
 }
+
+
+SPECIALIZE = "specialize"
+SWITCHES: dict[str, dict[str, object]] = {SPECIALIZE: {"specialize_active_lora": True}}
+"""What "stock+specialize" means: further arguments of vllm.LLM, for any arm with adapters."""
+
+
+def split(name: str) -> tuple[str, dict[str, object]]:
+    """An arm's kind and the arguments that its switches add: "dop+specialize".
+
+    Raises:
+        ConfigError: an unknown arm or switch, or a switch for the arm without adapters.
+    """
+    kind, *switches = name.split("+")
+    if kind not in ARMS:
+        raise ConfigError(f"--arms {name} is unknown.", f"Use some of {', '.join(ARMS)}.")
+    if bad := [s for s in switches if s not in SWITCHES or kind in ("base", "loop")]:
+        known = ", ".join(f"stock+{s}, dop+{s}" for s in SWITCHES)
+        raise ConfigError(f"--arms {name}: {bad[0]} is no switch of {kind}.", f"Use {known}.")
+    extra: dict[str, object] = {}
+    for switch in switches:
+        extra |= SWITCHES[switch]
+    return kind, extra
+
+
+def stock_of(name: str, names: Collection[str]) -> str | None:
+    """The stock arm that another is compared with: of the same switches, else the plain one.
+
+    None for a stock arm itself, and where there is none among `names`.
+    """
+    kind, _, switches = name.partition("+")
+    if kind == "stock":
+        return None
+    wanted = [f"stock+{switches}"] if switches else []
+    wanted += ["stock", *(n for n in names if n.startswith("stock+"))]
+    return next((n for n in wanted if n in names), None)
 
 
 class Arm(Protocol):
@@ -31,6 +68,15 @@ class Arm(Protocol):
 
     def close(self) -> None:
         """Free what the arm holds; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An arm that can tell where its time goes."""
+
+    def profile(self, jobs: Sequence[Job], concurrency: int) -> str:
+        """Serve the jobs while watched; what was seen, as text."""
         ...
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.textgen.engine import stock_of
 from dop.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ COLORS = {
     "tuned-json": "#b8860b",
     "loop": "#d9a3a3",
     "dop": "#0b5fa5",
+    "stock+specialize": "#6b6b6b",
+    "tuned-json+specialize": "#7d5f08",
+    "dop+specialize": "#5fa8d3",
 }
 
 
@@ -98,13 +102,15 @@ def _paces(axis: Any, cases: Sequence[CaseResult]) -> None:
 
 
 def _first_tokens(axis: Any, cases: Sequence[CaseResult]) -> None:
-    ratios = all("stock" in r.runs for r in cases)
+    ratios = all(any(a.partition("+")[0] == "stock" for a in r.runs) for r in cases)
     arms = dict.fromkeys(a for r in cases for a in r.runs)
 
     def height(result: CaseResult, arm: str) -> float | None:
         if arm not in result.runs:
             return None
-        return result.ttft_ratio(arm, "stock") if ratios else result.row(arm)["ttft_mean_ms"]
+        if not ratios:
+            return result.row(arm)["ttft_mean_ms"]
+        return result.ttft_ratio(arm, stock_of(arm, result.runs) or arm)
 
     _bars(axis, {a: [height(r, a) for r in cases] for a in arms})
     axis.set_ylabel("time to first token: stock / arm" if ratios else "time to first token, ms")

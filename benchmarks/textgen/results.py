@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.textgen.engine import stock_of
 from benchmarks.textgen.plot import plot
 from benchmarks.textgen.timing import Run
 from benchmarks.textgen.workload import Case
@@ -61,7 +62,7 @@ class CaseResult:
     @property
     def decodes(self) -> bool:
         """Whether its requests have decode steps at all."""
-        return self.case.fixed is None or self.case.fixed[1] > 1
+        return self.case.decodes
 
     def ttft_ratio(self, arm: str, other: str) -> float | None:
         """Mean time to first token of the other arm over this one's: above 1 is faster."""
@@ -96,8 +97,9 @@ class CaseResult:
         row["retention"] = None if is_base else self.retention(arm)
         row["bound"] = None if is_base else self.bound
         row["of_bound"] = None if is_base else self.of_bound(arm)
-        row["over_stock"] = None if arm == "stock" else self.ratio(arm, "stock")
-        row["ttft_over_stock"] = None if arm == "stock" else self.ttft_ratio(arm, "stock")
+        stock = stock_of(arm, self.runs)
+        row["over_stock"] = self.ratio(arm, stock) if stock else None
+        row["ttft_over_stock"] = self.ttft_ratio(arm, stock) if stock else None
         return row
 
 
@@ -157,9 +159,9 @@ def means(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
         mine = [r for r in results if r.case.lengths == lengths]
         for arm in dict.fromkeys(arm for r in mine for arm in r.runs):
             line: dict[str, Any] = {"lengths": lengths, "arm": arm, "cases": len(mine)}
-            if arm != "stock":
-                line["over_stock"] = _mean([r.ratio(arm, "stock") for r in mine])
-                line["ttft_over_stock"] = _mean([r.ttft_ratio(arm, "stock") for r in mine])
+            rows = [r.row(arm) for r in mine if arm in r.runs]
+            for name in ("over_stock", "ttft_over_stock"):
+                line[name] = _mean([row[name] for row in rows])
             if arm != "base":
                 line["retention"] = _mean([r.retention(arm) for r in mine])
                 line["of_bound"] = _mean([r.of_bound(arm) for r in mine])
@@ -207,7 +209,7 @@ def write(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -
 def write_lines(folder: Path, header: dict[str, Any], results: Sequence[CaseResult]) -> None:
     """results.jsonl: a header, then every run and every row. Written anew after every case."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"kind": "run", **header}]
+    lines: list[dict[str, Any]] = [{"kind": "run", **header}]
     lines += [{"kind": "repeat", **repeat} for repeat in repeats(results)]
     lines += [{"kind": "row", **row} for row in rows(results)]
     text = "".join(json.dumps(line) + "\n" for line in lines)

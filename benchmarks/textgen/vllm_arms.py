@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.textgen.engine import Arm
+from benchmarks.textgen.engine import Arm, split
 from benchmarks.textgen.models import BenchModel, write_adapter
 from benchmarks.textgen.timing import Timing
 from benchmarks.textgen.workload import Job
@@ -112,6 +112,12 @@ class VllmArm:
         self._send({"op": "run", "jobs": lines, "concurrency": concurrency})
         return [Timing(start, times) for start, times in self._answer(RUN_S)["times"]]
 
+    def profile(self, jobs: Sequence[Job], concurrency: int) -> str:
+        """Serve the jobs twice while watched: where the host's and the GPU's time goes, as text."""
+        lines = [[j.prompt, j.output, j.adapter] for j in jobs]
+        self._send({"op": "profile", "jobs": lines, "concurrency": concurrency})
+        return str(self._answer(RUN_S)["text"])
+
     def device_bytes(self) -> int | None:
         """Of the arm's process."""
         self._send({"op": "memory"})
@@ -169,7 +175,7 @@ class VllmArm:
 
 
 def load_arms(names: Sequence[str], model: BenchModel, options: VllmOptions) -> dict[str, Arm]:
-    """The arms base, stock, tuned-json and dop, loaded side by side.
+    """The arms base, stock, tuned-json and dop, with or without switches, loaded side by side.
 
     Raises:
         ConfigError: the arm tuned-json without a folder, or a rank that vLLM refuses.
@@ -192,13 +198,14 @@ def load_arms(names: Sequence[str], model: BenchModel, options: VllmOptions) -> 
     arms: dict[str, VllmArm] = {}
     try:
         for name in names:
-            lora = name != "base"
+            kind, switches = split(name)
+            lora = kind != "base"
             settings = {
-                "plugin": name == "dop",
+                "plugin": kind == "dop",
                 "adapter": str(adapter.resolve()) if lora else None,
                 "slots": min(options.slots, options.adapters),
                 "share_file": options.adapters <= options.slots,
-                "llm": llm_arguments(model, options, lora, config),
+                "llm": {**llm_arguments(model, options, lora, config), **switches},
             }
             log = options.work / f"{name}.log"
             arms[name] = VllmArm(name, settings, environment(name, options), log)
@@ -214,9 +221,10 @@ def load_arms(names: Sequence[str], model: BenchModel, options: VllmOptions) -> 
 def environment(name: str, options: VllmOptions) -> dict[str, str]:
     """Environment of an arm's process: its own compile cache, and who may plug in."""
     values = {**OFFLINE, "VLLM_CACHE_ROOT": str((options.work / f"cache-{name}").resolve())}
-    values["VLLM_PLUGINS"] = "dop" if name == "dop" else ""
-    values["DOP_VLLM"] = "1" if name == "dop" else "0"
-    if name == "tuned-json":
+    kind, _ = split(name)
+    values["VLLM_PLUGINS"] = "dop" if kind == "dop" else ""
+    values["DOP_VLLM"] = "1" if kind == "dop" else "0"
+    if kind == "tuned-json":
         assert options.tuned is not None
         values["VLLM_TUNED_CONFIG_FOLDER"] = str(options.tuned.resolve())
     return values

@@ -3,7 +3,8 @@
     python -m benchmarks.textgen.vllm_worker IN_FD OUT_FD
 
 The first line holds the settings. Then {"op": "run", "jobs": [...], "concurrency": n} is answered
-by the times of every token, {"op": "memory"} by device_bytes(), {"op": "stop"} ends the process.
+by the times of every token, {"op": "profile", ...} likewise by a text, {"op": "memory"} by
+device_bytes(), {"op": "stop"} ends the process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 
@@ -109,6 +111,34 @@ def device_bytes() -> int | None:
     return torch.cuda.memory_allocated()
 
 
+def profile(serve: Callable[[], object], rows: int = 40) -> str:
+    """What `serve` spends its time on: Python's functions, then torch's operators and kernels.
+
+    The two are watched in turn, as each slows the other down.
+    """
+    import cProfile
+    import io
+    import pstats
+
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    text = io.StringIO()
+    python = cProfile.Profile()
+    python.runcall(serve)
+    pstats.Stats(python, stream=text).sort_stats("cumulative").print_stats(rows)
+    kinds = [ProfilerActivity.CPU]
+    kinds += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with watch(activities=kinds) as seen:
+        serve()
+    averages = seen.key_averages()
+    for order in ("self_cpu_time_total", *(["self_cuda_time_total"] if len(kinds) > 1 else [])):
+        text.write(averages.table(sort_by=order, row_limit=rows, max_name_column_width=60))
+        text.write("\n")
+    return text.getvalue()
+
+
 def main() -> int:
     """Serves until told to stop; returns the exit code."""
     commands = os.fdopen(int(sys.argv[1]), "r")
@@ -127,6 +157,9 @@ def main() -> int:
                 break
             if command["op"] == "memory":
                 answer(bytes=device_bytes())
+            elif command["op"] == "profile":
+                asked = (command["jobs"], command["concurrency"])
+                answer(text=profile(partial(served.run, *asked)))
             else:
                 answer(times=served.run(command["jobs"], command["concurrency"]))
     except Exception as error:

@@ -64,6 +64,11 @@ class Case:
             ) from error
         return prompt, output
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its requests have decode steps at all."""
+        return self.fixed is None or self.fixed[1] > 1
+
     def tokens_in_flight(self, maxlen: int) -> int:
         """Tokens of prompts and outputs that `batch_size` requests can come to."""
         return self.batch_size * (sum(self.fixed) if self.fixed else maxlen)

@@ -7,8 +7,9 @@ from statistics import fmean, median
 import pytest
 import torch
 
-from benchmarks.bench_textgen_lora import _warm, main
-from benchmarks.textgen.engine import OneAdapterAtATime
+from benchmarks.bench_textgen_lora import _warm, main, parse
+from benchmarks.textgen import load
+from benchmarks.textgen.engine import OneAdapterAtATime, split, stock_of
 from benchmarks.textgen.merge import merge, read
 from benchmarks.textgen.models import TINY, find_model, write_adapter
 from benchmarks.textgen.results import (
@@ -211,6 +212,25 @@ def test_vllms_arms_differ_in_what_they_should(tmp_path):
     assert base["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4]}
 
 
+def test_switches_are_any_arms_and_compared_with_stock_of_the_same(tmp_path):
+    assert split("stock+specialize") == ("stock", {"specialize_active_lora": True})
+    assert split("dop") == ("dop", {})
+    for bad in ("base+specialize", "dop+faster", "best", "loop+specialize"):
+        with pytest.raises(ConfigError):
+            split(bad)
+    arms = ("base", "stock", "stock+specialize", "dop", "dop+specialize")
+    assert [stock_of(a, arms) for a in arms] == [
+        "stock", None, None, "stock", "stock+specialize",
+    ]  # fmt: skip
+    assert stock_of("dop+specialize", ("stock", "dop+specialize")) == "stock"
+    assert stock_of("dop", ("base", "stock+specialize", "dop")) == "stock+specialize"
+    assert stock_of("dop", ("base", "dop")) is None
+    given = options(tmp_path)
+    plain, switched = (environment(n, given) for n in ("dop", "dop+specialize"))
+    assert plain.pop("VLLM_CACHE_ROOT") != switched.pop("VLLM_CACHE_ROOT")
+    assert plain == switched
+
+
 FAKE_VLLM = {
     "__init__.py": """
 import os, types
@@ -301,6 +321,16 @@ def test_a_vllm_process_serves_and_ends(tmp_path, fake_vllm):
     base = (tmp_path / "work" / "base.log").read_text()
     assert "in flight 3 loras [] \n" in base
     assert "enable_lora" not in base
+
+
+def test_a_switch_reaches_vllm_and_an_arm_tells_where_its_time_goes(tmp_path, fake_vllm):
+    arms = load_arms(["dop+specialize"], find_model(TINY, 64), options(tmp_path))
+    try:
+        text = arms["dop+specialize"].profile([Job([1, 2], 3, 0)], 1)
+    finally:
+        arms["dop+specialize"].close()
+    assert "cumulative" in text
+    assert "'specialize_active_lora': True" in (tmp_path / "work/dop+specialize.log").read_text()
 
 
 def test_adapters_that_come_and_go_are_read_every_time(tmp_path, fake_vllm):
@@ -453,11 +483,43 @@ def test_behind_its_budget_a_run_measures_every_case_once(tmp_path, monkeypatch)
     assert [len(r.runs["dop"]) for r in read(tmp_path).results] == [1, 1, 1]
 
 
+def test_first_tokens_can_take_more_batches_than_steps(monkeypatch):
+    monkeypatch.setattr("benchmarks.bench_textgen_lora.load", lambda *_: {"dop": arm})
+    arm = Slow()
+    cases = ["--cases", "2/distinct/4:3,2/distinct/4:1", "--repeats", "1", "--prefill-batches", "3"]
+    main(["--arms", "dop", "--model", "tiny", "--device", "cpu", *cases, "--num-batches", "1"])
+    assert len(arm.asked[:-1]) == (1 + 1) + (1 + 3)  # each case once to warm up
+
+
 def test_warming_up_takes_a_batch_and_the_adapters_that_fit():
     (group,) = waves(Case(4, "distinct"), 8, 64, 16, 100)
     chosen = _warm(group, Case(4, "distinct"), 6)
     assert [job.adapter for job in chosen] == [0, 1, 2, 3, 4, 5]
     assert max(job.output for job in chosen) <= 4
+
+
+def test_a_load_asks_for_every_adapter_and_reports_memory(tmp_path, monkeypatch, capsys):
+    assert load.parse("20:7") == load.Load(20, 7)
+    for bad in ("20", "7:20", "a:b", "0:0"):
+        with pytest.raises(ConfigError):
+            load.parse(bad)
+    asked = [job.adapter for job in load.jobs_of(load.Load(20, 7), 100)]
+    assert {asked.count(adapter) for adapter in range(7)} == {2, 3}
+    arm = Slow()
+    bench_with(
+        monkeypatch, arm, "--repeats", "1", "--adapters", "7", "--load", "20:7",
+        "--save-to", str(tmp_path),
+    )  # fmt: skip
+    assert "dop: 20 of 20 requests over 7 adapters" in capsys.readouterr().out
+    assert arm.asked[-2] == asked
+    found = read(tmp_path).header["load"]["dop"]
+    assert (found["answered"], found["bytes_before"]) == (20, None)
+    grown = {**found, "bytes_before": 5 << 20, "bytes_after": (5 << 20) + 8}
+    assert load.lines({"dop": grown})[0].endswith("5 MiB of the GPU before, +8 bytes after")
+    with pytest.raises(ConfigError, match="--adapters 7"):
+        parse(["--device", "cpu", "--adapters", "3", "--load", "20:7"])
+    with pytest.raises(ConfigError, match="--save-to"):
+        parse(["--device", "cpu", "--profile", "1/identical/4:4"])
 
 
 def test_title_names_device_versions_and_date():

@@ -40,6 +40,8 @@ def test_all_arms_on_a_cpu(tmp_path, capsys):
     "bad",
     [
         ["--arms", "best"],
+        ["--arms", "base+specialize"],
+        ["--load", "many"],
         ["--engine", "vllm", "--device", "cpu"],
         ["--lora-popularity", "often"],
         ["--batch-size", "many"],
