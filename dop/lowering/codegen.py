@@ -199,7 +199,7 @@ def _generate_tiles(app: Application) -> Generated:
         program.tile_rows,
         source,
         kernels,
-        (Workspace("v", shrink.v_type, shrink.v_elements),),
+        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
         b"",
         program.arguments,
     )

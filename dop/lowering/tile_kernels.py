@@ -71,8 +71,6 @@ class TileKernels:
                 helpers = helpers.replace(constant, plain)
         if self.expand.workers:
             helpers += few_rows.LANE_HELPERS
-        if self.expand.parts > 1:
-            helpers += few_rows.PARTS_HELPERS
         if self.dependent == 2:
             # No load through the read-only path may pass the wait.
             shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")

@@ -73,7 +73,6 @@ template <int N> void copy_words(unsigned (&words)[N], const void* at) { std::me
 template <int N> void dop_read_v(unsigned (&words)[N], const void* at) { copy_words(words, at); }
 template <int N> void dop_read_b(unsigned (&words)[N], const void* at) { copy_words(words, at); }
 template <int N> void dop_read_shared(unsigned (&words)[N], const void* at) { copy_words(words, at); }
-inline float4 dop_read_part(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 template <class T> T dop_table(const T* at) { return *at; }
 inline void dop_wait_at_most(int) {}
 inline void dop_wait_for_v() {}

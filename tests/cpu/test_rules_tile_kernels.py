@@ -193,8 +193,6 @@ def test_few_rows_are_spread_over_clusters_and_blocks_of_ranks() -> None:
     assert "__cluster_dims__(4, 1, 1)" in code.source
     (v,) = code.workspaces
     assert evaluate(v.elements, tokens=64, tiles=64) == 4 * 64 * 3 * 16 * 64
-    assert v.dtype == "float32"  # four parts: rounded behind the last one
-    assert len(re.findall(r"\bfloat\* (?:__restrict__ )?v_ptr", code.source)) == 2
     assert "@" not in code.source
     assert code.source.endswith("  dop_wait_for_v();\n}\n")  # blocks without a tile wait too
 

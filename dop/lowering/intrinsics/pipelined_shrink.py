@@ -8,8 +8,8 @@ in the parts' order, and v is written once, in the operands' type: v[slice, tile
 
 With `workers` the kernel is for batches of few rows, where a tile or two must occupy the whole GPU
 and where most tiles of the bound are empty: more parts than a cluster holds (each cluster writes a
-v of its own in fp32, v[part, slice, tile, row, rank], which expand adds up), ranks spread over
-blocks, all of A asked for before x, whose rows are found through one more table, and a grid of
+v of its own, v[part, slice, tile, row, rank], which expand adds up), ranks spread over blocks,
+all of A asked for before x, whose rows are found through one more table, and a grid of
 tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more.
 """
 
@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from dop.lowering.intrinsics import few_rows
 from dop.workload import Workload
-
-CXX_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,6 @@ class PipelinedShrink:
         return max(pipeline, sums)
 
     @property
-    def v_type(self) -> str:
-        """Element type of v: a sum of several parts is rounded once, behind the last part."""
-        return self.workload.dtype if self.parts == 1 else "float32"
-
-    @property
     def v_elements(self) -> str:
         """Elements of v."""
         return f"tiles * {self.parts * self.workload.slices * self.tile_rows * self.padded_rank}"
@@ -130,8 +123,6 @@ class PipelinedShrink:
             "MAY_START": "" if self.early else few_rows.MAY_START,
             "PRELOAD": few_rows.SHRINK_PRELOAD if self.workers else _PRELOAD,
             "WAIT": few_rows.EARLY_WAIT if self.early else "",
-            "STORE_SUMS": _STORE_SUMS if self.parts == 1 else few_rows.STORE_SUMS,
-            "STORE_TOTAL": _STORE_TOTAL if self.parts == 1 else few_rows.STORE_TOTAL,
             "AHEAD": self.stages if at_once else f"{self.stages} - 1",
             "LATER": self.stages - 1 if at_once else f"{self.stages} - 2",
             "NAME": name,
@@ -145,8 +136,7 @@ class PipelinedShrink:
             "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
             "SHIFT_OF": _shift_of(w),
-            "TYPE": CXX_TYPES[w.dtype],
-            "V_TYPE": CXX_TYPES[self.v_type],
+            "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
             "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
             "TM": self.tile_rows,
             "K": w.in_features,
@@ -219,23 +209,12 @@ _PRELOAD = """\
   }
 """
 
-_STORE_SUMS = """\
-      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
-      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
-      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
-"""
-
-_STORE_TOTAL = """\
-    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
-        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
-"""
-
 _KERNEL = """\
 extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
-    @V_TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
 @OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   const int lane = threadIdx.x;
@@ -364,7 +343,10 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
       const int row = row_warp * (@MI@ * 16) + m * 16 + g;
       const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-@STORE_SUMS@    }
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
+      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
+    }
   }
 #else
   dop_wait_but<0>();
@@ -396,7 +378,9 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
     }
     const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-@STORE_TOTAL@  }
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
+        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+  }
   dop_cluster_sync();
 #endif
 @CLOSE@}

@@ -12,8 +12,9 @@ y's old values for `ahead` groups of columns and the first group of B are on the
 kernel waits for v (programmatic dependent launch), so that only v's own way is left.
 
 With `workers` the kernel is for batches of few rows: a grid of tokens // tile_rows + workers tiles,
-whose blocks go on to later tiles if there are more. v may come in `parts`, fp32 then, which are
-added up in their order and rounded once before the product.
+whose blocks go on to later tiles if there are more. v may come in `parts`, which are added up in
+fp32 before the product; the sum goes into it as two numbers of the operands' type, so that v is
+rounded once on its way, where the parts were written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop.lowering.intrinsics import few_rows
-from dop.lowering.intrinsics.pipelined_shrink import CXX_TYPES
 from dop.workload import Workload
 
 ALL_AHEAD = 2
@@ -118,6 +118,7 @@ class RegisterExpand:
             "CLOSE": few_rows.expand_close(self.shared_b) if self.workers else "",
             "LEAVE": "continue" if self.workers else "return",
             "READ_V": _READ_V if self.parts == 1 else few_rows.EXPAND_ADD_V,
+            "REST": few_rows.EXPAND_REST if self.parts > 1 else "",
             "FIRST_B": few_rows.EXPAND_ALL_B if all_b else _FIRST_B,
             "NEXT_B": "" if all_b else _NEXT_B,
             "COPIES": few_rows.EXPAND_COPIES if self.workers else _COPIES_UNBOUND,
@@ -125,8 +126,7 @@ class RegisterExpand:
             "NAME": name,
             "THREADS": threads,
             "SHIFTS": shifts,
-            "TYPE": CXX_TYPES[w.dtype],
-            "V_TYPE": CXX_TYPES[w.dtype if self.parts == 1 else "float32"],
+            "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
             "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
             "TM": self.tile_rows,
             "MI": self.row_tiles,
@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
     const @TYPE@* __restrict__ b_ptr, const int* __restrict__ row_index_ptr,
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const float* __restrict__ tile_scale_ptr,
-    const int* __restrict__ tile_slot_ptr, int tiles, const @V_TYPE@* v_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, const @TYPE@* v_ptr,
     @TYPE@* y_ptr@SHIFTS@) {
 @OPEN@  const int rows = all_rows - (int)threadIdx.z * @MI@ * 16;
   if ((@SHARED_B@ ? all_rows : rows) <= 0) {
@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
   }
 @FIRST_B@  dop_wait_for_v();
   unsigned vw[@KB@][@MI@][2][@WORDS@];
-  const @V_TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
+  const @TYPE@* v = v_ptr + (((long long)slice * tiles + tile) * @TM@
       + ((int)threadIdx.z * @MI@ * 16 + g)) * @PADDED@ + q * @PIECE@;
 @READ_V@#pragma unroll
   for (int step = 0; step < @STEPS@; ++step) {
@@ -309,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(@THREADS@) @NAME@(
 #pragma unroll
         for (int p = 0; p < @KB@; ++p) {
 #pragma unroll
-          for (int k = 0; k < @KK@; ++k)
+@REST@          for (int k = 0; k < @KK@; ++k)
             dop_mma_@KIND@(c[j], vw[p][m][0][2 * k], vw[p][m][1][2 * k], vw[p][m][0][2 * k + 1],
                            vw[p][m][1][2 * k + 1], bw[step % @BUFFERS@][p][j][2 * k],
                            bw[step % @BUFFERS@][p][j][2 * k + 1]);

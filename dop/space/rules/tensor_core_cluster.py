@@ -5,7 +5,7 @@ one thread-block cluster, whose blocks add their sums through distributed shared
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
 Tiles for few rows (note "few") are spread over more blocks than a cluster has: several clusters
-along k, whose fp32 sums expand adds up before v is rounded, and several along the ranks.
+along k, whose sums expand adds up, and several along the ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
 MAX_PARTS = 8
-"""Sums of v that expand adds up at most; each costs four bytes an element of v."""
+"""Sums of v that expand adds up at most."""
 
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""

@@ -104,9 +104,10 @@ class RegisterColumns:
             old = 8 * min(a["expand.ahead"], a[STEPS.name]) * a[ROW_TILES.name]
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
-            operands = a[ROW_TILES.name] * rank // 4 + groups * rank // 2
             parts = a.get("shrink.split_k", 1) // a.get("shrink.cluster", 1) if few else 1
-            adding = 8 * parts if parts > 1 else 0  # eight fp32 values of each part at once
+            v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 else 1)
+            operands = v_words + groups * rank // 2
+            adding = 8 * parts if parts > 1 else 0
             return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
