@@ -142,14 +142,15 @@ EXPAND_ADD_V = """\
     }
   }
 """
-"""v as the sum of its parts, and what rounding that sum leaves over: the parts were rounded already,
-so a second rounding made errors up to 1.24 times those of kernels that round once."""
+"""v as the sum of its parts, and what rounding that sum leaves over: the parts were rounded
+already, so a second rounding made errors up to 1.24 times those of kernels that round once."""
 
 EXPAND_REST = """\
           for (int k = 0; k < @KK@; ++k)
             dop_mma_@KIND@(c[j], v_rest[p][m][0][2 * k], v_rest[p][m][1][2 * k],
                            v_rest[p][m][0][2 * k + 1], v_rest[p][m][1][2 * k + 1],
-                           bw[step % @BUFFERS@][p][j][2 * k], bw[step % @BUFFERS@][p][j][2 * k + 1]);
+                           bw[step % @BUFFERS@][p][j][2 * k],
+                           bw[step % @BUFFERS@][p][j][2 * k + 1]);
 #pragma unroll
 """
 """The product of the rest: tensor cores wait for memory anyway."""

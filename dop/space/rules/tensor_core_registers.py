@@ -107,7 +107,7 @@ class RegisterColumns:
             parts = a.get("shrink.split_k", 1) // a.get("shrink.cluster", 1) if few else 1
             v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 else 1)
             operands = v_words + groups * rank // 2
-            adding = 8 * parts if parts > 1 else 0
+            adding = 4 * parts + 4 if parts > 1 else 0  # the parts of one piece, and their sum
             return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
