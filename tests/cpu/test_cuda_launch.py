@@ -129,7 +129,7 @@ def test_where_a_comes_with_x_there_is_no_early_kernel(form: str) -> None:
         else s
         for s in trace.steps
     ]
-    with pytest.raises((TraceError, BuildError), match="step by step|behind x"):
+    with pytest.raises((TraceError, BuildError), match=r"step by step|behind x"):
         generate(O_PROJ, Trace(tuple(steps)), SM_90)
 
 
