@@ -193,6 +193,7 @@ def narrow(plan: SegmentPlan, tokens: int, adapters: int | None = None) -> Segme
     adapter first, tiles in use first. `adapters` is a hint for choosing a kernel.
     """
     view = _narrow_class()(plan.buffer, tokens, plan.slots, adapters, plan.has_ranks, plan.in_graph)
+    view.settled = plan.settled
     view.whole = plan.tokens
     view.version = plan.version
     narrowed: SegmentPlan = view

@@ -68,6 +68,7 @@ static const char *const CAPSULE = "dlpack_exchange_api";
 /* ---- the argument area, in words of 8 bytes; launch.py describes it ---- */
 
 enum { XY = 0, STACKS = 3, TABLES = 9, FIXED = 15, STACK_BYTES = 48, TABLE_BYTES = 48 };
+enum { EARLY = 2 }; /* a launch that is neither plain (0) nor always dependent (1) */
 enum { MAX_SLICES = 3, MAX_AXES = 4, MAX_WORDS = 1 << 12, MAX_PARAMETERS = 1 << 10 };
 
 static PyObject *call_type, *weights_type;
@@ -94,6 +95,7 @@ typedef struct {
     Attribute attribute;
     void *function;
     void **parameters;
+    int early; /* dependent if the call may overlap (settled.py), else not */
 } Launch;
 
 typedef struct {
@@ -106,6 +108,7 @@ typedef struct {
     int64_t tokens, width, total_out;
     unsigned long long stream;
     PyObject *tile_rows;
+    int early; /* one of the launches is */
 } Call;
 
 static void
@@ -131,7 +134,7 @@ fill_launch(Call *self, Launch *out, PyObject *item)
         PyErr_SetString(PyExc_TypeError, "a launch is a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(item, "Ky#py#", &function, &figures, &figure_bytes, &dependent, &places,
+    if (!PyArg_ParseTuple(item, "Ky#iy#", &function, &figures, &figure_bytes, &dependent, &places,
                           &place_bytes))
         return -1;
     Py_ssize_t count = place_bytes / 4;
@@ -158,6 +161,8 @@ fill_launch(Call *self, Launch *out, PyObject *item)
     out->config.stream = (void *)(uintptr_t)self->stream;
     out->attribute.id = SERIALIZATION;
     out->attribute.value[0] = 1;
+    out->early = dependent == EARLY;
+    self->early |= out->early;
     out->config.attributes = dependent ? &out->attribute : NULL;
     out->config.attribute_count = dependent ? 1 : 0;
     return 0;
@@ -208,11 +213,14 @@ call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 
 /* Starts the kernels; the area has been filled. The GIL is given away meanwhile: the driver waits
  * where its queue is full. The area belongs to this thread, so nobody else writes it. Returns the
- * first error of the driver. */
+ * first error of the driver. `overlap`: early kernels are launched as dependent ones. */
 static int
-start(Call *self)
+start(Call *self, int overlap)
 {
     int code = 0;
+    for (Py_ssize_t i = 0; self->early && i < self->count; ++i)
+        if (self->launches[i].early)
+            self->launches[i].config.attribute_count = overlap ? 1 : 0;
     Py_INCREF(self);
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < self->count && code == 0; ++i) {
@@ -247,7 +255,8 @@ put_xy(Call *self, uint64_t x, uint64_t y)
     self->area[XY + 2] = y;
 }
 
-PyDoc_STRVAR(call_run_doc, "run(x, y, stacks, tables): launches; the driver's code, 0 if all is well.");
+PyDoc_STRVAR(call_run_doc, "run(x, y, stacks, tables, overlap=False): launches; the driver's code, 0 "
+                           "if all is well.");
 
 static PyObject *
 call_run(PyObject *object, PyObject *const *args, Py_ssize_t count)
@@ -255,10 +264,13 @@ call_run(PyObject *object, PyObject *const *args, Py_ssize_t count)
     Call *self = (Call *)object;
     char *stacks;
     Py_ssize_t size;
-    if (count != 4) {
-        PyErr_SetString(PyExc_TypeError, "run takes x, y, stacks and tables");
+    if (count != 4 && count != 5) {
+        PyErr_SetString(PyExc_TypeError, "run takes x, y, stacks, tables and overlap");
         return NULL;
     }
+    int overlap = count == 5 ? PyObject_IsTrue(args[4]) : 0;
+    if (overlap < 0)
+        return NULL;
     uint64_t x = PyLong_AsUnsignedLongLong(args[0]);
     if (PyErr_Occurred())
         return NULL;
@@ -273,7 +285,7 @@ call_run(PyObject *object, PyObject *const *args, Py_ssize_t count)
         return NULL;
     memcpy(self->area + STACKS, stacks, STACK_BYTES);
     put_xy(self, x, y);
-    return PyLong_FromLong(start(self));
+    return PyLong_FromLong(start(self, overlap));
 }
 
 static PyMethodDef call_methods[] = {
@@ -443,9 +455,10 @@ enum {
     PARTS
 };
 
-enum { BLOCKS, NATIVE, CALL, BATCH, SLOTS, WORDS, VALUE, REQUIRES_GRAD, NAMES };
-static const char *const NAME_TEXTS[NAMES] = {"blocks", "native", "call",  "batch",
-                                              "slots",  "words",  "value", "requires_grad"};
+enum { BLOCKS, NATIVE, CALL, BATCH, SLOTS, WORDS, VALUE, REQUIRES_GRAD, SETTLED, VERSION, NAMES };
+static const char *const NAME_TEXTS[NAMES] = {"blocks", "native",        "call",    "batch",
+                                              "slots",  "words",         "value",   "requires_grad",
+                                              "settled", "_version"};
 
 typedef struct {
     PyObject_HEAD
@@ -577,9 +590,12 @@ typedef struct {
     PyObject *y, *x, *plan, *scale, *ranks;
     PyObject *stack[2 * MAX_SLICES]; /* borrowed until held */
     Py_ssize_t slices;
-    Weights *weights; /* owned */
-    Call *call;       /* owned */
-    PyObject *words;  /* owned */
+    PyObject *checked; /* the Stacks, owned */
+    Weights *weights;  /* owned */
+    Call *call;        /* owned */
+    PyObject *words;   /* owned */
+    PyObject *note;    /* of a plain launch that settles A, owned; NULL: nothing to note */
+    int overlap;
 } Found;
 
 static int
@@ -607,6 +623,8 @@ find_weights(const Short *self, Found *found, PyObject *a, PyObject *b)
     Py_DECREF(key);
     if (stacks == NULL)
         return PyErr_Occurred() ? ERROR : LONG;
+    Py_INCREF(stacks);
+    found->checked = stacks;
     PyObject *native = PyObject_GetAttr(stacks, self->name[NATIVE]);
     if (native == NULL)
         return ERROR;
@@ -711,6 +729,52 @@ find_words(const Short *self, Found *found)
     return found->words == NULL ? ERROR : GO;
 }
 
+/* The stream and A's counts of changes, as `stamp` of settled.py; LONG where torch does not count. */
+static int
+stamp(const Short *self, const Found *found, uint64_t *words)
+{
+    words[0] = found->call->stream;
+    for (Py_ssize_t i = 0; i < found->slices; ++i) {
+        PyObject *version = PyObject_GetAttr(found->stack[i], self->name[VERSION]);
+        if (version == NULL) {
+            if (!PyErr_ExceptionMatches(PyExc_RuntimeError))
+                return ERROR;
+            PyErr_Clear();
+            return LONG;
+        }
+        words[1 + i] = PyLong_AsUnsignedLongLong(version);
+        Py_DECREF(version);
+        if (words[1 + i] == (uint64_t)-1 && PyErr_Occurred())
+            return ERROR;
+    }
+    return GO;
+}
+
+/* Whether an early kernel may overlap with what is before it; settled.py has the reasons. */
+static int
+find_overlap(const Short *self, Found *found)
+{
+    if (!found->call->early)
+        return GO;
+    uint64_t words[1 + MAX_SLICES];
+    Py_ssize_t size = (1 + found->slices) * 8;
+    int is = stamp(self, found, words);
+    if (is != GO)
+        return is == LONG ? GO : ERROR;
+    PyObject *before = PyObject_GetAttr(found->checked, self->name[SETTLED]);
+    if (before == NULL)
+        return ERROR;
+    int known = PyBytes_Check(before) && PyBytes_Size(before) == size &&
+                memcmp(PyBytes_AsString(before), words, (size_t)size) == 0;
+    Py_DECREF(before);
+    if (!known) {
+        found->note = PyBytes_FromStringAndSize((const char *)words, size);
+        return found->note == NULL ? ERROR : GO;
+    }
+    found->overlap = truth(PyObject_GetAttr(found->plan, self->name[SETTLED]));
+    return found->overlap < 0 ? ERROR : GO;
+}
+
 static int
 read_rows(const Short *self, const Found *found, PyObject *object, int64_t width, uint64_t *out)
 {
@@ -762,7 +826,10 @@ read_and_start(const Short *self, Found *found)
         return ERROR;
     memcpy(call->area + STACKS, found->weights->words, STACK_BYTES);
     put_xy(call, x, y);
-    int code = start(call);
+    int code = start(call, found->overlap);
+    if (code == 0 && found->note != NULL &&
+        PyObject_SetAttr(found->checked, self->name[SETTLED], found->note) < 0)
+        PyErr_Clear(); /* the call is done; the next one is plain again */
     if (code != 0) {
         PyObject *raised = PyObject_CallFunction(self->part[REFUSED], "si", "cuLaunchKernelEx",
                                                  code);
@@ -782,7 +849,8 @@ short_steps(const Short *self, Found *found, PyObject *a, PyObject *b)
     if (modes > 0 || !is_plain_tensor(self, found->x, 0) || !is_plain_tensor(self, found->y, 0))
         return LONG;
     if ((is = find_weights(self, found, a, b)) != GO || (is = find_call(self, found)) != GO ||
-        (is = check_surroundings(self, found)) != GO || (is = find_words(self, found)) != GO)
+        (is = check_surroundings(self, found)) != GO || (is = find_words(self, found)) != GO ||
+        (is = find_overlap(self, found)) != GO)
         return is;
     return read_and_start(self, found);
 }
@@ -810,9 +878,11 @@ short_run(PyObject *object, PyObject *const *args, Py_ssize_t count)
     int is = short_steps((Short *)object, &found, args[2], args[3]);
     for (Py_ssize_t i = 0; i < 2 * found.slices; ++i)
         Py_DECREF(found.stack[i]);
+    Py_XDECREF(found.checked);
     Py_XDECREF(found.weights);
     Py_XDECREF(found.call);
     Py_XDECREF(found.words);
+    Py_XDECREF(found.note);
     if (is == ERROR) {
         if (!is_of_arguments())
             return NULL;

@@ -31,7 +31,8 @@ def segment_plan(
     """Which adapter each row of a batch uses. Made once per forward pass, shared by all layers.
 
     Nothing is waited for, and with `out` nothing is allocated. A plan that a captured CUDA graph
-    uses must be kept alive as long as the graph; refill it with `out` before a replay.
+    uses must be kept alive as long as the graph; refill it with `out` before a replay. It ends with
+    a plain launch, behind which tables, and weights written before, are complete.
 
     Args:
         token_to_adapter: int32 or int64 [tokens], on the device of x: slot of each row's adapter,
@@ -105,6 +106,10 @@ def add_lora(
 
     Returns:
         y.
+
+    Weights may be written by torch at any time before the call. What torch does not count (`.data`,
+    raw pointers, other libraries' kernels) must not be the last launch before it: make the plan
+    behind such a write (docs/operator.md).
 
     Raises:
         ShapeError, DtypeError, DeviceError: an argument does not fit.

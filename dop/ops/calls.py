@@ -23,6 +23,9 @@ XY, STACK_WORDS, TABLE_WORDS, FIXED_WORDS = 0, 3, 9, 15
 SERIALIZATION_ATTRIBUTE = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
 
+_EARLY = 2
+"""What `_launch.c` takes for `Start.dependent` of an early kernel."""
+
 CONFIG = struct.Struct("=7I4xQQI4x")
 """CUlaunchConfig: grid, block, shared memory, stream, attributes, their number."""
 _ATTRIBUTE = struct.Struct("=I4xi60x")
@@ -39,24 +42,27 @@ class Start:
         figures: grid, block, bytes of dynamic shared memory.
         dependent: it may start before its predecessor ends.
         places: word of the argument area of each parameter.
+        early: it may start so too, if the call says that it may overlap (settled.py).
     """
 
     function: int
     figures: tuple[int, ...]
     dependent: bool
     places: tuple[int, ...]
+    early: bool = False
 
 
 class Call(Protocol):
     """The launches of a block. It belongs to one thread."""
 
-    def run(self, x: int, y: int, stacks: bytes, tables: bytes, /) -> int:
+    def run(self, x: int, y: int, stacks: bytes, tables: bytes, overlap: bool = False, /) -> int:
         """Launches.
 
         Args:
             x, y: device addresses.
             stacks: `Stacks.words`.
             tables: `table_words` or `derived_words`.
+            overlap: early kernels are launched as dependent ones.
 
         Returns:
             The driver's code, 0 if all is well.
@@ -88,7 +94,7 @@ def make_call(
         (
             one.function,
             struct.pack("=7I", *one.figures),
-            one.dependent,
+            _EARLY if one.early else int(one.dependent),
             struct.pack(f"={len(one.places)}I", *one.places),
         )
         for one in starts
@@ -100,7 +106,7 @@ def make_call(
 class PythonCall:
     """Launches by ctypes."""
 
-    __slots__ = ("_area", "_calls", "_keep", "_start", "_tables", "_view")
+    __slots__ = ("_area", "_keep", "_overlapping", "_plain", "_start", "_tables", "_view")
 
     def __init__(
         self, start: Callable[..., int], stream: int, fixed: bytes, starts: Sequence[Start]
@@ -111,11 +117,10 @@ class PythonCall:
         self._view[WORD * FIXED_WORDS :] = fixed
         self._tables = b""
         self._keep: list[Any] = []
-        calls = [(self._config(one, stream), one.function, self._parameters(one)) for one in starts]
-        # As ctypes passes them on fastest.
-        self._calls = [tuple(ctypes.c_void_p(word) for word in call) for call in calls]
+        self._plain = [self._call(one, stream, one.dependent) for one in starts]
+        self._overlapping = [self._call(one, stream, one.dependent or one.early) for one in starts]
 
-    def run(self, x: int, y: int, stacks: bytes, tables: bytes, /) -> int:
+    def run(self, x: int, y: int, stacks: bytes, tables: bytes, overlap: bool = False, /) -> int:
         """Launches; see `Call`."""
         _pack_xy(self._area, XY, x, y, y)
         view = self._view
@@ -125,11 +130,15 @@ class PythonCall:
             view[at : at + len(tables)] = tables
             self._tables = tables
         start = self._start
-        for config, function, parameters in self._calls:
+        for config, function, parameters in self._overlapping if overlap else self._plain:
             code = start(config, function, parameters, None)
             if code:
                 return code
         return 0
+
+    def _call(self, one: Start, stream: int, dependent: bool) -> tuple[ctypes.c_void_p, ...]:
+        words = self._config(one, stream, dependent), one.function, self._parameters(one)
+        return tuple(ctypes.c_void_p(word) for word in words)  # as ctypes passes them on fastest
 
     def _parameters(self, one: Start) -> int:
         base = ctypes.addressof(self._area)
@@ -137,11 +146,11 @@ class PythonCall:
         self._keep.append(array)
         return ctypes.addressof(array)
 
-    def _config(self, one: Start, stream: int) -> int:
+    def _config(self, one: Start, stream: int, dependent: bool) -> int:
         room = (ctypes.c_char * (CONFIG.size + _ATTRIBUTE.size))()
         address = ctypes.addressof(room)
-        attributes = address + CONFIG.size if one.dependent else 0
-        CONFIG.pack_into(room, 0, *one.figures, stream, attributes, int(one.dependent))
+        attributes = address + CONFIG.size if dependent else 0
+        CONFIG.pack_into(room, 0, *one.figures, stream, attributes, int(dependent))
         _ATTRIBUTE.pack_into(room, CONFIG.size, SERIALIZATION_ATTRIBUTE, 1)
         self._keep.append(room)
         return address

@@ -24,7 +24,8 @@ _PLAN = "Tensor plan, SymInt tokens, SymInt slots, SymInt adapters"
 SCHEMAS = {
     "segment_plan": f"(Tensor token_to_adapter, SymInt slots, {_FACTS}) -> Tensor",
     "segment_plan_out": f"(Tensor(a!) plan, Tensor token_to_adapter, SymInt slots, {_FACTS}) -> ()",
-    "add_lora": f"(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_PLAN}, {_FACTS}) -> ()",
+    "add_lora": f"(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_PLAN}, {_FACTS}, "
+    "bool settled=False) -> ()",
     "sgmv_shrink": f"(Tensor x, Tensor[] a, {_PLAN}, Tensor? ranks) -> Tensor",
     "sgmv_expand": f"(Tensor(a!) y, Tensor v, Tensor[] b, {_PLAN}, {_FACTS}) -> ()",
 }
@@ -32,12 +33,15 @@ UNKNOWN = -1
 """`adapters` where the caller gave no hint."""
 
 
-def _plan_of(buffer: Tensor, tokens: int, slots: int, adapters: int) -> SegmentPlan:
+def _plan_of(
+    buffer: Tensor, tokens: int, slots: int, adapters: int, settled: bool = False
+) -> SegmentPlan:
     """A plan around a buffer. It is marked as one whose content may change unnoticed, so that
-    nothing derived from it is trusted later."""
+    nothing derived from it is trusted later; settled only if it was made outside of what is
+    traced: inside, compilers copy buffers as they like."""
     _check_size(buffer, tokens, slots)
     hint = None if adapters == UNKNOWN else adapters
-    return SegmentPlan(buffer, tokens, slots, hint, in_graph=True)
+    return SegmentPlan(buffer, tokens, slots, hint, in_graph=True, settled=settled)
 
 
 def _check_size(buffer: Tensor, tokens: int, slots: int) -> None:
@@ -92,8 +96,9 @@ def _add_lora(
     ranks: Tensor | None,
     scales: Tensor | None,
     scale: float,
+    settled: bool = False,
 ) -> None:
-    own = _plan_of(plan, tokens, slots, adapters)
+    own = _plan_of(plan, tokens, slots, adapters, settled)
     # Where a dispatch mode is still on, the public function would lead back here.
     call = eager.add_lora if torch._C._len_torch_dispatch_stack() else _short_add_lora
     call(y, x, a, b, own, _scale(scales, scale), ranks)
@@ -196,6 +201,7 @@ def traced_plan(
         OPS.segment_plan_out(out.buffer, token_to_adapter, slots, ranks, scales, scale)
         out.adapters = adapters
         out.in_graph = True
+        out.settled = False
         out.version += 1
         return out
     buffer = OPS.segment_plan(token_to_adapter, slots, ranks, scales, scale)
@@ -213,7 +219,7 @@ def traced_add_lora(
     scale: float,
 ) -> Tensor:
     """`add_lora` through torch.library."""
-    OPS.add_lora(y, x, a, b, *_plan_arguments(plan), ranks, scales, scale)
+    OPS.add_lora(y, x, a, b, *_plan_arguments(plan), ranks, scales, scale, plan.settled)
     return y
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dop.measure import cuda_driver
-from dop.ops.plan import SegmentPlan, plain_words, table_words
+from dop.ops.plan import SegmentPlan, fence, plain_words, table_words
 
 LIMIT = 256
 """Derived tables of one plan; beyond that those that no graph reads are dropped."""
@@ -124,7 +124,7 @@ def _gather(
     scales: Tensor | None,
     scale: float,
 ) -> None:
-    """Fills derived tables on the device. Without an adapter any entry will do."""
+    """Fills and settles derived tables on the device. Without an adapter any entry will do."""
     kind = "tile" if tile_rows else "token"
     slot = plan.table(f"{kind}_slot", tile_rows)
     own_rank, own_scale = buffer[0, : slot.shape[0]], buffer[1, : slot.shape[0]]
@@ -139,6 +139,7 @@ def _gather(
     if scales is not None:
         factor = factor * scales.index_select(0, slot)
     own_scale.view(torch.float32).copy_(factor)
+    fence(buffer)
 
 
 def current_capture(tensor: Tensor) -> tuple[int, int]:

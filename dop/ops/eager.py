@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dop.errors import DtypeError, ShapeError
-from dop.ops import checks, cpu, cpu_pack, halves, launch, sources
+from dop.ops import checks, cpu, cpu_pack, halves, launch, settled, sources
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
 from dop.ops.plan import (
@@ -203,7 +203,14 @@ def _run_cuda(
     block = block_for(stacks.shape, plan)
     words = derived_words(plan, block.tile_rows, ranks, scales, scale)
     x, target = _dense(x), _dense(y)
-    launch.launch(block, x.data_ptr(), target.data_ptr(), stacks.words, words)
+
+    def start(overlap: bool) -> int:
+        return launch.launch(block, x.data_ptr(), target.data_ptr(), stacks.words, words, overlap)
+
+    if block.early:
+        settled.start(stacks, plan, block.stream, is_captured(block.stream), start)
+    else:
+        start(False)
     if target is not y:
         y.copy_(target)
 

@@ -76,9 +76,10 @@ class Block:
         call: does them.
         workspace: kept alive.
         overlaps: whether the GPU knows dependent launches.
+        early: a kernel reads tables and weights before it waits, see settled.py.
     """
 
-    __slots__ = ("call", "dtype", "kernel", "overlaps", "starts", "stream", "tile_rows",
+    __slots__ = ("call", "dtype", "early", "kernel", "overlaps", "starts", "stream", "tile_rows",
                  "workspace", "x_shape", "y_shape")  # fmt: skip
 
     def __init__(
@@ -116,6 +117,7 @@ class Block:
             grid = [evaluate(extent, tokens=tokens, tiles=tiles) for extent in launch.grid]
             if min(grid) > 0:
                 self.starts.append(self._start(launch, function, grid, places))
+        self.early = any(start.early for start in self.starts)
         sizes = (tokens, shape.in_features, shape.total_out)
         fixed = tuple(numbers.values())
         self.call = make_call(driver(), stream, fixed, self.starts, self.tile_rows, sizes)
@@ -132,7 +134,8 @@ class Block:
             )
         figures = (*grid, *launch.block, launch.dynamic_smem_bytes)
         where = tuple(places[name] for name in launch.arguments)
-        return Start(function, figures, launch.dependent and self.overlaps, where)
+        dependent, early = launch.dependent and self.overlaps, launch.early and self.overlaps
+        return Start(function, figures, dependent, where, early)
 
 
 @lru_cache(maxsize=64)
@@ -314,19 +317,23 @@ def remember(key: Any, block: Block) -> None:
     LOCAL.blocks[key] = block
 
 
-def launch(block: Block, x: int, y: int, stack_words: bytes, words: bytes) -> None:
-    """Launches a block's kernels: the slow way, for what is not hot.
+def launch(
+    block: Block, x: int, y: int, stack_words: bytes, words: bytes, overlap: bool = False
+) -> int:
+    """Launches a block's kernels: the slow way, for what is not hot. Returns 0.
 
     Args:
         block: of this thread.
         x, y: device addresses.
         stack_words: `Stacks.words`.
         words: `table_words` or `derived_words`.
+        overlap: early kernels are launched as dependent ones, see settled.py.
 
     Raises:
         CudaError: the driver refused.
     """
-    cuda_driver.check("cuLaunchKernelEx", block.call.run(x, y, stack_words, words))
+    cuda_driver.check("cuLaunchKernelEx", block.call.run(x, y, stack_words, words, overlap))
+    return 0
 
 
 def forget() -> None:

@@ -119,6 +119,7 @@ class SegmentPlan:
         segments: the rows of each adapter, for CPU tensors, see cpu.py.
         in_graph: it was last filled while a CUDA graph was captured, so its content may change
             without a call.
+        settled: a plain launch stands behind those that wrote the tables, see settled.py.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class SegmentPlan:
         adapters: int | None = None,
         has_ranks: bool = False,
         in_graph: bool = False,
+        settled: bool = False,
     ) -> None:
         self.buffer = buffer
         self.tokens = tokens
@@ -137,6 +139,7 @@ class SegmentPlan:
         self.has_ranks = has_ranks
         self.is_plain = False
         self.in_graph = in_graph
+        self.settled = settled
         self.version = 0
         # A traced plan is never launched itself, and its numbers may be symbols.
         traced = torch.compiler.is_dynamo_compiling() or type(tokens) is not int
@@ -155,6 +158,7 @@ class SegmentPlan:
         self.has_ranks = has_ranks
         self.is_plain = is_plain
         self.in_graph = in_graph
+        self.settled = True
         self.version += 1
 
     @property
@@ -227,7 +231,7 @@ def fill(
     scales: Tensor | None,
     scale: float,
 ) -> None:
-    """Fills a plan's buffer on its device, without waiting for it.
+    """Fills a plan's buffer on its device, without waiting for it, and settles it.
 
     Args:
         buffer: int32 [layout.size].
@@ -238,10 +242,10 @@ def fill(
         scale: the scale without `scales`.
     """
     if buffer.is_cuda:
-        kernel = _plan_kernel()
-        if kernel is not None:
+        kernels = _plan_kernels()
+        if kernels is not None:
             ids = token_to_adapter.contiguous()
-            kernel(
+            kernels.fill_plan(
                 buffer.data_ptr(),
                 ids.data_ptr(),
                 ids_are_64_bit=ids.dtype == torch.int64,
@@ -254,20 +258,35 @@ def fill(
                 scales=0 if scales is None else scales.data_ptr(),
                 scale=scale,
             )
+            fence(buffer)
             return
     fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
+    fence(buffer)
+
+
+def fence(written: Tensor) -> None:
+    """A plain launch behind the kernels that wrote tables: what comes behind it may read them
+    before it waits for anything, see settled.py. Nothing on a CPU."""
+    if not written.is_cuda:
+        return
+    kernels = _plan_kernels()
+    if kernels is None:
+        torch.empty(1, device=written.device).fill_(1.0)  # a kernel of torch's; zeros are none
+        return
+    index = written.device.index
+    kernels.fence(index, torch._C._cuda_getCurrentRawStream(index))
 
 
 @cache
-def _plan_kernel() -> Any:
-    """What fills a plan in one launch; None in an installation without the shipped binaries."""
+def _plan_kernels() -> Any:
+    """The module of the plan kernels; None in an installation without the shipped binaries."""
     try:
         from dop.ops.generic import loader, plan
 
         loader.index()
     except (ImportError, DopError):
         return None
-    return plan.fill_plan
+    return plan
 
 
 def fill_by_torch(

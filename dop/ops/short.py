@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dop.measure import cuda_driver
-from dop.ops import eager, native
+from dop.ops import eager, native, settled
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, per_slot_ranks, per_slot_scale
 from dop.ops.launch import LOCAL
@@ -108,7 +108,14 @@ def _in_python(around: Surroundings) -> ShortPath:
             x_at, y_at = x.data_ptr(), y.data_ptr()
             if (x_at | y_at) & 15 or not (x_at and y_at):  # 0: it has no memory
                 return False
-            code = block.call.run(x_at, y_at, stacks.words, words)
+
+            def start(overlap: bool) -> int:
+                return block.call.run(x_at, y_at, stacks.words, words, overlap)
+
+            if block.early:
+                code = settled.start(stacks, plan, block.stream, False, start)
+            else:
+                code = start(False)
         except (KeyError, AttributeError, IndexError, TypeError, ValueError):
             return False  # the long path looks at the arguments and says what is wrong
         if code:

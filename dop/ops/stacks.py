@@ -25,17 +25,33 @@ class Stacks:
         addresses, sizes: of the stacks, in the same order.
         words: a, b and the shifts of the slices behind the first, as kernels take them.
         native: the same for the compiled short path, or None.
+        settled, captured: notes of the last plain launch, eager and captured, see settled.py.
     """
 
-    __slots__ = ("__weakref__", "addresses", "native", "refs", "shape", "sizes", "slots", "words")
+    __slots__ = ("__weakref__", "addresses", "captured", "native", "refs", "settled", "shape",
+                 "sizes", "slots", "words")  # fmt: skip
 
     def __init__(self, shape: Shape, slots: int, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         self.shape, self.slots = shape, slots
-        self.refs = tuple(weakref.ref(t) for t in (*a, *b))
+        self.settled: bytes | None = None
+        self.captured: bytes | None = None
+        key, known = id(a[0]), STACKS
+
+        def forget(_: object) -> None:
+            # What takes the place of a dead A may look like it, and have changed as often.
+            known.pop(key, None)
+
+        self.refs = (*(weakref.ref(t, forget) for t in a), *(weakref.ref(t) for t in b))
         self.addresses = tuple(t.data_ptr() for t in (*a, *b))
         self.sizes = tuple(t.shape for t in (*a, *b))
         self.words = stack_words(self.addresses[: len(a)], self.addresses[len(a) :])
         self.native = native.weights(shape.number, shape.device, slots, self.words, (*a, *b))
+
+    @property
+    def a(self) -> list[Tensor]:
+        """The stacks a, as long as they live."""
+        refs = self.refs[: len(self.refs) // 2]
+        return [tensor for ref in refs if (tensor := ref()) is not None]
 
     def are(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
         """These very tensors are meant, and they lie and look as they did."""
@@ -75,16 +91,8 @@ def stacks_of(a: Any, b: Any) -> Stacks:
     fits = found is not None and len(found.refs) == 2 * len(list_a) == 2 * len(list_b)
     if found is not None and fits and found.are(list_a, list_b):
         return found
-    if found is None:
-        weakref.finalize(list_a[0], _forget, key)
     found = STACKS[key] = _checked(list_a, list_b)
     return found
-
-
-def _forget(key: int) -> None:
-    found = STACKS.get(key)
-    if found is not None and found.refs[0]() is None:
-        del STACKS[key]
 
 
 def _checked(a: list[Tensor], b: list[Tensor]) -> Stacks:

@@ -127,12 +127,15 @@ TABLES = {
 }
 
 
-def kernel(tile_rows: int, slices: int) -> DeviceKernel:
+def kernel(tile_rows: int, slices: int, early: bool = False) -> DeviceKernel:
     shifts = tuple(f"{side}{s}_shift" for side in "ab" for s in range(1, slices))
     common = (*TABLES[tile_rows], "tokens", "tiles", *shifts)
     tiles = "tiles" if tile_rows else "tokens"
     launches = (
-        Launch("shrink", (tiles, "8", "1"), (128, 1, 1), 64 << 10, ("x", "a", "v", *common)),
+        Launch(
+            *("shrink", (tiles, "8", "1"), (128, 1, 1), 64 << 10, ("x", "a", "v", *common)),
+            early=early,
+        ),
         Launch(
             "expand",
             ("tokens * 2", "1", "1"),
@@ -152,10 +155,10 @@ def kernel(tile_rows: int, slices: int) -> DeviceKernel:
     )  # fmt: skip
 
 
-def install(monkeypatch, sizes, tile_rows: int) -> FakeDriver:
+def install(monkeypatch, sizes, tile_rows: int, early: bool = False) -> FakeDriver:
     """Puts the fake in the driver's place, for CPU tensors."""
     driver = FakeDriver(sizes)
-    chosen = kernel(tile_rows, sizes[0])
+    chosen = kernel(tile_rows, sizes[0], early)
     launch.forget()
     monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(launch, "_LOADED", {})
@@ -167,10 +170,12 @@ def install(monkeypatch, sizes, tile_rows: int) -> FakeDriver:
     return driver
 
 
-def set_surroundings(monkeypatch, *, capturing: bool = False, current_device: int = -1) -> None:
+def set_surroundings(
+    monkeypatch, *, capturing: bool = False, current_device: int = -1, stream: int = STREAM
+) -> None:
     """What the operator learns from torch about streams and devices."""
     facts = {
-        "stream_of": lambda device: STREAM,
+        "stream_of": lambda device: stream,
         "capturing": lambda: capturing,
         "current_device": lambda: current_device,
     }

@@ -78,6 +78,17 @@ def test_a_plan_is_one_launch_with_its_parameters(driver, monkeypatch):
     assert values == (64, 7, 0, 4096, 1, 200, 70, plan.ANY_RANK, 0.5)
 
 
+def test_a_fence_is_a_launch_that_has_nothing_to_do(driver, monkeypatch):
+    launches = Launches()
+    monkeypatch.setattr(loader, "_launcher", lambda: launches)
+    fill()
+    plan.fence(0, 5)
+    (handle, shape, struct) = launches.seen[1]
+    assert handle != launches.seen[0][0]
+    assert shape == (1, 1, 1, 32, 1, 1, 0, 5)
+    assert plan.ANNOTATE_PARAMS.unpack_from(struct) == (0, 0, 0, 0, 0, 0, 1.0)
+
+
 def test_the_binary_is_the_devices(driver, monkeypatch):
     read = []
     monkeypatch.setattr(loader, "read_binary", lambda unit, name: read.append((unit, name)) or b"")

@@ -103,6 +103,18 @@ def fill_plan(
     launch(kernel, (1, 1, 1), block, shared, stream)
 
 
+def fence(ordinal: int, stream: int) -> None:
+    """Launches a kernel that does nothing: `dop_plan_annotate` without tokens. As a plain launch it
+    starts when everything before it in the stream is complete.
+
+    Args:
+        ordinal, stream: as in `fill_plan`.
+    """
+    kernel = device(ordinal).kernel("plan", "dop_plan_annotate")
+    ANNOTATE_PARAMS.pack_into(PARAMETERS.buffer, 0, 0, 0, 0, 0, 0, 0, 1.0)
+    launch(kernel, (1, 1, 1), 32, 0, stream)
+
+
 def annotate_plan(
     source: int,
     target: int,
