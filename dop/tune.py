@@ -312,7 +312,7 @@ class _Run:
                     tried.sort(key=lambda e: e.median_s)
                     winners.update((e.trace_key, e) for e in tried[:_LIKE])
             known = (_recorded(state, entry) for entry in winners.values())
-            state.strategy.hint([r.candidate for r in known if r and r.candidate])
+            state.strategy.first([r.candidate for r in known if r and r.candidate])
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -17,6 +17,8 @@ class TimerSettings:
         min_sample_s: least time of a sample; calls are repeated within it until it is reached.
         tiers: (factor, samples): a candidate whose fastest sample is more than `factor` times the
             best known gets so many samples only; the first tier that applies counts.
+        agree: where the median of the samples is further than this share above the fastest, more
+            are taken, whatever the tier; 0 is never.
         budget_s: no further sample starts once the samples have taken this long.
         warm_up_s: time spent before the first sample.
     """
@@ -24,6 +26,7 @@ class TimerSettings:
     repeats: int
     min_sample_s: float
     tiers: tuple[tuple[float, int], ...] = ((3.0, 2),)
+    agree: float = 0.0
     budget_s: float = 0.06
     warm_up_s: float = 1e-3
 
@@ -47,7 +50,8 @@ interruption counts in full in one long sample."""
 CUDA_TIMER = TimerSettings(repeats=21, min_sample_s=0.0, tiers=((1.5, 3), (1.1, 7)), budget_s=0.03)
 """A sample is one replay of a graph, 0.05 to 1 ms. Samples of one kernel differ by about 1 %, so
 the 21 are for those that may be the best; most candidates are told apart by three. All of them 21
-times took two thirds of a tuning run."""
+times took two thirds of a tuning run. A host that is kept from queueing a graph in time makes a
+sample ten times too long, now and then three in a row."""
 
 
 def collect(
@@ -59,11 +63,18 @@ def collect(
     """
     spent = sample()
     seconds = [spent / calls]
-    while len(seconds) < settings.wanted(min(seconds), best_s) and spent < settings.budget_s:
+    while spent < settings.budget_s and len(seconds) < settings.repeats:
+        enough = len(seconds) >= settings.wanted(min(seconds), best_s)
+        if enough and not _disagree(seconds, settings.agree):
+            break
         sampled = sample()
         seconds.append(sampled / calls)
         spent += sampled
     return tuple(seconds)
+
+
+def _disagree(seconds: Sequence[float], share: float) -> bool:
+    return share > 0 and statistics.median(seconds) > (1 + share) * min(seconds)
 
 
 def time_calls(

@@ -51,7 +51,8 @@ class Strategy(ABC):
         self._defaults = list(space.defaults()[:max_defaults])
 
     def ask(self, n: int) -> list[Candidate]:
-        """Up to `n` new candidates: first the untuned defaults, then what the strategy proposes.
+        """Up to `n` new candidates: first the untuned defaults and what `first` was given, then
+        what the strategy proposes.
 
         Fewer (or none) come back when the space is exhausted.
         """
@@ -79,6 +80,10 @@ class Strategy(ABC):
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well elsewhere; a strategy may use or ignore them."""
         del candidates
+
+    def first(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates to propose right behind the defaults, whatever is thought of them."""
+        self._defaults += candidates
 
     def predicted_s(self, candidate: Candidate, scenario: Scenario) -> float | None:
         """What was expected of a candidate when it was proposed, in seconds; None if nothing."""

@@ -1,6 +1,7 @@
 """The CPU path: link, load without TVM, run, time. The code generator is a C one (fake_codegen)."""
 
 import ctypes
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,14 @@ def test_the_closer_to_the_best_the_more_samples():
     samples = iter([2e-4, *[1e-4] * 30])
     assert len(collect(lambda: next(samples), 1, settings, 1e-4)) == 21
     assert len(collect(lambda: 1.0, 1, settings, None)) == 1  # the budget
+
+
+def test_samples_that_disagree_are_taken_again():
+    settings = TimerSettings(repeats=21, min_sample_s=0.0, tiers=((1.5, 3),), agree=0.1)
+    late = iter([9e-4, 2e-4, 9e-4, *[2e-4] * 30])  # the host was held up
+    found = collect(lambda: next(late), 1, settings, 1e-4)
+    assert 3 < len(found) < 21
+    assert statistics.median(found) == 2e-4
 
 
 def test_spread_is_the_quartile_distance():

@@ -392,6 +392,10 @@ def test_what_was_fast_on_another_device_is_tried_first(tmp_path):
     result = run(here, defaults + 12, like=entries)
     tried = [e.trace_key for e in read_log(here).entries]
     assert winner.trace_key in tried
+    again = tmp_path / "again.jsonl"  # also where a run is continued
+    run(again, defaults + 2)
+    run(again, 12, like=entries)
+    assert winner.trace_key in [e.trace_key for e in read_log(again).entries]
     assert result.progress.resumed == 0
     without = tmp_path / "without.jsonl"
     run(without, defaults + 12)
