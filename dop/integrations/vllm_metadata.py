@@ -60,8 +60,15 @@ def join(meta: Any) -> None:
     meta.lora_token_start_loc = tables[2 * room : 2 * room + size + 1]
 
 
+NO_ADAPTER_SORTS_AS = torch.iinfo(torch.int32).max
+
+
 def fill(meta: Any, slots: torch.Tensor) -> None:
     """Do what `meta.prepare_tensors` does, for int32 slots [tokens] on the host.
+
+    But rows without adapter come last, where vLLM has them first: with `specialize_active_lora`
+    vLLM 0.24 takes the graph of n adapters for n adapters beside rows without, its kernels look at
+    n entries of the table, and the last adapter would not be among them.
 
     Args:
         meta: a LoRAKernelMeta after `join`.
@@ -77,10 +84,12 @@ def fill(meta: Any, slots: torch.Tensor) -> None:
     meta.num_active_loras_cpu[0] = 0
     pairs = [(tables, small)]
     if not none:
-        order = torch.sort(slots, stable=True)[1].to(torch.int32)
-        found, per_id = torch.unique_consecutive(slots[order], return_counts=True)
+        keys = slots.masked_fill(slots < 0, NO_ADAPTER_SORTS_AS)
+        ordered, places = torch.sort(keys, stable=True)
+        order = places.to(torch.int32)
+        found, per_id = torch.unique_consecutive(ordered, return_counts=True)
         active = found.numel()
-        small[:active] = found
+        small[:active] = found.masked_fill(found == NO_ADAPTER_SORTS_AS, -1)
         small[room : room + active] = per_id
         small[2 * room + 1 : 2 * room + 1 + active] = torch.cumsum(per_id, 0)
         meta.num_active_loras_cpu[0] = _captured(meta.captured_lora_counts, active)

@@ -38,6 +38,12 @@ _HANDLES = itertools.count()
 _MAX_SLICES = 3
 _DTYPES = (torch.float16, torch.bfloat16)
 
+SPECIALIZE = (
+    "dop: CUDA graphs serve any number of adapters with one kernel a layer. "
+    "--specialize-active-lora captures them by number, each with the kernel that is best for it."
+)
+"""Said when an engine loads; what it costs (graphs, time to start) is the user's to decide."""
+
 
 class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     """PunicaWrapperGPU whose `add_lora_linear` runs on dop.ops where dop covers the layer."""
@@ -69,10 +75,13 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         # Slots whose adapter is known to have no weights for the output head.
         self._headless: set[int] = set()
         self._sampled: set[int] = set()
+        self._head_unread = False
         handle = next(_HANDLES)
         # A tensor, not a number: compiled code that is cached on disk would keep the number.
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
+        if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
+            LOG.info(SPECIALIZE)
 
     def update_metadata(
         self,
@@ -91,14 +100,20 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             self.is_prefill = mapping.is_prefill
             vllm_metadata.fill_base(self, tokens, samples, vocab_size, max_loras - 1)
             vllm_metadata.fill(self.token_mapping_meta, tokens)
-            # Only the output head reads the other one.
-            heads = torch.full_like(samples, -1) if self._sampled <= self._headless else samples
-            vllm_metadata.fill(self.prompt_mapping_meta, heads)
+            self._fill_head(samples)
         else:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         used = set(tokens.tolist()) - {-1}
         self._no_adapter = not used
         self._plans.update(tokens, len(used))
+
+    def _fill_head(self, samples: torch.Tensor) -> None:
+        """The table that only the output head reads; one that says "none" is not filled again."""
+        unread = self._sampled <= self._headless
+        if not (unread and self._head_unread):
+            heads = torch.full_like(samples, -1) if unread else samples
+            vllm_metadata.fill(self.prompt_mapping_meta, heads)
+        self._head_unread = unread
 
     def note_adapter(self, slot: int, rank: int, has_head: bool) -> None:
         """An adapter entered a slot: its true rank, and whether it changes the output head."""

@@ -153,6 +153,19 @@ def test_reloaded_under_the_same_mapping(monkeypatch):
     check(manager, ids)
 
 
+def rows_by_slot(meta, tokens):
+    """What vLLM's kernels find in the tables: slot -> its tokens, in the tables' order."""
+    found = {}
+    for place, slot in enumerate(meta.active_lora_ids.tolist()):
+        count = int(meta.num_tokens_per_lora[place])
+        start = int(meta.lora_token_start_loc[place])
+        if count:
+            found[slot] = meta.token_indices_sorted_by_lora_ids[start : start + count].tolist()
+            assert int(meta.lora_token_start_loc[place + 1]) == start + count
+            assert {int(meta.token_lora_mapping[:tokens][t]) for t in found[slot]} == {slot}
+    return found
+
+
 def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
     from dop.integrations import vllm_metadata
 
@@ -172,8 +185,11 @@ def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
             for given in (slots, torch.full_like(slots, -1), torch.full_like(slots, 1)):
                 metas[0].prepare_tensors(given)
                 vllm_metadata.fill(metas[1], given)
-                for name in vllm_metadata.FIELDS[:-1]:
+                assert rows_by_slot(metas[0], tokens) == rows_by_slot(metas[1], tokens)
+                for name in vllm_metadata.FIELDS[5:-1]:
                     assert torch.equal(getattr(metas[0], name), getattr(metas[1], name)), name
+                used = rows_by_slot(metas[1], tokens)
+                assert list(used) == sorted(used, key=lambda slot: (slot < 0, slot))
 
 
 def test_the_indices_that_vllms_embeddings_read_are_the_same():
