@@ -18,6 +18,7 @@ import weakref
 from typing import Any
 
 import torch
+import vllm
 from torch.library import Library
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import base_linear, column_parallel_linear
@@ -37,6 +38,10 @@ _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValu
 _HANDLES = itertools.count()
 _MAX_SLICES = 3
 _DTYPES = (torch.float16, torch.bfloat16)
+
+EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
+"""Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
+what its own `update_metadata` sorts)."""
 
 SPECIALIZE = (
     "dop: CUDA graphs serve any number of adapters with one kernel a layer. "
@@ -98,22 +103,25 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._sampled = set(samples.tolist()) - {-1}
         if self._known_meta:
             self.is_prefill = mapping.is_prefill
-            vllm_metadata.fill_base(self, tokens, samples, vocab_size, max_loras - 1)
-            vllm_metadata.fill(self.token_mapping_meta, tokens)
-            self._fill_head(samples)
+            pairs = vllm_metadata.base_pairs(
+                self, tokens, samples, vocab_size, max_loras - 1, embeddings_only=EMBEDDINGS_ONLY
+            )
+            pairs += vllm_metadata.pairs_of(self.token_mapping_meta, tokens)
+            vllm_metadata.to_device(pairs + self._head_pairs(samples))
         else:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         used = set(tokens.tolist()) - {-1}
         self._no_adapter = not used
         self._plans.update(tokens, len(used))
 
-    def _fill_head(self, samples: torch.Tensor) -> None:
+    def _head_pairs(self, samples: torch.Tensor) -> list[vllm_metadata.Pair]:
         """The table that only the output head reads; one that says "none" is not filled again."""
-        unread = self._sampled <= self._headless
-        if not (unread and self._head_unread):
-            heads = torch.full_like(samples, -1) if unread else samples
-            vllm_metadata.fill(self.prompt_mapping_meta, heads)
+        unread, before = self._sampled <= self._headless, self._head_unread
         self._head_unread = unread
+        if unread and before:
+            return []
+        heads = torch.full_like(samples, -1) if unread else samples
+        return vllm_metadata.pairs_of(self.prompt_mapping_meta, heads)
 
     def note_adapter(self, slot: int, rank: int, has_head: bool) -> None:
         """An adapter entered a slot: its true rank, and whether it changes the output head."""

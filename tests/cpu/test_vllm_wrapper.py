@@ -187,14 +187,14 @@ def test_the_heads_table_is_filled_again_only_if_it_changes(wrapper_module, monk
     engine.adapter(1, 8, 1)
     engine.adapter(2, 8, 2, head=True)
     filled = []
-    fill = wrapper_module.vllm_metadata.fill
+    pairs_of = wrapper_module.vllm_metadata.pairs_of
 
     def counted(meta, slots):
         if meta is engine.wrapper.prompt_mapping_meta:
             filled.append(slots.tolist())
-        fill(meta, slots)
+        return pairs_of(meta, slots)
 
-    monkeypatch.setattr(wrapper_module.vllm_metadata, "fill", counted)
+    monkeypatch.setattr(wrapper_module.vllm_metadata, "pairs_of", counted)
     for ids in ([1, 1], [1], [0, 1], [2, 1], [2], [1], [1, 1, 1]):
         engine.step(ids)
     assert filled == [[-1, -1], [1, 0], [1], [-1]]
