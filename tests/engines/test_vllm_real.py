@@ -225,3 +225,33 @@ def test_models_compiled_without_the_plugin_are_not_loaded_from_disk():
 def test_the_lru_manager_activates_through_the_patch():
     assert hasattr(LoRAModelManager.activate_adapter, "stock")
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
+
+
+def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
+    """vLLM's own list of graphs and its own mappings for capturing them."""
+    lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from dop.integrations.vllm_wrapper import DopPunicaWrapper
+
+    config = SimpleNamespace(**{**vars(CONFIG), "max_loras": 64, "specialize_active_lora": True})
+    wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=config)
+
+    class Runner(LoRAModelRunnerMixin):
+        lora_manager = object()
+
+        def _set_active_loras(self, samples, tokens, requests, *rest):
+            wrapper.update_metadata(
+                LoRAMapping(tokens, samples), list(range(1, 65)), 65, vocab_size=100
+            )
+
+    compilation = SimpleNamespace(cudagraph_specialize_lora=True)
+    counts = lora_utils.get_lora_capture_cases(config, compilation)
+    assert counts == [0, 1, 2, 4, 8, 16, 32, 64, 65]
+    capture = lora_utils.create_lora_capture_hook(config, Runner())
+    for tokens in (1, 8, 32, 64):
+        for count in counts:
+            capture(count, tokens, tokens)
+            told = wrapper._plans.plan(tokens).adapters
+            assert told == (min(count, 64, tokens) or None), (tokens, count)
+            assert wrapper._no_adapter is (count == 0)
