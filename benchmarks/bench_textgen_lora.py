@@ -38,6 +38,8 @@ from dop.errors import ConfigError, DopError, MissingDependencyError
 
 DEFAULT_ARMS = "base,stock,dop,loop"
 LOAD_TOKENS = PROMPT + OUTPUT
+WATCHED = 8
+"""Batches that an arm serves while watched."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,7 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save-to", type=Path, help="folder for results.jsonl, table.md and plot.svg")
     add("--load", metavar="REQUESTS:ADAPTERS", help="after the cases, every arm with adapters: so "
         "many requests over more adapters than slots, memory before and after")  # fmt: skip
-    add("--profile", metavar="CASE", help="vLLM: before the load, every arm serves this case twice "
+    add("--profile", metavar="CASE", help="vLLM: before the load, every arm serves this case "
         "while watched; where the time goes stands in profile.txt")  # fmt: skip
     add("--merge", type=Path, nargs="+", metavar="RESULTS", help="measure nothing: put folders or "
         "files of earlier runs together; with --save-to a document and a figure")  # fmt: skip
@@ -275,7 +277,8 @@ def watch(arms: Mapping[str, Arm], options: argparse.Namespace, model: BenchMode
     if options.profile is None:
         return
     case = options.profile
-    jobs = waves(case, 1, options.maxlen, options.adapters, model.vocabulary, options.seed)[0]
+    batches = waves(case, WATCHED, options.maxlen, options.adapters, model.vocabulary, options.seed)
+    jobs = [job for batch in batches for job in batch]
     parts = []
     for name, arm in arms.items():
         if isinstance(arm, Watched):

@@ -38,7 +38,11 @@ class Group:
             about["device"].split(",")[0],
         ]
         plain = (re.sub(r"[^a-z0-9.]+", "-", str(word).lower()).strip("-") for word in words)
-        return "-".join(["textgen", *plain, about["date"].split(", ")[-1]])
+        arms = {arm for result in self.results for arm in result.runs}
+        switches = sorted({s for arm in arms for s in arm.split("+")[1:]})
+        plain_arms = any(arm.partition("+")[0] != "base" and "+" not in arm for arm in arms)
+        marks = [] if plain_arms else switches  # such cases are another file's with other arms
+        return "-".join(["textgen", *plain, *marks, about["date"].split(", ")[-1]])
 
     def document(self) -> dict[str, Any]:
         """For a file under benchmarks/results; `read` reads it back."""

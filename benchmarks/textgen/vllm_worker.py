@@ -111,7 +111,7 @@ def device_bytes() -> int | None:
     return torch.cuda.memory_allocated()
 
 
-def profile(serve: Callable[[], object], rows: int = 40) -> str:
+def profile(serve: Callable[[], object], rows: int = 80) -> str:
     """What `serve` spends its time on: Python's functions, then torch's operators and kernels.
 
     The two are watched in turn, as each slows the other down.

@@ -4,6 +4,10 @@ vLLM sorts and counts the token -> slot map on the device and waits for the resu
 each of its two tables, and looks up every token in Python. The map comes from the host, so it can
 be sorted there; what reaches the device is the same (tests/engines/test_vllm_real.py compares with
 vLLM's classes).
+
+All of this runs before a step that waits for it, often after a pause in which other programs had
+the caches: few calls count more than few bytes. So numpy computes, and what changes together goes
+through one piece of pinned memory.
 """
 
 from __future__ import annotations
@@ -12,7 +16,11 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+Pair = tuple[torch.Tensor, "np.ndarray[Any, Any]"]
+"""A tensor and what it shall hold."""
 
 FIELDS = (
     "token_lora_mapping",
@@ -60,34 +68,52 @@ def join(meta: Any) -> None:
     meta.lora_token_start_loc = tables[2 * room : 2 * room + size + 1]
 
 
+NO_ADAPTER_SORTS_AS = np.iinfo(np.int32).max
+
+
 def fill(meta: Any, slots: torch.Tensor) -> None:
     """Do what `meta.prepare_tensors` does, for int32 slots [tokens] on the host.
+
+    But rows without adapter come last, where vLLM has them first: with `specialize_active_lora`
+    vLLM 0.24 takes the graph of n adapters for n adapters beside rows without, its kernels look at
+    n entries of the table, and the last adapter would not be among them.
 
     Args:
         meta: a LoRAKernelMeta after `join`.
         slots: slot of each token, -1 for no adapter.
     """
+    to_device(pairs_of(meta, slots))
+
+
+def pairs_of(meta: Any, slots: torch.Tensor) -> list[Pair]:
+    """What `fill` copies to the device; flags and counts that stay on the host are set at once."""
     tables = _joined(meta)
     room = tables.numel() // 3
-    small = torch.zeros(tables.numel(), dtype=torch.int32)
-    size = meta.active_lora_ids.numel()
-    small[:size].fill_(-1)
-    none = not bool((slots >= 0).any())
-    meta.no_lora_flag_cpu[0] = none
+    small = np.zeros(tables.numel(), np.int32)
+    small[: meta.active_lora_ids.numel()] = -1
+    keys = slots.numpy().copy()
+    keys[keys < 0] = NO_ADAPTER_SORTS_AS
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    ordered = keys[order]
+    none = not len(keys) or ordered[0] == NO_ADAPTER_SORTS_AS
+    meta.no_lora_flag_cpu[0] = bool(none)
     meta.num_active_loras_cpu[0] = 0
-    pairs = [(tables, small)]
-    if not none:
-        order = torch.sort(slots, stable=True)[1].to(torch.int32)
-        found, per_id = torch.unique_consecutive(slots[order], return_counts=True)
-        active = found.numel()
-        small[:active] = found
-        small[room : room + active] = per_id
-        small[2 * room + 1 : 2 * room + 1 + active] = torch.cumsum(per_id, 0)
-        meta.num_active_loras_cpu[0] = _captured(meta.captured_lora_counts, active)
-        tokens = slots.numel()
-        pairs.append((meta.token_lora_mapping[:tokens], slots))
-        pairs.append((meta.token_indices_sorted_by_lora_ids[:tokens], order))
-    to_device(pairs)
+    if none:
+        return [(tables, small)]
+    inner = (np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist()
+    starts, ends = [0, *inner], [*inner, len(keys)]
+    active = len(starts)
+    small[:active] = ordered[starts]
+    if ordered[-1] == NO_ADAPTER_SORTS_AS:
+        small[active - 1] = -1
+    small[room : room + active] = np.subtract(ends, starts)
+    small[2 * room + 1 : 2 * room + 1 + active] = ends
+    meta.num_active_loras_cpu[0] = _captured(meta.captured_lora_counts, active)
+    return [
+        (tables, small),
+        (meta.token_lora_mapping[: len(keys)], slots.numpy()),
+        (meta.token_indices_sorted_by_lora_ids[: len(keys)], order),
+    ]
 
 
 def _joined(meta: Any) -> torch.Tensor:
@@ -110,25 +136,37 @@ def fill_base(
         vocab_size: rows of an adapter's A for embeddings.
         slots: adapters in a stack.
     """
+    to_device(base_pairs(wrapper, tokens, samples, vocab_size, slots))
+
+
+def base_pairs(
+    wrapper: Any,
+    tokens: torch.Tensor,
+    samples: torch.Tensor,
+    vocab_size: int,
+    slots: int,
+    *,
+    embeddings_only: bool = False,
+) -> list[Pair]:
+    """What `fill_base` copies to the device; of the tables only that of embeddings if so asked."""
     count, sampled = tokens.numel(), samples.numel()
-    by_token, by_sample = tokens.long(), samples.long()
-    padded = torch.where(by_sample < 0, slots, by_sample) * sampled
-    padded += torch.arange(sampled)
-    embeddings = wrapper._embeddings_indices
-    if (
-        embeddings.dim() == 2
-    ):  # 0.24 has a row of zeros for a vocabulary that adapters no longer add
-        embeddings[0, :count].zero_()
-        embeddings = embeddings[1]
-    to_device(
-        [
-            (wrapper._token_lora_indices[:count], by_token),
-            (embeddings[:count], by_token.clamp(min=0) * vocab_size),
-            (wrapper._sampler_indices[:sampled], by_sample),
-            (wrapper._sampler_indices_padded[:sampled], padded),
-        ]
-    )
     wrapper.indices_len[:] = [count, sampled, sampled, count]
+    by_token = tokens.numpy().astype(np.int64)
+    starts = np.maximum(by_token, 0) * vocab_size
+    table = wrapper._embeddings_indices
+    rows = table[1] if table.dim() == 2 else table  # 0.24 has a row of zeros for added vocabulary
+    if embeddings_only:
+        return [(rows[:count], starts)]
+    if table.dim() == 2:
+        table[0, :count].zero_()
+    by_sample = samples.numpy().astype(np.int64)
+    padded = np.where(by_sample < 0, slots, by_sample) * sampled + np.arange(sampled)
+    return [
+        (rows[:count], starts),
+        (wrapper._token_lora_indices[:count], by_token),
+        (wrapper._sampler_indices[:sampled], by_sample),
+        (wrapper._sampler_indices_padded[:sampled], padded),
+    ]
 
 
 def _captured(counts: list[int], active: int) -> int:
@@ -137,18 +175,14 @@ def _captured(counts: list[int], active: int) -> int:
     return counts[place] if place < len(counts) else active
 
 
-def to_device(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy (target, source) from the host without waiting; all of one type. torch keeps the one
-    pinned piece of memory that they go through until the copies have run."""
-    if not pairs[0][0].is_cuda:
-        for target, source in pairs:
-            target.copy_(source)
-        return
-    total = sum(source.numel() for _, source in pairs)
-    pinned = torch.empty(total, dtype=pairs[0][1].dtype, pin_memory=True)
-    start = 0
-    for target, source in pairs:
-        part = pinned[start : start + source.numel()]
-        part.copy_(source)
-        target.copy_(part, non_blocking=True)
-        start += source.numel()
+def to_device(pairs: Sequence[Pair]) -> None:
+    """Copy arrays of the targets' types from the host without waiting. torch keeps the one pinned
+    piece of memory that they go through until the copies have run."""
+    size = sum(source.nbytes for _, source in pairs)
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=pairs[0][0].is_cuda)
+    host, start = pinned.numpy(), 0
+    for target, source in sorted(pairs, key=lambda pair: -pair[1].itemsize):  # keeps all aligned
+        end = start + source.nbytes
+        host[start:end] = source.view(np.uint8)
+        target.copy_(pinned[start:end].view(target.dtype), non_blocking=True)
+        start = end

@@ -18,6 +18,7 @@ import weakref
 from typing import Any
 
 import torch
+import vllm
 from torch.library import Library
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import base_linear, column_parallel_linear
@@ -37,6 +38,16 @@ _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValu
 _HANDLES = itertools.count()
 _MAX_SLICES = 3
 _DTYPES = (torch.float16, torch.bfloat16)
+
+EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
+"""Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
+what its own `update_metadata` sorts)."""
+
+SPECIALIZE = (
+    "dop: CUDA graphs serve any number of adapters with one kernel a layer. "
+    "--specialize-active-lora captures them by number, each with the kernel that is best for it."
+)
+"""Said when an engine loads; what it costs (graphs, time to start) is the user's to decide."""
 
 
 class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
@@ -69,10 +80,13 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         # Slots whose adapter is known to have no weights for the output head.
         self._headless: set[int] = set()
         self._sampled: set[int] = set()
+        self._head_unread = False
         handle = next(_HANDLES)
         # A tensor, not a number: compiled code that is cached on disk would keep the number.
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
+        if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
+            LOG.info(SPECIALIZE)
 
     def update_metadata(
         self,
@@ -89,16 +103,25 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._sampled = set(samples.tolist()) - {-1}
         if self._known_meta:
             self.is_prefill = mapping.is_prefill
-            vllm_metadata.fill_base(self, tokens, samples, vocab_size, max_loras - 1)
-            vllm_metadata.fill(self.token_mapping_meta, tokens)
-            # Only the output head reads the other one.
-            heads = torch.full_like(samples, -1) if self._sampled <= self._headless else samples
-            vllm_metadata.fill(self.prompt_mapping_meta, heads)
+            pairs = vllm_metadata.base_pairs(
+                self, tokens, samples, vocab_size, max_loras - 1, embeddings_only=EMBEDDINGS_ONLY
+            )
+            pairs += vllm_metadata.pairs_of(self.token_mapping_meta, tokens)
+            vllm_metadata.to_device(pairs + self._head_pairs(samples))
         else:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         used = set(tokens.tolist()) - {-1}
         self._no_adapter = not used
         self._plans.update(tokens, len(used))
+
+    def _head_pairs(self, samples: torch.Tensor) -> list[vllm_metadata.Pair]:
+        """The table that only the output head reads; one that says "none" is not filled again."""
+        unread, before = self._sampled <= self._headless, self._head_unread
+        self._head_unread = unread
+        if unread and before:
+            return []
+        heads = torch.full_like(samples, -1) if unread else samples
+        return vllm_metadata.pairs_of(self.prompt_mapping_meta, heads)
 
     def note_adapter(self, slot: int, rank: int, has_head: bool) -> None:
         """An adapter entered a slot: its true rank, and whether it changes the output head."""

@@ -3,14 +3,15 @@ import math
 import sys
 import time
 from statistics import fmean, median
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.bench_textgen_lora import _warm, main, parse
+from benchmarks.bench_textgen_lora import _warm, main, parse, watch
 from benchmarks.textgen import load
 from benchmarks.textgen.engine import OneAdapterAtATime, split, stock_of
-from benchmarks.textgen.merge import merge, read
+from benchmarks.textgen.merge import Group, merge, read
 from benchmarks.textgen.models import TINY, find_model, write_adapter
 from benchmarks.textgen.results import (
     COLUMNS,
@@ -225,6 +226,20 @@ def test_switches_are_any_arms_and_compared_with_stock_of_the_same(tmp_path):
     assert stock_of("dop+specialize", ("stock", "dop+specialize")) == "stock"
     assert stock_of("dop", ("base", "stock+specialize", "dop")) == "stock+specialize"
     assert stock_of("dop", ("base", "dop")) is None
+    about = {
+        "engine": "vllm",
+        "model": "M",
+        "rank": 8,
+        "device": "NVIDIA H100",
+        "date": "2026-01-02",
+    }
+    for arms, mark in (
+        (("base", "stock+specialize", "dop+specialize"), "specialize-"),
+        (("base", "stock", "dop", "dop+specialize"), ""),
+        (("base", "dop"), ""),
+    ):
+        result = CaseResult(Case(1, "identical"), 1.0, {arm: [] for arm in arms})
+        assert Group(about, [result]).stem == f"textgen-vllm-m-r8-nvidia-h100-{mark}2026-01-02"
     given = options(tmp_path)
     plain, switched = (environment(n, given) for n in ("dop", "dop+specialize"))
     assert plain.pop("VLLM_CACHE_ROOT") != switched.pop("VLLM_CACHE_ROOT")
@@ -496,6 +511,21 @@ def test_warming_up_takes_a_batch_and_the_adapters_that_fit():
     chosen = _warm(group, Case(4, "distinct"), 6)
     assert [job.adapter for job in chosen] == [0, 1, 2, 3, 4, 5]
     assert max(job.output for job in chosen) <= 4
+
+
+def test_where_the_time_goes_stands_in_a_file(tmp_path):
+    class Tells(Slow):
+        def profile(self, jobs, concurrency):
+            return f"{len(jobs)} requests, {concurrency} at once"
+
+    given = SimpleNamespace(
+        profile=Case(2, "distinct", "4:3"), maxlen=7, adapters=4, seed=0, save_to=tmp_path / "new"
+    )
+    watch({"base": Slow(), "dop": Tells()}, given, find_model(TINY, 64))
+    text = (tmp_path / "new/profile.txt").read_text()
+    assert text == "==== dop, b2/distinct/4:3\n\n16 requests, 2 at once\n"
+    given.profile = None
+    watch({"dop": None}, given, find_model(TINY, 64))
 
 
 def test_a_load_asks_for_every_adapter_and_reports_memory(tmp_path, monkeypatch, capsys):

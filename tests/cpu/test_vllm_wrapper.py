@@ -147,6 +147,60 @@ def test_any_number_of_slots(wrapper_module, max_loras, specialize):
     engine.check(ids)
 
 
+def test_graphs_by_number_of_adapters_are_captured_with_that_number(wrapper_module, caplog):
+    """vLLM makes a mapping of so many adapters before it captures a graph; without
+    specialize_active_lora one graph serves all, and the number it is captured with says nothing."""
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.propagate = True
+    for specialize in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "vllm.dop"):
+            engine = Engine(wrapper_module, max_loras=8, specialize_active_lora=specialize)
+        assert ("--specialize-active-lora" in caplog.text) is not specialize
+        for lora_id in range(1, 9):
+            engine.adapter(lora_id, 8, lora_id)
+        for rows in (1, 8, 64):
+            for adapters in (1, 2, 3, 4, 8):
+                ids = [1 + row % adapters for row in range(rows)]
+                engine.step(ids)
+                told = engine.wrapper._plans.plan(rows).adapters
+                here = min(rows, adapters)
+                rounded = next(n for n in (1, 2, 4, 8) if n >= here)
+                assert told == (rounded if specialize else None)
+
+
+def test_an_adapter_beside_rows_without_is_within_the_tables_first_entries(wrapper_module):
+    """What a graph of n adapters reads of vLLM's tables are n entries."""
+    engine = Engine(wrapper_module, max_loras=4, specialize_active_lora=True)
+    engine.adapter(1, 8, 1)
+    engine.adapter(2, 8, 2)
+    engine.step([0, 2, 0, 1, 2])
+    meta = engine.wrapper.token_mapping_meta
+    assert meta.active_lora_ids.tolist()[:3] == [0, 1, -1]
+    assert meta.token_indices_sorted_by_lora_ids.tolist()[:5] == [3, 1, 4, 0, 2]
+    assert meta.num_tokens_per_lora.tolist()[:3] == [1, 2, 2]
+    assert meta.lora_token_start_loc.tolist()[:4] == [0, 1, 3, 5]
+
+
+def test_the_heads_table_is_filled_again_only_if_it_changes(wrapper_module, monkeypatch):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, 8, 1)
+    engine.adapter(2, 8, 2, head=True)
+    filled = []
+    pairs_of = wrapper_module.vllm_metadata.pairs_of
+
+    def counted(meta, slots):
+        if meta is engine.wrapper.prompt_mapping_meta:
+            filled.append(slots.tolist())
+        return pairs_of(meta, slots)
+
+    monkeypatch.setattr(wrapper_module.vllm_metadata, "pairs_of", counted)
+    for ids in ([1, 1], [1], [0, 1], [2, 1], [2], [1], [1, 1, 1]):
+        engine.step(ids)
+    assert filled == [[-1, -1], [1, 0], [1], [-1]]
+    assert bool(engine.wrapper.prompt_mapping_meta.no_lora_flag_cpu)
+
+
 def test_adapters_never_leak_when_swapped_under_the_same_mapping(wrapper_module):
     engine = Engine(wrapper_module, max_loras=2)
     engine.adapter(1, 8, seed=1)

@@ -153,6 +153,19 @@ def test_reloaded_under_the_same_mapping(monkeypatch):
     check(manager, ids)
 
 
+def rows_by_slot(meta, tokens):
+    """What vLLM's kernels find in the tables: slot -> its tokens, in the tables' order."""
+    found = {}
+    for place, slot in enumerate(meta.active_lora_ids.tolist()):
+        count = int(meta.num_tokens_per_lora[place])
+        start = int(meta.lora_token_start_loc[place])
+        if count:
+            found[slot] = meta.token_indices_sorted_by_lora_ids[start : start + count].tolist()
+            assert int(meta.lora_token_start_loc[place + 1]) == start + count
+            assert {int(meta.token_lora_mapping[:tokens][t]) for t in found[slot]} == {slot}
+    return found
+
+
 def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
     from dop.integrations import vllm_metadata
 
@@ -172,8 +185,11 @@ def test_the_metadata_that_vllms_own_kernels_read_is_the_same():
             for given in (slots, torch.full_like(slots, -1), torch.full_like(slots, 1)):
                 metas[0].prepare_tensors(given)
                 vllm_metadata.fill(metas[1], given)
-                for name in vllm_metadata.FIELDS[:-1]:
+                assert rows_by_slot(metas[0], tokens) == rows_by_slot(metas[1], tokens)
+                for name in vllm_metadata.FIELDS[5:-1]:
                     assert torch.equal(getattr(metas[0], name), getattr(metas[1], name)), name
+                used = rows_by_slot(metas[1], tokens)
+                assert list(used) == sorted(used, key=lambda slot: (slot < 0, slot))
 
 
 def test_the_indices_that_vllms_embeddings_read_are_the_same():
@@ -209,3 +225,33 @@ def test_models_compiled_without_the_plugin_are_not_loaded_from_disk():
 def test_the_lru_manager_activates_through_the_patch():
     assert hasattr(LoRAModelManager.activate_adapter, "stock")
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
+
+
+def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
+    """vLLM's own list of graphs and its own mappings for capturing them."""
+    lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from dop.integrations.vllm_wrapper import DopPunicaWrapper
+
+    config = SimpleNamespace(**{**vars(CONFIG), "max_loras": 64, "specialize_active_lora": True})
+    wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=config)
+
+    class Runner(LoRAModelRunnerMixin):
+        lora_manager = object()
+
+        def _set_active_loras(self, samples, tokens, requests, *rest):
+            wrapper.update_metadata(
+                LoRAMapping(tokens, samples), list(range(1, 65)), 65, vocab_size=100
+            )
+
+    compilation = SimpleNamespace(cudagraph_specialize_lora=True)
+    counts = lora_utils.get_lora_capture_cases(config, compilation)
+    assert counts == [0, 1, 2, 4, 8, 16, 32, 64, 65]
+    capture = lora_utils.create_lora_capture_hook(config, Runner())
+    for tokens in (1, 8, 32, 64):
+        for count in counts:
+            capture(count, tokens, tokens)
+            told = wrapper._plans.plan(tokens).adapters
+            assert told == (min(count, 64, tokens) or None), (tokens, count)
+            assert wrapper._no_adapter is (count == 0)
