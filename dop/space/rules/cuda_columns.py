@@ -17,6 +17,11 @@ from dop.space.sketch import Annotation
 MAX_WRITTEN_OUT = 8192
 """Products of a thread that are unrolled: nvcc takes minutes over more."""
 
+MAX_LOADS = 64
+"""Loads of B in a step of a thread, each with an address of its own. In 4,470 records, candidates
+with 64 were at best 1.38 times as slow as the winner, with 128 1.49, with 256 5.4 times: ptxas
+keeps the addresses over all steps and spills up to 5.8 KB a thread. One such kernel faulted."""
+
 BLOCK, THREAD, STEP = 1, 2, 3
 """Loop positions in accumulate: t, column block, thread, step, row, vector."""
 
@@ -203,6 +208,11 @@ class DirectB:
         w = new.workload
         widest = vector_width(w.rank, w.element_bytes)
         vector = new.param("expand.load", "vector", powers_of_two(1, widest), widest)
+        new.limit(
+            "separate loads of B in a step",
+            max(MAX_LOADS, w.rank // widest),
+            lambda a: w.rank * a["expand.vector"] // a["expand.load"],
+        )
         new.cache_read("gather_b", "local", "expand")
         new.compute_at("gather_b", "accumulate", STEP)
         # own loops behind t, block, thread, step: t, n, r
