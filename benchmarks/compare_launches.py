@@ -3,16 +3,16 @@
     python benchmarks/compare_launches.py logs/h200.jsonl.xz --values 2 3 \
         --workload "sgmv/bfloat16/r16/4096->4096" --scenario T1/identical/1
 
-One line per workload and batch: microseconds of each value, and the difference of the last to the
-first. Batches whose best kernel does not know all of the values are passed over.
+One line per workload and batch: time and error as the log has them and with each value, and the
+last value's difference to the first's. Kernels that do not know all of the values are passed over.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from dop.database.jsonl import read_log
 from dop.database.query import best
@@ -20,6 +20,7 @@ from dop.database.record import Record
 from dop.measure.base import Job
 from dop.measure.hostinfo import find_target
 from dop.measure.local import LocalMeasurer
+from dop.measurement import Measurement
 from dop.scenario import Scenario
 from dop.space.generate import build_space
 from dop.space.trace import Trace
@@ -42,15 +43,42 @@ def variants(record: Record, target: Target, values: Sequence[int]) -> list[Trac
     return []
 
 
-def jobs(records: Sequence[Record], target: Target, values: Sequence[int]) -> Iterator[Job]:
-    """A job per record and value, those of a record side by side."""
+@dataclass(frozen=True)
+class Row:
+    """A record and its variants."""
+
+    record: Record
+    jobs: tuple[Job, ...]
+
+
+def rows(records: Sequence[Record], target: Target, values: Sequence[int]) -> Iterator[Row]:
+    """The records that know all of the values."""
     for record in records:
-        workload, scenario = (
-            Workload.parse(record.workload_key),
-            Scenario.parse(record.scenario_key),
-        )
-        for trace in variants(record, target, values):
-            yield Job(trace, workload, (scenario,))
+        workload = Workload.parse(record.workload_key)
+        batch = (Scenario.parse(record.scenario_key),)
+        made = tuple(Job(trace, workload, batch) for trace in variants(record, target, values))
+        if made:
+            yield Row(record, made)
+
+
+def said(values: Sequence[int], results: Sequence[Measurement]) -> str:
+    """Times and errors of a row's variants."""
+    parts = []
+    for value, m in zip(values, results, strict=True):
+        text = f"{m.median_s * 1e6:8.2f} us {m.accuracy:.1e}" if m.ok else m.message
+        parts.append(f"{value}: {text}")
+    if all(m.ok for m in results) and len(results) > 1:
+        parts.append(f"{(results[-1].median_s - results[0].median_s) * 1e6:+.2f}")
+    return "  ".join(parts)
+
+
+def wanted(record: Record, options: argparse.Namespace) -> bool:
+    """Whether a record is asked for."""
+    return (
+        (not options.workload or record.workload_key in options.workload)
+        and (not options.scenario or record.scenario_key in options.scenario)
+        and options.sketch in record.sketch
+    )
 
 
 def main() -> int:
@@ -60,30 +88,25 @@ def main() -> int:
     parser.add_argument("--values", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--workload", action="append", default=[])
     parser.add_argument("--scenario", action="append", default=[])
-    arguments = parser.parse_args()
+    parser.add_argument("--sketch", default="", help="part of a sketch's name")
+    options = parser.parse_args()
     target = find_target("cuda")
-    winners = [entry.record() for entry in best(read_log(arguments.log).entries).values()]
-    wanted = [
-        record
-        for record in winners
-        if (not arguments.workload or record.workload_key in arguments.workload)
-        and (not arguments.scenario or record.scenario_key in arguments.scenario)
-    ]
-    listed = list(jobs(wanted, target, arguments.values))
+    winners = (entry.record() for entry in best(read_log(options.log).entries).values())
+    listed = list(rows([r for r in winners if wanted(r, options)], target, options.values))
+    jobs = [job for row in listed for job in row.jobs]
     with LocalMeasurer(target) as measurer:
         found = {
-            (job.trace.key, job.workload.key, s.key): m for job, s, m in measurer.measure(listed)
+            (job.workload.key, scenario.key, job.trace.key): m
+            for job, scenario, m in measurer.measure(jobs)
         }
     bad = 0
-    for at in range(0, len(listed), len(arguments.values)):
-        group = listed[at : at + len(arguments.values)]
-        scenario = group[0].scenarios[0].key
-        results = [found[job.trace.key, job.workload.key, scenario] for job in group]
+    for row in listed:
+        key = row.record.workload_key, row.record.scenario_key
+        results = [found[key[0], key[1], job.trace.key] for job in row.jobs]
         bad += sum(not m.ok for m in results)
-        times = [statistics.median(m.seconds) * 1e6 if m.ok else float("nan") for m in results]
-        text = "  ".join(f"{v}: {t:7.2f}" for v, t in zip(arguments.values, times, strict=True))
-        why = " ".join(m.message for m in results if not m.ok)
-        print(f"{group[0].workload.key:45} {scenario:20} {text}  {times[-1] - times[0]:+.2f} {why}")
+        was = row.record.measurement
+        log = f"log: {was.median_s * 1e6:8.2f} us {was.accuracy:.1e}"
+        print(f"{key[0]:42} {key[1]:20} {log}  {said(options.values, results)}")
     return int(bad > 0)
 
 

@@ -9,7 +9,6 @@ The record need not be one that today's limits allow. Exit status 1 if a run fai
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 
 from dop.database.jsonl import read_log
@@ -41,7 +40,7 @@ def main() -> int:
         for run in range(arguments.times):
             for _, scenario, m in measurer.measure([job]):
                 failed += not m.ok
-                said = f"{statistics.median(m.seconds) * 1e6:9.2f} us" if m.ok else m.message
+                said = f"{m.median_s * 1e6:9.2f} us {m.accuracy:.1e}" if m.ok else m.message
                 print(f"{run:3} {scenario.key:24} {m.failure.name:12} {said}", flush=True)
     return int(failed > 0)
 

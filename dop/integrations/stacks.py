@@ -33,8 +33,9 @@ class LayerStack:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.a = torch.zeros(slots, rank, in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(slots, out_features, rank, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # torch counts the changes of such tensors only
+            self.a = torch.zeros(slots, rank, in_features, dtype=dtype, device=device)
+            self.b = torch.zeros(slots, out_features, rank, dtype=dtype, device=device)
 
     @property
     def slots(self) -> int:

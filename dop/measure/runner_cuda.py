@@ -142,6 +142,8 @@ class CudaRunner:
         weights = self._tensors.weights(task.workload, task.scenarios, odd.adapters)
         odd_batch = self._tensors.batch(task.workload, odd, timed=False)
         batches = [self._tensors.batch(task.workload, s, timed=True) for s in task.scenarios]
+        for batch in (odd_batch, *batches):
+            batch.plans_for(task.artifact.tile_rows)
         torch.cuda.synchronize()
         yield PREPARED
         position = 0
@@ -246,7 +248,7 @@ def _is_poisoned(stream: int) -> str:
 def _launch(kernels: list[_Kernel], stream: int) -> None:
     for k in kernels:
         if 0 not in k.grid:
-            # Weights and tables were complete, and waited for, before the first candidate.
+            # Weights and tables were made, and waited for, before the candidate's first launch.
             smem, dependent = k.launch.dynamic_smem_bytes, k.launch.dependent or k.launch.early
             k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters, dependent)
 

@@ -8,6 +8,7 @@ import torch
 from sgmv_reference import reference, rows, stacks
 
 from dop import ops
+from dop.integrations.stacks import LayerStack
 from dop.integrations.step_plan import StepPlans, narrow
 from dop.measure.cuda_driver import CudaError
 from dop.ops import api, derived, eager, native, settled
@@ -216,6 +217,15 @@ def test_traced_calls_overlap_if_the_plan_was_made_outside(case, monkeypatch):
     torch.compile(outside, backend="eager", fullgraph=True)(case.y.clone(), case.x, case.plan)
     torch.compile(inside, backend="eager", fullgraph=True)(case.y.clone(), case.x, ids)
     assert seen == [True, False]
+
+
+def test_stacks_of_integrations_are_counted_wherever_they_are_made():
+    with torch.inference_mode():
+        stack = LayerStack(2, RANK, WIDTH, 4, torch.float32, torch.device("cpu"))
+        before = settled.stamp(5, [stack.a])
+        stack.write(1, torch.ones(RANK, WIDTH), torch.ones(4, RANK))
+    assert before is not None
+    assert settled.stamp(5, [stack.a]) != before
 
 
 def test_a_stamp_is_stream_and_counts():
