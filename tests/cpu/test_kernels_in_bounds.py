@@ -183,3 +183,17 @@ def test_plain_kernels_stay_within_their_arrays(workload: Workload, tmp_path: Pa
             found += 1
             said = run(workload, generate(workload, trace, SM_90), tmp_path)
             assert not said, f"{sketch.name} {values}: {said}"
+
+
+def test_lanes_share_no_columns_behind_the_last(tmp_path: Path) -> None:
+    """In one block for more columns than there are, they read and wrote beside their arrays."""
+    workload = Workload("o", 96, (136,), 64, "bfloat16")
+    sketch = next(s for s in sketches(workload) if s.name.startswith("rows/lanes/"))
+    for groups in (8, 16):
+        values = {**sketch.default(), "expand.groups": groups}
+        assert not run(workload, generate(workload, sketch.bind(values), SM_90), tmp_path)
+    for groups in (32, 64, 128):
+        values = {**sketch.default(), "expand.groups": groups}
+        assert f"columns of a block: {8 * groups}" in (sketch.broken_limit(values) or "")
+    narrow = Workload("k", 96, (48,), 16, "bfloat16")
+    assert not any("/lanes/" in s.name for s in sketches(narrow))
