@@ -37,7 +37,8 @@ def finish(source: str, program: Program, kernels: tuple[str, ...]) -> str:
         BuildError: the text is not of the form that these edits expect.
     """
     slot = f"{program.slot_table}_ptr"
-    if re.search(r"\bint v_\d* = .*_shift", source):
+    # TVM writes a vector's operands down in variables of their types: offsets would lose bits.
+    if re.search(rf"\bu?int\d? \w+ = .*(?:_shift\b|\b{slot}\[)", source):
         raise BuildError("a weight load is neither a vector nor a scalar.", "Use another width.")
     source = re.sub(r"\bint ([ab]\d_shift)\b", r"long long \1", source)
     source = re.sub(rf"(?<!\w){slot}\[", f"(long long){slot}[", source)

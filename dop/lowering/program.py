@@ -33,7 +33,7 @@ one exists without tensor cores too where a trace stages y (`stage_y`):
 The weight stacks of all slices are addressed from the first slice's: `a` is A_0 as a flat array and
 A_s begins `a{s}_shift` groups of 16 bytes behind it (the stacks are separate allocations). So a
 slice is a number and not a branch, and loads stay vectors. Offsets are 32 bits wide here; codegen
-widens them to 64 bits in CUDA source (on a CPU the caller keeps the stacks within 32 GB).
+widens them to 64 bits in CUDA source (on a CPU, stacks out of their reach are refused).
 """
 
 from __future__ import annotations
@@ -328,9 +328,12 @@ class Program:
         sizes = [width * w.rank for width in w.out_features]
         column = "vr"
         if self.clamp:
-            # In whole groups of 8, so that loads along the rank stay vectors.
+            # In whole groups of 8, so that loads along the rank stay vectors. The last group is a
+            # shift: of two quotients TVM makes the quotient of the lesser dividend, and then does
+            # not see any more that the elements of a narrower load lie side by side.
             unit = math.gcd(8, w.rank)
-            group = f"T.min(vr // {unit}, ({self._adapter_rank} - 1) // {unit})"
+            last = f"T.shift_right({self._adapter_rank} - 1, {unit.bit_length() - 1})"
+            group = f"T.min(vr // {unit}, {last})"
             column = f"{group} * {unit} + vr % {unit}"
         offset = f"((vn - {first}) * {w.rank} + {column})"
         value = self._padded(self._stack("b", before, offset, sizes))

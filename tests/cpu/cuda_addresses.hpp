@@ -8,6 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+
 #define __global__
 #define __device__
 #define __launch_bounds__(n)
@@ -22,6 +25,12 @@ struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct int2 { int x, y; };
+struct int4 { int x, y, z, w; };
+struct ushort2 { ushort x, y; };
+struct ushort4 { ushort x, y, z, w; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -65,6 +74,19 @@ template <class T> T* room(long long count) {
   if (posix_memalign(&found, 64, count * sizeof(T))) std::abort();
   std::memset(found, 0, count * sizeof(T));
   return static_cast<T*>(found);
+}
+// As room, but gigabytes away from any other array: from one of these to the next, 32 bits of an
+// offset lead to where nothing is.
+template <class T> T* far_room(long long count) {
+  const long long apart = 9ll << 30, page = 4096, bytes = count * sizeof(T);
+  const long long used = (bytes + page - 1) / page * page;
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* all = mmap(nullptr, apart, PROT_NONE, flags, -1, 0);
+  if (all == MAP_FAILED) std::abort();
+  char* found = static_cast<char*>(all) + apart / 2;
+  if (mprotect(found, used, PROT_READ | PROT_WRITE)) std::abort();
+  ASAN_POISON_MEMORY_REGION(found + bytes, used - bytes);
+  return reinterpret_cast<T*>(found);
 }
 template <class F> void each_thread(dim3 grid, dim3 block, F kernel) {
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)

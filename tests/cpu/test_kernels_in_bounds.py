@@ -1,5 +1,6 @@
 """Plain kernels as text, run one thread after another under AddressSanitizer: no thread reads or
-writes beside its tensors, tables, workspaces or its own arrays."""
+writes beside its tensors, tables, workspaces or its own arrays, however far apart the stacks of
+weights lie."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ SLOT_OF = (2, 0, -1, 2, 1)
 RANKS = (13, 1, 1 << 30)
 """True rank of each slot; the last stands for nobody's."""
 FIRST = 'extern "C" __global__'
+TYPES = {"float32": "float", "bfloat16": "nv_bfloat16"}
 
 
 def tables(tile_rows: int) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -60,22 +62,21 @@ def tables(tile_rows: int) -> tuple[dict[str, tuple[int, ...]], int]:
 def arrays(workload: Workload, code: Generated) -> tuple[list[str], dict[str, int]]:
     """Declarations of everything that kernels take, and the numbers among them."""
     lists, tiles = tables(code.tile_rows)
-    tokens, w = len(SLOT_OF), workload
+    tokens, w, element = len(SLOT_OF), workload, TYPES[workload.dtype]
     lines = [
-        f"auto x = room<nv_bfloat16>({tokens * w.in_features});",
-        f"auto y = room<nv_bfloat16>({tokens * w.total_out}); auto y_in = y;",
+        f"auto x = room<{element}>({tokens * w.in_features});",
+        f"auto y = room<{element}>({tokens * w.total_out}); auto y_in = y;",
     ]
     for s, out in enumerate(w.out_features):
-        lines.append(f"auto a{s} = room<nv_bfloat16>({SLOTS * w.rank * w.in_features});")
-        lines.append(f"auto b{s} = room<nv_bfloat16>({SLOTS * w.rank * out});")
+        lines.append(f"auto a{s} = far_room<{element}>({SLOTS * w.rank * w.in_features});")
+        lines.append(f"auto b{s} = far_room<{element}>({SLOTS * w.rank * out});")
     for name, values in lists.items():
         kind = "float" if name.endswith("_scale") else "int"
         lines.append(f"auto {name} = room<{kind}>({len(values)});")
         lines += [f"{name}[{i}] = {value};" for i, value in enumerate(values)]
     for space in code.workspaces:
         count = evaluate(space.elements, tokens=tokens, tiles=tiles)
-        kind = {"float32": "float", "bfloat16": "nv_bfloat16"}[space.dtype]
-        lines.append(f"auto {space.name} = room<{kind}>({count});")
+        lines.append(f"auto {space.name} = room<{TYPES[space.dtype]}>({count});")
     return lines, {"tokens": tokens, "tiles": tiles}
 
 
@@ -132,8 +133,8 @@ def sketches(workload: Workload) -> list[Sketch]:
 
 
 def test_what_faulted_once(tmp_path: Path) -> None:
-    """logs/h200.jsonl.xz, line 29167: an illegal address. The text is without fault; the
-    machine code has 32 registers and 5.8 KB of stack a thread. Such kernels are not made now."""
+    """logs/h200.jsonl.xz, line 29167: an illegal address. The text was without fault; the
+    machine code had 32 registers and 5.8 KB of stack a thread. Such kernels are not made now."""
     workload = Workload("qkv", 4096, (4096, 1024, 1024), 128, "bfloat16")
     sketch = next(s for s in sketches(workload) if s.name.startswith("rows/columns/"))
     values = {
@@ -163,10 +164,22 @@ def test_the_sanitizer_sees_what_is_beside_an_array(tmp_path: Path) -> None:
         assert "AddressSanitizer" in run(workload, changed, tmp_path)
 
 
+def test_the_sanitizer_sees_an_offset_of_32_bits(tmp_path: Path) -> None:
+    workload = Workload("qkv", 256, (128, 64), 16, "bfloat16")
+    sketch = sketches(workload)[0]
+    code = generate(workload, sketch.bind(sketch.default()), SM_90)
+    for array in ("a", "b"):
+        wrong = code.source.replace(f"*)({array}_ptr + (", f"*)({array}_ptr + (int)(")
+        assert wrong != code.source
+        changed = Generated(**{**{n: getattr(code, n) for n in code.__slots__}, "source": wrong})
+        assert "AddressSanitizer" in run(workload, changed, tmp_path)
+
+
 SHAPES = (
     Workload("odd", 520, (264, 40), 13, "bfloat16"),
     Workload("qkv", 512, (320, 64, 64), 16, "bfloat16"),
     Workload("narrow", 96, (72,), 8, "bfloat16"),
+    Workload("wide", 256, (128, 64), 16, "float32"),
 )
 
 
@@ -183,3 +196,31 @@ def test_plain_kernels_stay_within_their_arrays(workload: Workload, tmp_path: Pa
             found += 1
             said = run(workload, generate(workload, trace, SM_90), tmp_path)
             assert not said, f"{sketch.name} {values}: {said}"
+
+
+@pytest.mark.parametrize(("load", "word"), [(2, "nv_bfloat162"), (4, "nv_bfloat164")])
+@pytest.mark.parametrize("form", ["rows", "row_tiles"])
+def test_narrow_loads_of_b_find_stacks_far_away(
+    form: str, load: int, word: str, tmp_path: Path
+) -> None:
+    """Such a load was once a vector of 32-bit addresses: wrong for stacks 4 GB apart."""
+    workload = Workload("qkv", 256, (128, 64, 64), 16, "bfloat16")
+    sketch = next(s for s in sketches(workload) if s.name.startswith(f"{form}/columns/"))
+    code = generate(workload, sketch.bind({**sketch.default(), "expand.load": load}), SM_90)
+    assert f"= *({word}*)(b_ptr + " in code.source
+    assert "b_ptr[" not in code.source
+    assert not run(workload, code, tmp_path)
+
+
+def test_lanes_share_no_columns_behind_the_last(tmp_path: Path) -> None:
+    """In one block for more columns than there are, they read and wrote beside their arrays."""
+    workload = Workload("o", 96, (136,), 64, "bfloat16")
+    sketch = next(s for s in sketches(workload) if s.name.startswith("rows/lanes/"))
+    for groups in (8, 16):
+        values = {**sketch.default(), "expand.groups": groups}
+        assert not run(workload, generate(workload, sketch.bind(values), SM_90), tmp_path)
+    for groups in (32, 64, 128):
+        values = {**sketch.default(), "expand.groups": groups}
+        assert f"columns of a block: {8 * groups}" in (sketch.broken_limit(values) or "")
+    narrow = Workload("k", 96, (48,), 16, "bfloat16")
+    assert not any("/lanes/" in s.name for s in sketches(narrow))

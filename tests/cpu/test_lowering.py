@@ -9,6 +9,7 @@ pytest.importorskip("tvm")
 from dop.errors import BuildError, DopError, TraceError
 from dop.lowering.apply import apply_trace
 from dop.lowering.codegen import SCALARS, evaluate, generate
+from dop.lowering.cuda_source import finish
 from dop.lowering.nest import loop_nest
 from dop.lowering.program import Program
 from dop.space.generate import build_space
@@ -160,6 +161,21 @@ def test_loop_nest_shows_stages_and_loops() -> None:
     assert "shrink" in before
     assert "thread_binding" not in before
     assert "blockIdx.x" in after
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "int v_ = (blockIdx.y < 16) ? 0 : b1_shift;",
+        "int2 v__13 = make_int2(a1_shift * 8, a1_shift * 8);",
+        "int4 v__2 = make_int4(token_slot_ptr[0], token_slot_ptr[0], 0, 0);",
+    ],
+)
+def test_a_weights_offset_in_32_bits_is_refused(line: str) -> None:
+    program = Program(QKV, 0)
+    assert "v__3" in finish("  int2 v__3 = make_int2(v__1 - 1, v__1 - 1);\n", program, ())
+    with pytest.raises(BuildError, match="neither a vector nor a scalar"):
+        finish(f"  {line}\n", program, ())
 
 
 @pytest.mark.parametrize(("rank", "bounded"), [(8, True), (16, False)])

@@ -18,9 +18,10 @@ MAX_WRITTEN_OUT = 8192
 """Products of a thread that are unrolled: nvcc takes minutes over more."""
 
 MAX_LOADS = 64
-"""Loads of B in a step of a thread, each with an address of its own. In 4,470 records, candidates
-with 64 were at best 1.38 times as slow as the winner, with 128 1.49, with 256 5.4 times: ptxas
-keeps the addresses over all steps and spills up to 5.8 KB a thread. One such kernel faulted."""
+"""Loads of B in a step of a thread. In 4,470 records, in which each had an address of its own,
+candidates with 64 were at best 1.38 times as slow as the winner, with 128 1.49, with 256 5.4 times:
+ptxas kept the addresses over all steps and spilled up to 5.8 KB a thread. One such kernel faulted.
+Loads of one group of 8 elements share an address now; with 256 loads, ptxas still spills 2.2 KB."""
 
 BLOCK, THREAD, STEP = 1, 2, 3
 """Loop positions in accumulate: t, column block, thread, step, row, vector."""

@@ -16,6 +16,8 @@ from dop.space.rules.numbers import ceil_div, vector_width
 from dop.space.sketch import Annotation
 
 LANE_COUNTS = (2, 4, 8, 16, 32)
+LEAST_THREADS = 64
+GROUP_COUNTS = (4, 8, 16, 32, 64, 128)
 
 
 def lanes_of(state: SketchState) -> int:
@@ -42,8 +44,11 @@ class LaneColumns:
             return []
         if "matrix" in state.notes or state.workload.total_out % lanes:
             return []
+        width = state.workload.total_out
+        if not self.early and width < max(LEAST_THREADS, GROUP_COUNTS[0] * lanes):
+            return []  # no block is small enough for the limit below
         new = state.fork(self.name)
-        groups = new.param("expand.groups", "warps", (4, 8, 16, 32, 64, 128), 32)
+        groups = new.param("expand.groups", "warps", GROUP_COUNTS, 32)
         new.notes["split_lanes"] = new.split("accumulate", 2, [lanes], new.workload.total_out)
         new.notes["split_groups"] = new.split("accumulate", 2, [groups])
         # t, i, block, group, lane -> t, block, group, lane, i
@@ -55,13 +60,16 @@ class LaneColumns:
         new.annotate("accumulate", 4, "unroll")
         if self.early:
             self._early_y(new)
-        width = new.workload.total_out
 
         def threads(a: Annotation) -> int:
             return lanes * a["expand.groups"]
 
         new.limit("threads per block", new.target.max_threads, threads)
-        new.limit("idle threads", 0, lambda a: max(0, 64 - threads(a)))
+        new.limit("idle threads", 0, lambda a: max(0, LEAST_THREADS - threads(a)))
+        if not self.early:
+            # In a block that holds all columns and more, TVM puts no condition around the loads of
+            # B and the sums of threads behind the last one.
+            new.limit("columns of a block", width, threads)
         new.estimate("expand.threads", threads)
         new.estimate("expand.columns", threads)
         new.estimate("expand.blocks_per_tile", lambda a: ceil_div(width, threads(a)))
