@@ -311,8 +311,8 @@ class _Run:
                 if workload_key == state.family.workload.key:
                     tried.sort(key=lambda e: e.median_s)
                     winners.update((e.trace_key, e) for e in tried[:_LIKE])
-            known = (_recorded(state, entry) for entry in winners.values())
-            state.strategy.first([r.candidate for r in known if r and r.candidate])
+            found = [_alike(state, entry) for entry in winners.values()]
+            state.strategy.first([candidate for candidate in found if candidate is not None])
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -641,6 +641,18 @@ def _recorded(state: FamilyState, entry: Entry) -> _Recorded | None:
     sketch = entry.sketch.removesuffix(DEFAULT_MARK)
     candidate = state.candidate(trace, sketch)
     return _Recorded(trace, sketch, state.default_place(trace), candidate)
+
+
+def _alike(state: FamilyState, entry: Entry) -> Candidate | None:
+    """The candidate of a line, or the one most like it if its sketch has changed since."""
+    known = _recorded(state, entry)
+    if known is None or known.candidate is not None:
+        return known.candidate if known else None
+    for sketch in state.space.sketches:
+        if sketch.name == known.sketch:
+            values = sketch.resembling(known.trace)
+            return Candidate.of(sketch, values) if values is not None else None
+    return None
 
 
 def _measurement(entry: Entry) -> Measurement:

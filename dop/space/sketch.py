@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -132,6 +132,54 @@ class Sketch:
         if any(d.name not in found for d in self.domains):
             return None
         return None if self.broken_limit(found) else found
+
+    def resembling(self, trace: Trace) -> dict[str, int] | None:
+        """An annotation like that of a trace which another version of this sketch made.
+
+        Read off the longest common run of steps; parameters that it does not tell keep their
+        defaults. None if that breaks a limit, or if less than half of the steps are common.
+        """
+        pairs = _common(self.steps, trace.steps)
+        if 2 * len(pairs) < len(self.steps):
+            return None
+        found: dict[str, int] = {}
+        for mine, given in pairs:
+            for name in mine.__match_args__:
+                _unify(getattr(mine, name), getattr(given, name), found)
+        values = {d.name: d.default for d in self.domains}
+        values |= {d.name: found[d.name] for d in self.domains if found.get(d.name) in d.choices}
+        return None if self.broken_limit(values) else values
+
+
+def _common(mine: Sequence[Step], given: Sequence[Step]) -> list[tuple[Step, Step]]:
+    """Steps of a sketch with those of a trace that they may stand for, in order, as many as
+    possible: the longest common subsequence."""
+    same = [[_stands_for(m, g) for g in given] for m in mine]
+    longest = [[0] * (len(given) + 1) for _ in range(len(mine) + 1)]
+    for i in reversed(range(len(mine))):
+        for j in reversed(range(len(given))):
+            longest[i][j] = (
+                1 + longest[i + 1][j + 1]
+                if same[i][j]
+                else max(longest[i + 1][j], longest[i][j + 1])
+            )
+    pairs, i, j = [], 0, 0
+    while i < len(mine) and j < len(given):
+        if same[i][j]:
+            pairs.append((mine[i], given[j]))
+            i, j = i + 1, j + 1
+        elif longest[i + 1][j] >= longest[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+    return pairs
+
+
+def _stands_for(mine: Step, given: Step) -> bool:
+    if type(mine) is not type(given):
+        return False
+    found: dict[str, int] = {}
+    return all(_unify(getattr(mine, n), getattr(given, n), found) for n in mine.__match_args__)
 
 
 def _unify(mine: object, given: object, found: dict[str, int]) -> bool:

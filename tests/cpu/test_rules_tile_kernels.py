@@ -233,3 +233,27 @@ def test_few_rows_compile_without_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", done.stderr)
     assert set(spilled) == {"0"}
+
+
+def test_a_trace_of_an_older_sketch_is_still_told_apart():
+    """A pragma that was not there, one that stood elsewhere: the other numbers are read off."""
+    space = build_space(Workload("down", 14336, (4096,), 64, "bfloat16"), SM_90)
+    sketch = next(s for s in space.sketches if s.name.startswith("small_tiles"))
+    rng = random.Random(3)
+    draws = (sketch.sample(rng) for _ in range(5000))
+    valid = [values for values in draws if sketch.broken_limit(values) is None][:20]
+    assert len(valid) == 20
+    for values in valid:
+        steps = list(sketch.bind(values).steps)
+        workers = next(
+            i for i, s in enumerate(steps) if isinstance(s, PragmaStep) and s.name == "workers"
+        )
+        moved = steps.pop(workers)
+        older = Trace((*steps[:6], moved, *steps[6:]))
+        assert sketch.match(older) is None
+        found = sketch.resembling(older)
+        assert found is not None
+        differing = {n for n in values if found[n] != values[n]}
+        assert differing <= {"tokens.workers"}
+    other = next(s for s in space.sketches if s.name.startswith("rows/"))
+    assert other.resembling(older) is None
