@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.textgen.engine import stock_of
 from dop.errors import MissingDependencyError
+from dop.scenario import MIXES
 
 if TYPE_CHECKING:
     from benchmarks.textgen.results import CaseResult
@@ -53,7 +54,8 @@ def plot(path: Path, title: str, results: Sequence[CaseResult]) -> None:
     figure, axes = plt.subplots(
         rows, 1, figsize=(max(5.5, 1.2 + 0.75 * widest), 0.6 + 2.7 * rows), squeeze=False
     )
-    for axis, (draw, cases) in zip(axes[:, 0], panels, strict=False):
+    for axis, (draw, unsorted) in zip(axes[:, 0], panels, strict=False):
+        cases = sorted(unsorted, key=_place)
         draw(axis, cases)
         _dress(axis, cases)
     handles = {
@@ -74,6 +76,11 @@ def plot(path: Path, title: str, results: Sequence[CaseResult]) -> None:
     )
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
+
+
+def _place(result: CaseResult) -> tuple[int, int]:
+    """Small batches first, then from all adapters different to one."""
+    return result.case.batch_size, MIXES.index(result.case.popularity)
 
 
 def _bars(axis: Any, values: dict[str, list[float | None]]) -> None:

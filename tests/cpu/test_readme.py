@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import statistics
@@ -67,22 +68,87 @@ def test_extras_exist():
         assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
 
 
-def test_the_figures_are_those_of_the_committed_results():
-    name = re.search(r"\((benchmarks/results/cuda-\S+\.json)\)", README)
+def named_file(pattern: str) -> dict:
+    name = re.search(rf"benchmarks/results/{pattern}", README)
     assert name
-    document = json.loads((ROOT / name[1]).read_text())
+    return json.loads((ROOT / name[0]).read_text())
+
+
+def rows_of_table(head: str) -> dict[str, list[str]]:
+    lines = README[README.index(head) :].splitlines()
+    table = [line for line in lines[2 : lines.index("")] if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_vllm_figures_are_those_of_the_committed_results():
+    document = named_file(r"textgen-vllm-\S+?\.json")
+    assert document["device"].split(" 80GB")[0] in README
+    assert document["date"] in README
+    batches = {
+        "1": (1, "identical"),
+        "32, all different adapters": (32, "distinct"),
+        "64, all different adapters": (64, "distinct"),
+        "64, 8 adapters": (64, "uniform"),
+        "64, one adapter": (64, "identical"),
+    }
+    pace = {
+        (row["batch"], row["popularity"], row["arm"]): row
+        for row in document["rows"]
+        if row["lengths"] == "64:48"
+    }
+    table = rows_of_table("| batch | no LoRA |")
+    assert table.keys() == batches.keys()
+    for name, (*paces, ratio) in table.items():
+        found = [pace[(*batches[name], arm)] for arm in ("base", "stock", "dop")]
+        assert paces == [f"{row['tokens_per_s']:,.0f}" for row in found], name
+        assert ratio == f"{found[2]['over_stock']:.2f}x", name
+    ratios = [row["over_stock"] for (*_, arm), row in pace.items() if arm == "dop"]
+    assert len(ratios) == 12
     text = " ".join(README.split())
-    rows, figures = document["rows"], document["summary"]
-    assert document["device"] in text
-    assert document["date"] in text
-    assert f"over {len(rows)} cases" in text
-    assert f"Dop is {figures['geomean']:.2f}x as fast" in text
-    assert f"untuned default {figures['default_geomean']:.2f}x" in text
-    assert f"the worst {figures['min']:.2f}x" in text
-    slower = sum(row["speedup"] < 1 for row in rows)
-    assert {9: "Nine"}.get(slower, str(slower)) + " cases are slower than torch" in text
-    better = [min(r["loop_us"], r["bmm_us"]) / r["dop_us"] for r in rows]
-    assert statistics.geometric_mean(better) == pytest.approx(figures["geomean"])
+    mean, least = statistics.geometric_mean(ratios), min(ratios)
+    assert f"Geometric mean of twelve cases {mean:.2f}x, least {least:.2f}x" in text
+    first = [
+        row["ttft_over_stock"]
+        for row in document["rows"]
+        if row["lengths"] == "2048:1" and row["arm"] == "dop"
+    ]
+    assert f"prompts {statistics.geometric_mean(first):.2f}x faster" in text
+
+
+def test_peers_figures_are_those_of_the_committed_results():
+    document = json.loads(
+        gzip.decompress(
+            (ROOT / "benchmarks/results/peers-nvidia-h100-2026-11-26.json.gz").read_bytes()
+        )
+    )
+    us = {(row["key"], row["peer"]): row["both_us"] for row in document["rows"]}
+    batches = {
+        "1 token": "decode:T1:distinct",
+        "64 tokens, 64 adapters": "decode:T64:distinct",
+        "64 tokens, 8 adapters": "decode:T64:uniform",
+        "64 tokens, 1 adapter": "decode:T64:identical",
+        "2,048 tokens, 1 adapter": "prefill:T2048:identical",
+    }
+    table = rows_of_table("| batch | Dop | SGLang v2 |")
+    assert table.keys() == batches.keys()
+    for name, cells in table.items():
+        for peer, cell in zip(("extra", "v2", "vllm", "cublas"), cells, strict=True):
+            keys = [f"{batches[name]}:{part}:r16:tight" for part in ("qkv", "o", "gate_up", "down")]
+            if cell:
+                assert cell == f"{sum(us[key, peer] for key in keys):.1f}", (name, peer)
+    cases = {key for key, _ in us}
+    speed = {
+        key: min(us[key, p] for p in ("v2", "vllm", "cublas") if (key, p) in us) / us[key, "extra"]
+        for key in cases
+    }
+    slower = sum(value < 1 for value in speed.values())
+    assert f"{slower} of the {len(cases)} are slower" in README
+    assert f"worst {min(speed.values()):.2f}x" in README
+    for kind, count in (("decode", 420), ("prefill", 240)):
+        mean = statistics.geometric_mean(v for k, v in speed.items() if k.startswith(kind))
+        assert f"{count} {kind} batches" in README
+        assert f"{mean:.2f}x" in README
 
 
 def test_the_operator_example_runs():
