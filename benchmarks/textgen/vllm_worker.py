@@ -136,6 +136,8 @@ def profile(serve: Callable[[], object], rows: int = 80) -> str:
     for order in ("self_cpu_time_total", *(["self_cuda_time_total"] if len(kinds) > 1 else [])):
         text.write(averages.table(sort_by=order, row_limit=rows, max_name_column_width=60))
         text.write("\n")
+    if settled := sys.modules.get("dop.ops.settled"):
+        text.write(f"early kernels, calls outside of the short path: {settled.seen}\n")
     return text.getvalue()
 
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 STREAM_BYTES = 8
 
+seen = {"overlapped": 0, "plain": 0}
+"""Calls with early kernels that came through `start`, those of captures above all: what a graph
+holds of them is what every replay does."""
+
 
 def stamp(stream: int, a: Sequence[Tensor]) -> bytes | None:
     """A stream and the counts of changes of stacks; None where torch does not count."""
@@ -79,7 +83,9 @@ def start(
     """
     now = stamp(stream, stacks.a)
     known = may_overlap(stacks, now, captured)
-    code = launch(known and plan.settled)
+    overlap = known and plan.settled
+    seen["overlapped" if overlap else "plain"] += 1
+    code = launch(overlap)
     if code == 0 and not known:
         if captured:
             stacks.captured = now

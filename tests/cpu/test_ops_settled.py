@@ -123,12 +123,14 @@ def test_views_of_a_plan_are_as_settled_as_it_is(case):
     assert steps.plan(8).settled
 
 
-def test_a_capture_takes_an_eager_note_but_leaves_none(case):
+def test_a_capture_takes_an_eager_note_but_leaves_none(case, monkeypatch):
     case.call()
     case.around(capturing=True, stream=99)
+    monkeypatch.setattr(settled, "seen", {"overlapped": 0, "plain": 0})
     assert case.call()  # a graph starts when all of this is complete
     case.a[0].mul_(1.0)  # captured, too
     assert not case.call()
+    assert settled.seen == {"overlapped": 1, "plain": 1}
     assert case.call()
     case.around(capturing=True, stream=98)
     assert not case.call()
