@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.bench_cpu import Row
     from dop.family import Family
+    from dop.progress import TuneResult
     from dop.target import Target
-    from dop.tune import TuneResult
 
 MODELS = {"cuda": "Llama-3.1-8B", "cpu": "Llama-3.2-1B"}
 INTERRUPTED = 130

@@ -18,21 +18,27 @@ from dop.database.jsonl import Log, without_collector
 from dop.database.record import Record
 from dop.database.wire import Entry
 from dop.effort import QUICK, Effort
-from dop.errors import ConfigError, DopError, Failure, LogError
-from dop.family import Best, Family, FamilyState, adapted, neighbours
+from dop.errors import ConfigError, DopError, Failure
+from dop.family import Family, FamilyState, adapted, neighbours
 from dop.measure.base import Job, Measurer
 from dop.measurement import Measurement
+from dop.progress import Event, Note, Progress, TuneResult, view
+from dop.recorded import (
+    DEFAULT_MARK,
+    Recorded,
+    alike,
+    check_device,
+    figures_of,
+    recorded,
+    same_device,
+)
 from dop.scenario import Scenario
 from dop.search.history import Result
 from dop.space.sketch import Candidate, Space
-from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import Workload
 
-__all__ = ["Family", "Note", "Progress", "Provenance", "TaskResult", "TuneResult", "tune"]
-
-DEFAULT_MARK = " (default)"
-"""Follows the sketch's name in the records of untuned defaults."""
+__all__ = ["Provenance", "tune"]
 
 _HINTS = 12
 """Most candidates that a family takes over from its neighbours at once."""
@@ -64,100 +70,6 @@ class Provenance:
 
     versions: Mapping[str, str] = field(default_factory=dict)
     revision: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskResult:
-    """What tuning found for one task; times in seconds, None if nothing worked.
-
-    Attributes:
-        default_s: the untuned heuristic default, measured in the same way.
-        floor_s: bytes that must move over the measured copy bandwidth.
-        accuracy: of the best, max |got - want| / max |want|.
-    """
-
-    workload: Workload
-    scenario: Scenario
-    best: Best | None
-    default_s: float | None
-
-    @property
-    def best_s(self) -> float | None:
-        """Median time of the best."""
-        return self.best.measurement.median_s if self.best else None
-
-    @property
-    def floor_s(self) -> float | None:
-        """The floor beside the best."""
-        return self.best.measurement.floor_s if self.best else None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Error of the best against the reference."""
-        return self.best.measurement.accuracy if self.best else None
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyView:
-    """A family in a progress report."""
-
-    workload: Workload
-    trials: int
-    tasks: tuple[TaskResult, ...]
-    spearman: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """State of a run after a record.
-
-    Attributes:
-        trials: candidates built in this run.
-        records: records written in this run.
-        resumed: records of the log that this run started from.
-        left_s: wall time left.
-        failures: records of this run by failure class.
-        current: workload that is being measured.
-    """
-
-    elapsed_s: float
-    left_s: float
-    trials: int
-    records: int
-    resumed: int
-    failures: Mapping[Failure, int]
-    families: tuple[FamilyView, ...]
-    current: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """One line a person should read."""
-
-    text: str
-
-
-Event = Progress | Note
-
-
-@dataclass(frozen=True, slots=True)
-class TuneResult:
-    """What a run gave.
-
-    Attributes:
-        progress: the state at the end.
-        interrupted: Ctrl-C ended it; everything measured is in the log.
-        stopped_by: "budget", "trials", "exhausted" or "interrupt".
-    """
-
-    progress: Progress
-    interrupted: bool
-    stopped_by: str
-
-    @property
-    def tasks(self) -> tuple[TaskResult, ...]:
-        """Every task's result, family by family."""
-        return tuple(task for family in self.progress.families for task in family.tasks)
 
 
 def tune(
@@ -281,7 +193,7 @@ class _Run:
             raise ConfigError("a workload is given twice.", "Join its scenarios in one family.")
         for warning in self.log.contents.warnings():
             self._note(warning)
-        _check_device(self.log, families)
+        check_device(self.log, families)
         for family in families:
             space = self.build(family.workload, family.target)
             self.states.append(FamilyState.start(family, space, self.effort, self.seed))
@@ -311,24 +223,24 @@ class _Run:
                 if workload_key == state.family.workload.key:
                     tried.sort(key=lambda e: e.median_s)
                     winners.update((e.trace_key, e) for e in tried[:_LIKE])
-            found = [_alike(state, entry) for entry in winners.values()]
+            found = [alike(state, entry) for entry in winners.values()]
             state.strategy.first([candidate for candidate in found if candidate is not None])
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
         scenarios = {s.key: s for s in state.family.scenarios}
-        traces: dict[str, _Recorded | None] = {}
+        traces: dict[str, Recorded | None] = {}
         results: list[Result] = []
         for entry in entries:
             scenario = scenarios.get(entry.scenario_key)
-            if scenario is None or not _same_device(entry, state.family.target):
+            if scenario is None or not same_device(entry, state.family.target):
                 continue
             if entry.trace_key not in traces:
-                traces[entry.trace_key] = _recorded(state, entry)
+                traces[entry.trace_key] = recorded(state, entry)
             known = traces[entry.trace_key]
             if known is None:
                 continue
-            found = _measurement(entry)
+            found = figures_of(entry)
             state.observe(known.trace, known.sketch, scenario, found, known.place)
             self.resumed += 1
             if known.candidate is not None:
@@ -361,7 +273,7 @@ class _Run:
             best: dict[str, Entry] = {}
             for entry in by_workload[workload.key]:
                 held = best.get(entry.scenario_key)
-                usable = entry.ok and _same_device(entry, target)
+                usable = entry.ok and same_device(entry, target)
                 if usable and (held is None or entry.median_s < held.median_s):
                     best[entry.scenario_key] = entry
             found = self._matched(workload, target, {e.trace_key: e for e in best.values()})
@@ -608,7 +520,7 @@ class _Run:
             records=self.records,
             resumed=self.resumed,
             failures=dict(self.failures),
-            families=tuple(_view(state) for state in self.states),
+            families=tuple(view(state) for state in self.states),
             current=self.current,
         )
 
@@ -622,62 +534,6 @@ class _Visit:
     jobs: tuple[Job, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """A trace of the log; `candidate` is None if no sketch of today's space has its form."""
-
-    trace: Trace
-    sketch: str
-    place: int | None
-    candidate: Candidate | None
-
-
-def _recorded(state: FamilyState, entry: Entry) -> _Recorded | None:
-    """The trace of a line, parsed once for all its lines; None if it is none."""
-    try:
-        trace = entry.trace()
-    except DopError:
-        return None
-    sketch = entry.sketch.removesuffix(DEFAULT_MARK)
-    candidate = state.candidate(trace, sketch)
-    return _Recorded(trace, sketch, state.default_place(trace), candidate)
-
-
-def _alike(state: FamilyState, entry: Entry) -> Candidate | None:
-    """The candidate of a line, or the one most like it if its sketch has changed since."""
-    known = _recorded(state, entry)
-    if known is None or known.candidate is not None:
-        return known.candidate if known else None
-    for sketch in state.space.sketches:
-        if sketch.name == known.sketch:
-            values = sketch.resembling(known.trace)
-            return Candidate.of(sketch, values) if values is not None else None
-    return None
-
-
-def _measurement(entry: Entry) -> Measurement:
-    """The line's figures, without its resources: a hundred thousand lines must load in seconds."""
-    return Measurement(
-        entry.seconds,
-        entry.failure,
-        entry.message,
-        entry.accuracy,
-        entry.floor_s,
-        cost_s=entry.cost_s,
-    )
-
-
-def _view(state: FamilyState) -> FamilyView:
-    tasks = []
-    for scenario in state.family.scenarios:
-        default = state.default.get(scenario.key)
-        best = state.best.get(scenario.key)
-        default_s = default.median_s if default else None
-        tasks.append(TaskResult(state.family.workload, scenario, best, default_s))
-    correlation = state.strategy.rank_correlation()
-    return FamilyView(state.family.workload, state.trials, tuple(tasks), correlation)
-
-
 def _bests(state: FamilyState) -> list[Candidate]:
     """The best candidate per scenario, each once."""
     found: dict[str, Candidate] = {}
@@ -688,28 +544,3 @@ def _bests(state: FamilyState) -> list[Candidate]:
             if candidate is not None:
                 found[best.trace.key] = candidate
     return list(found.values())
-
-
-def _same_device(entry: Entry, target: Target) -> bool:
-    return entry.device_name == target.device_name and entry.target_key == target.key
-
-
-def _check_device(log: Log, families: Sequence[Family]) -> None:
-    """Refuse a log that holds nothing of this device: it was most likely named by mistake.
-
-    Raises:
-        LogError: all its records are of other devices, or of a newer version.
-    """
-    target = families[0].target
-    if log.entries and not any(_same_device(e, target) for e in log.entries):
-        other = log.entries[-1]
-        raise LogError(
-            f"{log.path} was measured on {other.device_name} ({other.target_key}); this is "
-            f"{target.device_name} ({target.key}).",
-            "Give another --log; times of different devices do not compare.",
-        )
-    if log.contents.newer and not log.entries:
-        raise LogError(
-            f"{log.path} was written by a newer version of Dop.",
-            "Upgrade Dop, or give another --log.",
-        )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from dop.errors import Failure
-from dop.tune import Event, FamilyView, Note, Progress, TaskResult, TuneResult
+from dop.progress import Event, FamilyView, Note, Progress, TaskResult, TuneResult
 
 if TYPE_CHECKING:
     from rich.console import Console

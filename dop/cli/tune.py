@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from dop.effort import Effort
     from dop.family import Family
     from dop.measure.base import Measurer
+    from dop.progress import TuneResult
     from dop.scenario import Scenario
     from dop.target import Target
-    from dop.tune import TuneResult
 
 INTERRUPTED = 130
 SHOWN = 5
@@ -97,7 +97,8 @@ def _run(
     from dop import collect_env
     from dop.cli.progress import display
     from dop.database.jsonl import Log, read_log
-    from dop.tune import Note, Provenance, tune
+    from dop.progress import Note
+    from dop.tune import Provenance, tune
 
     others = read_log(like).require_entries().entries if like is not None else ()
     provenance = Provenance(collect_env.versions(), collect_env.revision())

@@ -19,8 +19,8 @@ from dop.cli.request import TRAFFIC_SCENARIOS, Request, log_path, seconds_of
 from dop.cli.tune import left_out_lines, summary
 from dop.database.jsonl import read_log
 from dop.errors import ConfigError
+from dop.progress import Progress, TuneResult
 from dop.target import SM_90
-from dop.tune import Progress, TuneResult
 
 HERE = Path(__file__).parent
 MODEL = ("--model", "Llama-3.2-1B", "--device", "cpu", "--tokens", "1,32", "--mix", "uniform")

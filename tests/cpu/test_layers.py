@@ -20,7 +20,7 @@ FLOW = (
     ("lowering",),
     ("measure",),
     ("database",),
-    ("family", "tune", "engine_kernels", "collect_env"),
+    ("family", "progress", "recorded", "tune", "engine_kernels", "collect_env"),
     ("dispatch",),
     ("export", "packs"),
     ("ops",),

@@ -21,9 +21,12 @@ from fake_measurer import FakeMeasurer
 from dop.database.jsonl import Log, read_log
 from dop.effort import FULL, QUICK, TRANSFER, effort_of
 from dop.errors import ConfigError, Failure, LogError
+from dop.family import Family
+from dop.progress import Note, Progress
+from dop.recorded import DEFAULT_MARK
 from dop.scenario import named
 from dop.target import SM_90
-from dop.tune import DEFAULT_MARK, Family, Note, Progress, tune
+from dop.tune import tune
 
 HERE = Path(__file__).parent
 SCENARIOS = (named("identical", 1), named("uniform", 32), named("distinct", 128))

@@ -9,8 +9,9 @@ import synthetic
 from fake_measurer import FakeMeasurer
 
 from dop.database.jsonl import Log
+from dop.family import Family
 from dop.scenario import named
-from dop.tune import Family, tune
+from dop.tune import tune
 
 SCENARIOS = (named("identical", 1), named("uniform", 32), named("distinct", 128))
 
