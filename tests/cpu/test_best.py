@@ -21,6 +21,7 @@ class QuickMeasurer:
     """A time per trace and batch, at once."""
 
     interrupt_after = 0
+    overlaps = False
 
     def __init__(self, target: object) -> None:
         self.count = 0

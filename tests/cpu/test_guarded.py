@@ -100,7 +100,7 @@ def test_every_shipped_kernel_is_in_one_shard():
     assert all(shards)
     for entry in packs.shipped():
         for kernel in load_cuda(entry.path).kernels:
-            assert f"{entry.path.name}:{kernel}" in names
+            assert f"{entry.path.parent.name}/{entry.path.name}:{kernel}" in names
 
 
 @pytest.mark.parametrize("part", ["halves:sgmv/float32/r12/", "plan:67x6", "plan:700x1024"])

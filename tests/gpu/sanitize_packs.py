@@ -73,7 +73,7 @@ def pack_cases(batches: tuple[str, ...]) -> Iterator[Case]:
         library = load_cuda(entry.path)
         for info in library.kernels.values():
             source = guarded.pack_source(library, info.name)
-            name = f"{entry.path.name}:{info.name}"
+            name = f"{entry.path.parent.name}/{entry.path.name}:{info.name}"
             cost = info.workload.in_features + info.workload.total_out
             yield Case(
                 name, info.workload.key, cost * info.workload.rank, _call(info.workload, source),
