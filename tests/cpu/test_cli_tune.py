@@ -95,6 +95,7 @@ def test_ctrl_c_exits_130_with_the_best_and_can_be_continued(tmp_path):
         (["--tp", "0"], "--tp"),
         (["--trials", "0"], "--trials"),
         (["--log", "/proc/nowhere/log"], "/proc/nowhere"),
+        (["--like", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(fake, options, words, capsys, tmp_path, monkeypatch):
