@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -98,8 +99,11 @@ def choose(workload: Workload, target: Target, name: str | None) -> Sketch:
 
 
 def table_path(folder: Path, target: Target, scenario: Scenario) -> Path:
-    """File of a scenario's table."""
-    return folder / f"space_{target.kind}_T{scenario.tokens}_{scenario.mix}.json.gz"
+    """File of a scenario's table; a GPU's has its name: times of two kinds are two tables."""
+    kind = (
+        re.sub(r"[^a-z0-9]+", "-", target.device_name.lower()) if target.kind == "cuda" else "cpu"
+    )
+    return folder / f"space_{kind}_T{scenario.tokens}_{scenario.mix}.json.gz"
 
 
 def opened(
@@ -127,30 +131,30 @@ def record(
     """Measure what the tables lack; False if the time ended first."""
     sketch, workload = tables[0][1].sketch, tables[0][1].workload
     everything = list(points(sketch))
+    missing = [c for c in everything if any(c.annotation not in t.rows for _, t in tables)]
+    chosen = {c.trace: c for c in missing}
+    by_scenario = {t.scenario.key: t for _, t in tables}
+    jobs = [
+        Job(c.trace, workload, tuple(t.scenario for _, t in tables if c.annotation not in t.rows))
+        for c in missing
+    ]
+    batches = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
     began = time.monotonic()
-    while True:
-        missing = [c for c in everything if any(c.annotation not in t.rows for _, t in tables)]
-        print(f"{len(everything) - len(missing)} of {len(everything)} points", flush=True)
-        if not missing:
-            return True
+    for place, current in enumerate(batches):
+        done = len(everything) - len(jobs) + place * batch
+        print(f"{done} of {len(everything)} points", flush=True)
         if time.monotonic() - began > 60 * minutes:
             return False
-        chosen = {c.trace: c for c in missing[:batch]}
-        jobs = [
-            Job(
-                c.trace,
-                workload,
-                tuple(t.scenario for _, t in tables if c.annotation not in t.rows),
-            )
-            for c in chosen.values()
-        ]
-        by_scenario = {t.scenario.key: t for _, t in tables}
+        following = batches[place + 1] if place + 1 < len(batches) else []
         try:
-            for job, scenario, measurement in measurer.measure(jobs):
+            for job, scenario, measurement in measurer.measure(current):
                 by_scenario[scenario.key].add(chosen[job.trace], measurement)
+                measurer.prefetch(following)  # behind this batch's own builds
+                following = []
         finally:
             for path, table in tables:
                 save_table(path, table)
+    return True
 
 
 def main() -> int:

@@ -126,10 +126,11 @@ class LocalMeasurer:
         self.builders.submit(task, BuildTask(job.workload, job.trace), self._limits.build_s)
 
     def _adopted(self, jobs: Sequence[Job]) -> dict[int, _Ahead]:
-        """What was prefetched of `jobs`, by task; other builds ahead are forgotten."""
+        """What was prefetched of `jobs`, by task."""
         wanted = {id(job) for job in jobs}
         found = {task: a for task, a in self._ahead.items() if id(a.job) in wanted}
-        self._ahead = {}
+        for task in found:
+            del self._ahead[task]
         return found
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Result]:
