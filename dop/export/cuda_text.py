@@ -27,6 +27,9 @@ _NARROW = re.compile(r"\bint src_off\b")
 """Offset parameter of the asynchronous copies' helpers: 32 bits reach 4 GB of 16-bit weights at
 most, and the slices' stacks are separate allocations that may lie further apart."""
 
+_SHARED = re.compile(r"(?<=extern __shared__ __align__\()\d+(?=\) unsigned char dop_shared\[\])")
+"""Both kernels of a source declare it: it is one variable, of the larger alignment."""
+
 _SM90 = re.compile(
     r"\bwgmma\b|\bsetmaxnreg\b|cp\.async\.bulk|\bmbarrier\.|griddepcontrol|"
     r"barrier\.cluster|CUtensorMap|__cluster_dims__|cudaGridDependencySynchronize"
@@ -89,6 +92,8 @@ def take_apart(source: str) -> CudaText:
     left = [m for m in _DEFINE.findall(preamble) if m not in _UNDEF.findall(preamble)]
     kernels = _KERNEL.sub("static __global__ ", source[first.start() :])
     kernels = _without_declarations(kernels).strip("\n") + "\n"
+    largest = max(map(int, _SHARED.findall(kernels)), default=0)
+    kernels = _SHARED.sub(str(largest), kernels)
     min_arch = 90 if _SM90.search(kernels) else 80
     alone = bool(ONE_GPU.search(kernels))
     if min_arch > 80:

@@ -272,22 +272,28 @@ def test_expressions_in_cpp():
 
 
 REAL = Workload("o", 128, (64, 32), 16, "bfloat16")
+ONE_SLICE = Workload("o", 512, (512,), 64, "bfloat16")  # has wgmma and B in shared memory
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A header with the default kernel of every sketch."""
+    """A header with the default kernel of every sketch, and of those of tiles for one slice."""
     pytest.importorskip("tvm")
     folder = tmp_path_factory.mktemp("real")
-    found = defaults(REAL)
+    tiles = [c for c in defaults(ONE_SLICE) if "/register_product/" in c.sketch.name]
+    assert any("warpgroup" in c.sketch.name for c in tiles)
     records = [
-        record(REAL, named("uniform", tokens), c.trace, 1e-6 * (1 + abs(i - j)))
+        record(workload, named("uniform", tokens), c.trace, 1e-6 * (1 + abs(i - j)))
+        for workload, found in ((REAL, defaults(REAL)), (ONE_SLICE, tiles))
         for i, c in enumerate(found)
         for j, tokens in enumerate(range(2, 2 + len(found)))
     ]
-    selection = select(write_log(folder / "log.jsonl", records), kind="cuda")
-    assert len(selection.kernels) == len({c.trace.key for c in found})
-    (folder / "sgmv.cuh").write_text(header(selection))
+    made = header_of(read_measured(write_log(folder / "log.jsonl", records), kind="cuda"), 0.05)
+    assert made.own is not None
+    assert not made.notes
+    keys = [(kernel.workload.key, kernel.trace_key) for kernel in made.kernels]
+    assert sorted(keys) == sorted({(r.workload_key, r.trace.key) for r in records})
+    (folder / "sgmv.cuh").write_text(made.text)
     (folder / "second.cu").write_text(
         '#include "sgmv.cuh"\nint f(const dop::sgmv::Problem& p) '
         "{ return (int)dop::sgmv::sgmv(p, nullptr, 0); }\n"
@@ -297,9 +303,9 @@ def real(tmp_path_factory):
 
 
 @needs_nvcc
-def test_generated_kernels_compile_for_both_architectures(real):
-    both = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
-    compile_(real, [real / "second.cu"], *both, "-c", "-o", str(real / "both.o"))
+def test_generated_kernels_compile_for_all_architectures(real):
+    every = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90", "90a")]
+    compile_(real, [real / "second.cu"], *every, "-c", "-o", str(real / "all.o"))
 
 
 @needs_nvcc

@@ -344,8 +344,11 @@ inline int make_tables_host(const int* token_slot, int tokens, int slots, const 
 
 // ---- generated kernels ---------------------------------------------------------------------
 
-#if defined(__NVCC__) && __CUDACC_VER_MAJOR__ >= 13
+#ifdef __NVCC__
 #pragma nv_diagnostic push
+#pragma nv_diag_suppress 177  // a variable that one form of a kernel does not need
+#if __CUDACC_VER_MAJOR__ >= 13
 #pragma nv_diag_suppress 1444  // ulonglong4 is deprecated there: generated 32-byte copies use it
+#endif
 #endif
 

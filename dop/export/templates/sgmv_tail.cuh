@@ -1,5 +1,5 @@
 
-#if defined(__NVCC__) && __CUDACC_VER_MAJOR__ >= 13
+#ifdef __NVCC__
 #pragma nv_diagnostic pop
 #endif
 
