@@ -6,7 +6,7 @@ compiled for that architecture; the first one serves every GPU without them.
 
 Early kernels (PR dependent_launch 3) read weights before they wait for the kernel before them. A
 header cannot know when weights were written, so it launches them plainly, which is right and slower
-than what was measured: they are chosen only where a workload has no others.
+than what was measured: they are chosen only in workloads that lack others for some batch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def header_of(measured: Measured, max_regret: float, generate: Generate | None =
         ExportError: as `header`, or nothing is left.
     """
     unfit: dict[Key, str] = {}
-    alone, early = of_one_gpu(measured), early_ones(measured)
+    alone = of_one_gpu(measured)
+    early = early_ones(measured, alone)
     remembered = _remembering(generate)
     while True:
         banned = early | unfit.keys()
@@ -133,19 +134,23 @@ def of_one_gpu(measured: Measured) -> set[Key]:
     return _having(measured, warpgroups)
 
 
-def early_ones(measured: Measured) -> set[Key]:
-    """Early kernels, as their traces tell, of workloads that have others for every batch."""
+def early_ones(measured: Measured, alone: set[Key]) -> set[Key]:
+    """Early kernels, as their traces tell, of workloads that have others for every batch, which
+    every GPU can run."""
 
     def early(step: Step) -> bool:
         return isinstance(step, PragmaStep) and (step.name, step.value) == (DEPENDENT, EARLY)
 
     found = _having(measured, early)
-    others: dict[tuple[str, str], bool] = {}
+    passed = found | alone
+    batches: set[Key] = set()
+    served: set[Key] = set()
     for e in measured.entries:
         if e.ok:
-            batch = (e.workload_key, e.scenario_key)
-            others[batch] = others.get(batch, False) or (e.workload_key, e.trace_key) not in found
-    needed = {workload for (workload, _), has_others in others.items() if not has_others}
+            batches.add((e.workload_key, e.scenario_key))
+            if (e.workload_key, e.trace_key) not in passed:
+                served.add((e.workload_key, e.scenario_key))
+    needed = {workload for workload, _ in batches - served}
     return {key for key in found if key[0] not in needed}
 
 

@@ -416,17 +416,18 @@ def test_early_kernels_are_left_out_or_launched_plainly(tmp_path):
     """They read weights before they wait; a header cannot know when those were written."""
     times = {"early": 1.0, "3": 2.0}
     measured = measured_of(tmp_path, MORE, times, times)
-    assert early_ones(measured) == {(FAKE[0].key, EARLY.key)}
+    assert early_ones(measured, set()) == {(FAKE[0].key, EARLY.key)}
     found = header_of(measured, 0.05, fake_generate)
     assert keys_of(found.selection) == [TRACES["3"].key]
     assert launches_of(found.text, TRACES["3"]) == ["1024, true"]
     assert len(found.notes) == 1
     assert "1 kernels read weights" in found.notes[0]
-    measured = measured_of(tmp_path / "b", MORE, times, {"early": 1.0})  # one batch has no other
-    assert not early_ones(measured)
-    found = header_of(measured, 0.05, fake_generate)
-    assert launches_of(found.text, EARLY) == ["1024, false"]
-    assert "launched plainly here" in found.text
+    for lacking in ({"early": 1.0}, {"early": 1.0, "alone": 3.0}):  # one batch has no other
+        measured = measured_of(tmp_path / str(len(lacking)), MORE, times, lacking)
+        assert not early_ones(measured, of_one_gpu(measured))
+        found = header_of(measured, 0.05, fake_generate)
+        assert launches_of(found.text, EARLY) == ["1024, false"]
+        assert "launched plainly here" in found.text
 
 
 def test_a_real_early_kernel_is_launched_plainly(tmp_path):
