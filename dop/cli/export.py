@@ -13,7 +13,7 @@ from dop.cli.output import emit, note
 from dop.errors import ExportError
 
 if TYPE_CHECKING:
-    from dop.export.select import Selection
+    from dop.export.select import Kernel, Selection
 
 app = typer.Typer(
     help="Ship what a log holds: a CUDA header, a library.",
@@ -29,6 +29,9 @@ _DEVICE = typer.Option(None, help="Name of the device, if the log holds several.
 _REGRET = typer.Option(
     5.0, min=0.0, help="Percent that a kernel may lose in a scenario to save another kernel."
 )
+_MODEL = typer.Option(None, help="Ship only the layers of this model.")
+_TP = typer.Option(1, help="Shards of that model.")
+_RANKS = typer.Option(None, "--ranks", help="Ship only these ranks, e.g. 8,16,64.")
 _FILE = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write.")
 _FOLDER = typer.Option(..., "--output", "-o", help="Folder to write.", show_default=False)
 _LOG_FIRST = typer.Argument(..., help="The tuning log.", show_default=False)
@@ -45,6 +48,9 @@ _JOBS = typer.Option(0, "--jobs", "-j", min=0, help="Processes that build; 0: on
 def cuh(
     log: Path = _LOG,
     output: Path = _FILE,
+    model: str | None = _MODEL,
+    tp: int = _TP,
+    ranks: str | None = _RANKS,
     device: str | None = _DEVICE,
     regret: float = _REGRET,
     as_json: bool = _JSON,
@@ -56,12 +62,14 @@ def cuh(
 
     _check_file(output)
     _check_regret(regret)
-    measured = read_measured(log, device=device, kind="cuda")
-    text, selection, notes = header_of(measured, regret / 100)
-    for line in (*(f"warning: {w}" for w in measured.warnings), *(f"note: {n}" for n in notes)):
+    measured = read_measured(log, device=device, kind="cuda", keep=_keep(model, tp, ranks))
+    found = header_of(measured, regret / 100)
+    told = (*(f"warning: {w}" for w in measured.warnings), *(f"note: {n}" for n in found.notes))
+    for line in told:
         note(line)
-    write_file(output, text.encode())
-    _report(selection, output, len(text.encode()), as_json, notes)
+    data = found.text.encode()
+    write_file(output, data)
+    _report(found.selection, output, len(data), as_json, found.notes, found.own, found.kernels)
 
 
 @app.command()
@@ -88,9 +96,9 @@ def pack(
     log: Path = _LOG_FIRST,
     output: Path = _PACK,
     dtype: str = typer.Option("fp16,bf16", help="Element types to ship."),
-    model: str | None = typer.Option(None, help="Ship only the layers of this model."),
-    tp: int = typer.Option(1, help="Shards of that model."),
-    ranks: str | None = typer.Option(None, "--ranks", help="Ship only these ranks, e.g. 8,16,64."),
+    model: str | None = _MODEL,
+    tp: int = _TP,
+    ranks: str | None = _RANKS,
     device: str | None = _DEVICE,
     regret: float = _REGRET,
     sources: bool = typer.Option(
@@ -194,17 +202,34 @@ def _select(log: Path, device: str | None, kind: str | None, regret: float) -> S
 
 
 def _report(
-    selection: Selection, output: Path, size_bytes: int, as_json: bool, notes: Sequence[str] = ()
+    selection: Selection,
+    output: Path,
+    size_bytes: int,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    own: Selection | None = None,
+    shipped: Sequence[Kernel] = (),
 ) -> None:
-    found = {
+    shipped = shipped or selection.kernels
+    found: dict[str, object] = {
         "output": output,
         "bytes": size_bytes,
-        "kernels": [kernel.name for kernel in selection.kernels],
-        "worst_regret": {k: t.worst_regret for k, t in selection.table.workloads.items()},
+        "kernels": [kernel.name for kernel in shipped],
+        "worst_regret": _worst(selection),
         "table": selection.table.to_json(),
         "provenance": selection.provenance.to_json(),
         "notes": list(notes),
     }
-    kernels, workloads = len(selection.kernels), len(selection.table.workloads)
+    text = selection.table.text()
+    if own is not None:
+        arch = own.target.arch
+        table = own.table.to_json()
+        found["own"] = {"arch": arch, "worst_regret": _worst(own), "table": table}
+        text += f"\n\nWhere it is compiled for {arch}:\n\n{own.table.text()}"
+    kernels, workloads = len(shipped), len(selection.table.workloads)
     last = f"{output}: {kernels} kernels for {workloads} workloads, {size_bytes:,} bytes."
-    emit(found, as_json, f"{selection.table.text()}\n\n{last}")
+    emit(found, as_json, f"{text}\n\n{last}")
+
+
+def _worst(selection: Selection) -> dict[str, float]:
+    return {key: table.worst_regret for key, table in selection.table.workloads.items()}

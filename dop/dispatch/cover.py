@@ -16,7 +16,7 @@ come within `max_regret` of the smallest one that any kernel of the log has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,7 +45,12 @@ class Built:
 
 
 def build_table(
-    entries: Iterable[Entry], *, device: str, target_key: str, max_regret: float = MAX_REGRET
+    entries: Iterable[Entry],
+    *,
+    device: str,
+    target_key: str,
+    max_regret: float = MAX_REGRET,
+    given: Mapping[str, Sequence[str]] | None = None,
 ) -> Built:
     """Table of one device's records.
 
@@ -54,6 +59,8 @@ def build_table(
         device: `Target.device_name`.
         target_key: `Target.key`.
         max_regret: see the module; 0 ships every winner.
+        given: traces by workload key that are shipped in any case: others join them only where
+            none of them serves.
 
     Raises:
         ExportError: no record of the device may be best.
@@ -65,7 +72,7 @@ def build_table(
     workloads: dict[str, WorkloadTable] = {}
     used: dict[tuple[str, str], Entry] = {}
     for key, tasks in sorted(by_workload.items()):
-        chosen = _without_broken(key, tasks, max_regret)
+        chosen = _without_broken(key, tasks, max_regret, (given or {}).get(key, ()))
         if chosen is not None:
             workloads[key], kept = chosen
             used |= {(key, trace): entry for trace, entry in kept.items()}
@@ -78,7 +85,7 @@ def build_table(
 
 
 def _without_broken(
-    key: str, tasks: list[list[Entry]], max_regret: float
+    key: str, tasks: list[list[Entry]], max_regret: float, given: Sequence[str]
 ) -> tuple[WorkloadTable, dict[str, Entry]] | None:
     """The workload's table; a trace that turns out to be unreadable is banned and all begins
     anew, so that only the chosen ones are ever parsed."""
@@ -88,7 +95,7 @@ def _without_broken(
         left = [found for found in left if found]
         if not left:
             return None
-        table = _workload_table(key, left, max_regret)
+        table = _workload_table(key, left, max_regret, [t for t in given if t not in banned])
         if table is None:
             return None
         kept = {e.trace_key: e for found in left for e in found}
@@ -99,13 +106,15 @@ def _without_broken(
         banned |= broken
 
 
-def _workload_table(key: str, tasks: list[list[Entry]], max_regret: float) -> WorkloadTable | None:
+def _workload_table(
+    key: str, tasks: list[list[Entry]], max_regret: float, given: Sequence[str]
+) -> WorkloadTable | None:
     cells = cells_of(tasks)
     if not cells:
         return None
     buckets = bucketed(cells)
     unknown = [cell for b in buckets if (cell := unknown_cell(b, max_regret)) is not None]
-    chosen = cover([*cells, *unknown], max_regret)
+    chosen = cover([*cells, *unknown], max_regret, given)
     virtual = virtual_buckets(buckets, chosen)
     measured = {b[0].tokens: rows_of(b, chosen) for b in buckets}
     between = {b[0].tokens: rows_of(b, chosen) for b in virtual}
@@ -161,16 +170,17 @@ def bounds_of(bucket: list[Cell], chosen: list[str]) -> list[Bound]:
     return found
 
 
-def cover(cells: list[Cell], max_regret: float) -> list[str]:
-    """Few traces of which one serves each cell within its limit, in the order of their choice."""
+def cover(cells: list[Cell], max_regret: float, given: Sequence[str] = ()) -> list[str]:
+    """Few traces of which one serves each cell within its limit: those given, then others in the
+    order of their choice."""
     serves: dict[str, set[int]] = {}
     for i, cell in enumerate(cells):
         limit = cell.limit(max_regret)
         for trace, cost in cell.costs.items():
             if cost <= limit:
                 serves.setdefault(trace, set()).add(i)
-    left = set(range(len(cells)))
-    chosen: list[str] = []
+    chosen = list(given)
+    left = set(range(len(cells))).difference(*(serves.get(trace, ()) for trace in chosen))
     while left:
         best = min(serves, key=partial(_gain, cells, serves, frozenset(left)))
         chosen.append(best)

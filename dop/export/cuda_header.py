@@ -1,7 +1,17 @@
-"""`dop export cuh`: all chosen kernels, their dispatch and a host API as one CUDA C++ header."""
+"""`dop export cuh`: all chosen kernels, their dispatch and a host API as one CUDA C++ header.
+
+A header is compiled for whatever its user asks for. Kernels with instructions of one architecture
+alone (wgmma: sm_90a) are therefore in a second table, which is looked at only where the header was
+compiled for that architecture; the first one serves every GPU without them.
+
+Early kernels (PR dependent_launch 3) read weights before they wait for the kernel before them. A
+header cannot know when weights were written, so it launches them plainly, which is right and slower
+than what was measured: they are chosen only in workloads that lack others for some batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dop.errors import DopError, ExportError
-from dop.export.cuda_text import ONE_GPU, CudaText, cxx, take_apart
+from dop.export.cuda_text import OWN_ARCH, CudaText, cxx, take_apart
 from dop.export.provenance import in_comment
 from dop.export.select import Kernel, Measured, Selection, choose, workload_name
+from dop.lowering.cuda_launch import EARLY
+from dop.space.step import AnnotationStep, PragmaStep, Step
 from dop.workload import DTYPES, Workload
 
 if TYPE_CHECKING:
@@ -20,9 +32,12 @@ if TYPE_CHECKING:
     from dop.target import Target
 
 Generate = Callable[[Workload, "Trace", "Target"], "Generated"]
+Key = tuple[str, str]
+"""Workload key and trace key."""
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_WORKSPACES = 8
+DEPENDENT = "dependent_launch"
 _DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _POINTERS = (
     *("x", "a", "b", "y", "y_in"),
@@ -42,35 +57,135 @@ class _Part:
 
 
 class UnfitKernelsError(ExportError):
-    """Kernels that a header cannot hold; `keys`: (workload key, trace key) -> why."""
+    """Kernels that a header cannot hold where they are.
 
-    def __init__(self, keys: dict[tuple[str, str], str]) -> None:
+    Attributes:
+        keys: those that it cannot hold at all, and why.
+        alone: those that only the table of one architecture may name.
+    """
+
+    def __init__(self, keys: dict[Key, str], alone: set[Key]) -> None:
         self.keys = keys
-        super().__init__(next(iter(keys.values())), "The log may come from another version of Dop.")
+        self.alone = alone
+        cause = next(iter(keys.values()), f"a kernel has instructions of {OWN_ARCH} alone.")
+        super().__init__(cause, "The log may come from another version of Dop.")
 
 
-def header_of(
-    measured: Measured, max_regret: float, generate: Generate | None = None
-) -> tuple[str, Selection, list[str]]:
-    """The header of a log's device; kernels that it cannot hold are passed over, and what serves
-    their batches is chosen anew.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header.
 
-    Returns:
-        The text, what is in it, and notes on what was passed over.
+    Attributes:
+        text: its content.
+        selection: what serves every GPU.
+        own: what serves where it is compiled for OWN_ARCH, if that differs.
+        notes: what a person should know, one line each.
+    """
+
+    text: str
+    selection: Selection
+    own: Selection | None
+    notes: tuple[str, ...]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels of it."""
+        return (*self.selection.kernels, *_more(self.selection, self.own))
+
+
+def header_of(measured: Measured, max_regret: float, generate: Generate | None = None) -> Header:
+    """The header of a log's device.
+
+    Kernels of one architecture alone are known from their traces. What turns out while it is
+    generated to be one of them, or cannot be generated, is passed over where it stood, and what
+    serves its batches is chosen anew.
 
     Raises:
         ExportError: as `header`, or nothing is left.
     """
-    banned: dict[tuple[str, str], str] = {}
+    unfit: dict[Key, str] = {}
+    alone = of_one_gpu(measured)
+    early = early_ones(measured, alone)
     remembered = _remembering(generate)
     while True:
-        selection = choose(measured, max_regret, banned)
+        banned = early | unfit.keys()
+        selection = choose(measured, max_regret, banned | alone)
+        own = _own(measured, max_regret, banned, selection) if alone else None
         try:
-            text = header(selection, remembered)
+            text = header(selection, remembered, own)
         except UnfitKernelsError as error:
-            banned |= error.keys
+            unfit |= error.keys
+            alone |= error.alone
             continue
-        return text, selection, [f"passed over: {why}" for why in banned.values()]
+        notes = [f"passed over: {why}" for why in unfit.values()]
+        if early:
+            notes.append(f"{len(early)} kernels read weights before they wait; they are left out.")
+        left = {key for key, _ in alone} - selection.table.workloads.keys()
+        notes += [f"{key} has kernels of {OWN_ARCH} alone; it is left out." for key in sorted(left)]
+        return Header(text, selection, own, tuple(notes))
+
+
+def of_one_gpu(measured: Measured) -> set[Key]:
+    """Kernels with instructions of one architecture alone, as their traces tell."""
+
+    def warpgroups(step: Step) -> bool:
+        return isinstance(step, AnnotationStep) and step.intrinsic.startswith("warpgroup_")
+
+    return _having(measured, warpgroups)
+
+
+def early_ones(measured: Measured, alone: set[Key]) -> set[Key]:
+    """Early kernels, as their traces tell, of workloads that have others for every batch, which
+    every GPU can run."""
+
+    def early(step: Step) -> bool:
+        return isinstance(step, PragmaStep) and (step.name, step.value) == (DEPENDENT, EARLY)
+
+    found = _having(measured, early)
+    passed = found | alone
+    batches: set[Key] = set()
+    served: set[Key] = set()
+    for e in measured.entries:
+        if e.ok:
+            batches.add((e.workload_key, e.scenario_key))
+            if (e.workload_key, e.trace_key) not in passed:
+                served.add((e.workload_key, e.scenario_key))
+    needed = {workload for workload, _ in batches - served}
+    return {key for key in found if key[0] not in needed}
+
+
+def _having(measured: Measured, is_it: Callable[[Step], bool]) -> set[Key]:
+    """Kernels with such a step."""
+    found: set[Key] = set()
+    for entry in {(e.workload_key, e.trace_key): e for e in measured.entries if e.ok}.values():
+        with contextlib.suppress(DopError):
+            if any(map(is_it, entry.trace().steps)):
+                found.add((entry.workload_key, entry.trace_key))
+    return found
+
+
+def _own(
+    measured: Measured, max_regret: float, banned: set[Key], selection: Selection
+) -> Selection | None:
+    """What serves where the header is compiled for OWN_ARCH: the selection's kernels, and others
+    where those of OWN_ARCH alone are faster by more than the regret."""
+    tables = selection.table.workloads
+    given = {key: table.trace_keys for key, table in tables.items()}
+    own = choose(measured, max_regret, banned, given)
+    if own.target.arch != OWN_ARCH:
+        return None
+    return own if _more(selection, own) else None
+
+
+def _more(selection: Selection, own: Selection | None) -> tuple[Kernel, ...]:
+    """The kernels that `own` has beside those of the selection, of its workloads."""
+    known = {_key(kernel) for kernel in selection.kernels}
+    mine = [k for k in (own.kernels if own else ()) if k.workload.key in selection.table.workloads]
+    return tuple(kernel for kernel in mine if _key(kernel) not in known)
+
+
+def _key(kernel: Kernel) -> Key:
+    return kernel.workload.key, kernel.trace_key
 
 
 def _generate(workload: Workload, trace: Trace, target: Target) -> Generated:
@@ -81,23 +196,32 @@ def _generate(workload: Workload, trace: Trace, target: Target) -> Generated:
 
 def _remembering(generate: Generate | None) -> Generate:
     """The code generator, which makes each kernel once however often a selection is made anew."""
-    found: dict[tuple[str, str, str], Generated] = {}
+    found: dict[tuple[str, str, str], Generated | DopError] = {}
 
     def once(workload: Workload, trace: Trace, target: Target) -> Generated:
         key = (workload.key, trace.key, target.key)
         if key not in found:
-            found[key] = (generate or _generate)(workload, trace, target)
-        return found[key]
+            try:
+                found[key] = (generate or _generate)(workload, trace, target)
+            except DopError as error:
+                found[key] = error
+        code = found[key]
+        if isinstance(code, DopError):
+            raise code
+        return code
 
     return once
 
 
-def header(selection: Selection, generate: Generate | None = None) -> str:
+def header(
+    selection: Selection, generate: Generate | None = None, own: Selection | None = None
+) -> str:
     """The header's text; the same log gives the same text.
 
     Args:
         selection: of a CUDA device.
         generate: `dop.lowering.codegen.generate`, or a stand-in.
+        own: what serves where the header is compiled for OWN_ARCH; None: the same.
 
     Raises:
         ExportError: the selection is not for CUDA.
@@ -107,46 +231,44 @@ def header(selection: Selection, generate: Generate | None = None) -> str:
         raise ExportError(
             f"{selection.target.device_name} is no CUDA device.", "Use dop export library for CPUs."
         )
-    parts = _parts(selection, generate)
+    parts = _parts(selection, generate, own)
     includes = dict.fromkeys(name for part in parts for name in part.text.includes)
     known = ("<cstddef>", "<cstdint>", "<limits>", "<vector>", "<cuda_runtime.h>")
     head = _template(
         "sgmv_head.cuh",
         {
-            "PROVENANCE": "\n".join(_provenance(selection)),
+            "PROVENANCE": "\n".join(_provenance(selection, own)),
             "INCLUDES": "\n".join(f"#include {name}" for name in includes if name not in known),
         },
     )
-    tail = _template("sgmv_tail.cuh", _tables(selection, parts))
+    tail = _template("sgmv_tail.cuh", _tables(selection, parts, own))
     return head + "\n".join(_body(parts)) + tail
 
 
-def _parts(selection: Selection, generate: Generate | None) -> list[_Part]:
-    make = generate or _generator()
+def _parts(selection: Selection, generate: Generate | None, own: Selection | None) -> list[_Part]:
+    """The selection's kernels, workload by workload, then those that `own` has beside them."""
+    make = generate or _generate
     parts = []
-    unfit: dict[tuple[str, str], str] = {}
-    for kernel in selection.kernels:
-        key = (kernel.workload.key, kernel.trace_key)
+    unfit: dict[Key, str] = {}
+    alone: set[Key] = set()
+    everywhere = {_key(kernel) for kernel in selection.kernels}
+    for kernel in (*selection.kernels, *_more(selection, own)):
+        key = _key(kernel)
         try:
             code = make(kernel.workload, kernel.record.trace, selection.target)
         except DopError as error:
             unfit[key] = f"{kernel.name} cannot be generated: {error.cause}"
             continue
-        if ONE_GPU.search(code.source):
-            unfit[key] = f"{kernel.name} has instructions of {selection.target.arch} alone."
+        text = take_apart(code.source)
+        if text.alone and key in everywhere:
+            alone.add(key)
         elif len(code.workspaces) > MAX_WORKSPACES:
             unfit[key] = f"{kernel.name} has {len(code.workspaces)} workspaces."
         else:
-            parts.append(_Part(kernel, code, take_apart(code.source)))
-    if unfit:
-        raise UnfitKernelsError(unfit)
+            parts.append(_Part(kernel, code, text))
+    if unfit or alone:
+        raise UnfitKernelsError(unfit, alone)
     return parts
-
-
-def _generator() -> Generate:
-    from dop.lowering.codegen import generate
-
-    return generate
 
 
 def _template(name: str, values: dict[str, str]) -> str:
@@ -156,12 +278,20 @@ def _template(name: str, values: dict[str, str]) -> str:
     return text
 
 
-def _provenance(selection: Selection) -> Iterator[str]:
+def _provenance(selection: Selection, own: Selection | None) -> Iterator[str]:
     for line in selection.provenance.lines():
         yield f"// {line}"
+    if own:
+        yield f"// Without kernels of {OWN_ARCH} alone:"
     for key, table in selection.table.workloads.items():
         yield f"// {key}: {len(table.trace_keys)} kernels, at most {table.worst_regret:.1%} slower"
-        yield "//   than the fastest measured kernel in any measured scenario"
+        yield "//   than the fastest one that a header may hold, in any measured scenario"
+    if own:
+        yield f"// Compiled for {OWN_ARCH}, with them:"
+        for key in selection.table.workloads:
+            table = own.table.workloads[key]
+            count, worst = len(table.trace_keys), table.worst_regret
+            yield f"// {key}: {count} kernels, at most {worst:.1%} slower"
 
 
 def _body(parts: Sequence[_Part]) -> Iterator[str]:
@@ -186,7 +316,10 @@ def _kernel(part: _Part, helpers: str) -> Iterator[str]:
     space, inner = f"w_{workload_name(kernel.workload)}", f"k_{kernel.trace_key}"
     yield f"// {kernel.workload.key}, trace {kernel.trace_key}"
     form = f"tiles of {code.tile_rows} rows" if code.tile_rows else "one token at a time"
-    yield f"// {in_comment(kernel.record.sketch)}: {form}"
+    where = f", {OWN_ARCH} alone" if part.text.alone else ""
+    yield f"// {in_comment(kernel.record.sketch)}: {form}{where}"
+    if any(launch.early for launch in code.kernels):
+        yield "// measured as a dependent launch; launched plainly here, since it reads A at once"
     for fit in kernel.fits:
         seconds = "not measured" if fit.seconds is None else f"{fit.seconds * 1e6:.2f} us"
         floor = "" if fit.floor_s is None else f", floor {fit.floor_s * 1e6:.2f} us"
@@ -253,12 +386,12 @@ def _launch(index: int, launch: KernelLaunch, workspaces: Sequence[str]) -> Iter
     yield "  if (error != cudaSuccess) return error;"
 
 
-def _tables(selection: Selection, parts: Sequence[_Part]) -> dict[str, str]:
+def _tables(selection: Selection, parts: Sequence[_Part], own: Selection | None) -> dict[str, str]:
     """Contents of the three arrays in the tail."""
     kernels: list[str] = []
     rows: list[str] = []
     workloads: list[str] = []
-    index = {(p.kernel.workload.key, p.kernel.trace_key): i for i, p in enumerate(parts)}
+    index = {_key(part.kernel): i for i, part in enumerate(parts)}
     for part in parts:
         space = f"w_{workload_name(part.kernel.workload)}::k_{part.kernel.trace_key}"
         smem = max((k.dynamic_smem_bytes for k in part.code.kernels), default=0)
@@ -269,14 +402,15 @@ def _tables(selection: Selection, parts: Sequence[_Part]) -> dict[str, str]:
     for key, table in selection.table.workloads.items():
         mine = selection.of(key)
         shape = Workload.parse(key)
+        mine_own = own.table.workloads[key].rows if own else ()
         outs = ", ".join(map(str, shape.out_features))
         first = index[key, mine[0].trace_key]
         workloads.append(
             f"      {{{{{shape.in_features}, {{{outs}}}, {shape.slices}, {shape.rank}, "
             f"Dtype::{_DTYPE[shape.dtype]}}}, {len(rows)}, {len(table.rows)}, "
-            f"{first}, {len(mine)}}},  // {key}"
+            f"{len(rows) + len(table.rows)}, {len(mine_own)}, {first}, {len(mine)}}},  // {key}"
         )
-        for row in table.rows:
+        for row in (*table.rows, *mine_own):
             upto = "any()" if row.rows_upto == math.inf else repr(row.rows_upto)
             rows.append(f"      {{{row.tokens}, {upto}, {index[key, row.trace_key]}}},")
     return {

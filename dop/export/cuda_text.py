@@ -27,6 +27,9 @@ _NARROW = re.compile(r"\bint src_off\b")
 """Offset parameter of the asynchronous copies' helpers: 32 bits reach 4 GB of 16-bit weights at
 most, and the slices' stacks are separate allocations that may lie further apart."""
 
+_SHARED = re.compile(r"(?<=extern __shared__ __align__\()\d+(?=\) unsigned char dop_shared\[\])")
+"""Both kernels of a source declare it: it is one variable, of the larger alignment."""
+
 _SM90 = re.compile(
     r"\bwgmma\b|\bsetmaxnreg\b|cp\.async\.bulk|\bmbarrier\.|griddepcontrol|"
     r"barrier\.cluster|CUtensorMap|__cluster_dims__|cudaGridDependencySynchronize"
@@ -36,7 +39,11 @@ _SM90 = re.compile(
 
 ONE_GPU = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
 """Instructions of one architecture only ("sm_90a"): compiled for another one, "sm_90" included,
-such a source stops with a trap. Its binary is shipped, its text is not."""
+such a source stops with a trap. A pack ships its binary and not its text; a header calls it only
+where it was compiled for that architecture."""
+
+OWN_ARCH = "sm_90a"
+_OWN_MACRO = "__CUDA_ARCH_FEAT_SM90_ALL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class CudaText:
         kernels: the kernels as static functions.
         macros: names that the preamble leaves defined.
         min_arch: 80, or 90 if the kernels need it.
+        alone: they need OWN_ARCH.
     """
 
     includes: tuple[str, ...]
@@ -56,6 +64,7 @@ class CudaText:
     kernels: str
     macros: tuple[str, ...]
     min_arch: int
+    alone: bool = False
 
     @property
     def helpers(self) -> str:
@@ -83,11 +92,20 @@ def take_apart(source: str) -> CudaText:
     left = [m for m in _DEFINE.findall(preamble) if m not in _UNDEF.findall(preamble)]
     kernels = _KERNEL.sub("static __global__ ", source[first.start() :])
     kernels = _without_declarations(kernels).strip("\n") + "\n"
+    largest = max(map(int, _SHARED.findall(kernels)), default=0)
+    kernels = _SHARED.sub(str(largest), kernels)
     min_arch = 90 if _SM90.search(kernels) else 80
+    alone = bool(ONE_GPU.search(kernels))
     if min_arch > 80:
-        kernels = _guarded(kernels, min_arch)
+        newer = f"__CUDA_ARCH__ >= {min_arch * 10}"
+        kernels = _guarded(kernels, f"defined({_OWN_MACRO})" if alone else newer)
     return CudaText(
-        tuple(dict.fromkeys(includes)), preamble, kernels, tuple(dict.fromkeys(left)), min_arch
+        tuple(dict.fromkeys(includes)),
+        preamble,
+        kernels,
+        tuple(dict.fromkeys(left)),
+        min_arch,
+        alone,
     )
 
 
@@ -95,9 +113,9 @@ def _without_declarations(kernels: str) -> str:
     return re.sub(r"^static __global__ [^;{]*\);\n", "", kernels, flags=re.MULTILINE)
 
 
-def _guarded(kernels: str, arch: int) -> str:
-    """Bodies that only newer devices compile; on others such a kernel stops at once, loudly."""
-    begin = f"#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= {arch * 10}\n"
+def _guarded(kernels: str, condition: str) -> str:
+    """Bodies that only some devices compile; on others such a kernel stops at once, loudly."""
+    begin = f"#if !defined(__CUDA_ARCH__) || {condition}\n"
     end = "#else\n  __trap();\n#endif\n}"
     text = re.sub(r"^(static __global__ [^;{]*\) \{\n)", rf"\1{begin}", kernels, flags=re.M)
     return re.sub(r"^\}", end, text, flags=re.MULTILINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,10 @@ def read_measured(
 
 
 def choose(
-    measured: Measured, max_regret: float, banned: Collection[tuple[str, str]] = ()
+    measured: Measured,
+    max_regret: float,
+    banned: Collection[tuple[str, str]] = (),
+    given: Mapping[str, Sequence[str]] | None = None,
 ) -> Selection:
     """Few kernels that serve everything that was measured.
 
@@ -160,6 +163,7 @@ def choose(
         measured: the records.
         max_regret: see `dop.dispatch.cover`.
         banned: (workload key, trace key) that cannot be built.
+        given: see `dop.dispatch.cover.build_table`.
 
     Raises:
         ExportError: nothing usable is left.
@@ -172,6 +176,7 @@ def choose(
         device=measured.device_name,
         target_key=measured.target_key,
         max_regret=max_regret,
+        given=given,
     )
     kernels = []
     for key, table in built.table.workloads.items():

@@ -1,4 +1,4 @@
-// Checks an exported sgmv.cuh.  check choose | tables | problems: on the host, without a GPU.
+// Checks an exported sgmv.cuh.  check choose [own] | tables | problems: on the host, without a GPU.
 // check gpu: every workload on the device against double precision on the host.
 #include "sgmv.cuh"
 
@@ -17,14 +17,14 @@ using namespace dop::sgmv;
 int workloads_seen_elsewhere();  // second.cu: the header in another translation unit
 
 // stdin: "in slices out0 out1 out2 rank dtype tokens rows" per line -> name of the kernel
-static int run_choose() {
+static int run_choose(bool own) {
   Shape s;
   int dtype, tokens;
   double rows;
   while (std::scanf("%d %d %d %d %d %d %d %d %lf", &s.in_features, &s.slices, &s.out_features[0],
                     &s.out_features[1], &s.out_features[2], &s.rank, &dtype, &tokens, &rows) == 9) {
     s.dtype = (Dtype)dtype;
-    const char* name = choose(s, tokens, rows);
+    const char* name = choose(s, tokens, rows, own);
     std::printf("%d %s\n", (int)supports(s), name ? name : "-");
   }
   return 0;
@@ -185,7 +185,7 @@ static double error_of(const Shape& s, const Problem& p, const std::vector<int>&
 }
 
 // Captured once with one batch, replayed with others: what is launched must not depend on them.
-static int run_workload(const Shape& s, int tokens, double rows, int slots) {
+static int run_workload(const Shape& s, int tokens, double rows, int slots, bool own) {
   size_t total = 0;
   for (int i = 0; i < s.slices; ++i) total += (size_t)s.out_features[i];
   Array x((size_t)tokens * (size_t)s.in_features, s.dtype, 2.0), y(tokens * total, s.dtype, 2.0);
@@ -229,8 +229,8 @@ static int run_workload(const Shape& s, int tokens, double rows, int slots) {
   }
   const double limit = s.dtype == Dtype::f32 ? 1e-4 : s.dtype == Dtype::f16 ? 2e-3 : 1e-2;
   const bool fine = worst <= limit;
-  std::printf("%s %-60s T %d rows %g error %.2e\n", fine ? "ok " : "BAD", choose(s, tokens, rows),
-              tokens, rows, worst);
+  std::printf("%s %-60s T %d rows %g error %.2e\n", fine ? "ok " : "BAD",
+              choose(s, tokens, rows, own), tokens, rows, worst);
   for (Array* array : a) delete array;
   for (Array* array : b) delete array;
   cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
@@ -244,14 +244,17 @@ static int run_gpu(int most_tokens) {
       for (int kind = 0; kind < 3; ++kind)
         for (int rows : {1, 4, 16}) check_tables(batch(tokens, slots, kind), slots, rows, slots);
   std::printf("ok  tables\n");
-  int bad = 0;
+  int bad = 0, device = 0, major = 0;
+  CUDA_OK(cudaGetDevice(&device));
+  CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   for (int w = 0; w < detail::kWorkloads; ++w) {
     const detail::Workload& found = detail::workloads()[w];
-    for (int r = 0; r < found.rows; ++r) {
-      const detail::Row& row = detail::rows()[found.first_row + r];
+    const bool own = found.own_rows && major == 9 && detail::compiled_for_own(device);
+    for (int r = 0; r < (own ? found.own_rows : found.rows); ++r) {
+      const detail::Row& row = detail::rows()[(own ? found.own_row : found.first_row) + r];
       const double rows = row.rows_upto > 1e9 ? row.tokens : row.rows_upto;
       for (int tokens : {row.tokens, row.tokens > 1 ? row.tokens - 1 : 1})
-        if (tokens <= most_tokens) bad += run_workload(found.shape, tokens, rows, 9);
+        if (tokens <= most_tokens) bad += run_workload(found.shape, tokens, rows, 9, own);
     }
   }
   return bad ? 1 : 0;
@@ -259,7 +262,7 @@ static int run_gpu(int most_tokens) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what == "choose") return run_choose();
+  if (what == "choose") return run_choose(argc > 2);
   if (what == "tables") return run_tables();
   if (what == "problems") return run_problems();
   if (what == "gpu") return run_gpu(argc > 2 ? std::atoi(argv[2]) : 128);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from export_logs import CPU, SM_90, record, write_log
-from test_cuda_header import TRACES, fake_generate
+from test_cuda_header import ALONE, TRACES, fake_generate
 
 from dop.cli.main import main
 from dop.errors import ExportError, Failure
@@ -59,6 +59,24 @@ def test_cuh_writes_the_header_and_tells_the_table(tmp_path, capsys):
     assert output.read_bytes() == before
     assert "T8/distinct/8" in capsys.readouterr().out
     assert os.listdir(output.parent) == ["sgmv.cuh"]
+
+
+def test_cuh_tells_the_table_of_one_gpu_and_ships_the_ranks_asked_for(tmp_path, capsys):
+    scenario, other = named("distinct", 8), replace(WORKLOAD, rank=16)
+    times = ((WORKLOAD, FAST, 3e-6), (WORKLOAD, ALONE, 1e-6), (other, FAST, 1e-6))
+    source = write_log(tmp_path / "log.jsonl", [record(w, scenario, t, s) for w, t, s in times])
+    command = ["export", "cuh", "--log", str(source), "-o", str(tmp_path / "sgmv.cuh")]
+    assert main([*command, "--ranks", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == [f"bf16_r8_64_64_{FAST.key}", f"bf16_r8_64_64_{ALONE.key}"]
+    assert found["own"]["arch"] == "sm_90a"
+    assert found["own"]["worst_regret"] == {WORKLOAD.key: 0.0}
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "Where it is compiled for sm_90a:" in told
+    assert "3 kernels for 2 workloads" in told
+    assert main([*command, "--ranks", "32"]) == 2
+    assert "no record of those workloads" in one_line(capsys)
 
 
 def test_a_cpu_device_in_the_log_does_not_disturb_the_header(tmp_path):

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from export_logs import SM_90, defaults, record, records_of, write_log
 
-from dop.errors import ExportError
-from dop.export.cuda_header import header
+from dop.errors import BuildError, ExportError
+from dop.export.cuda_header import early_ones, header, header_of, of_one_gpu
 from dop.export.cuda_text import cxx, take_apart
-from dop.export.select import select
+from dop.export.select import read_measured, select
 from dop.measure.compile_cuda import find_nvcc
 from dop.measure.cuda_driver import driver
 from dop.measure.plan import make_plan, tile_bound
 from dop.scenario import MIXES, named
-from dop.space.step import SplitStep
+from dop.space.step import ANNOTATIONS, AnnotationStep, PragmaStep, SplitStep
 from dop.space.trace import Trace
 from dop.workload import Workload
 
@@ -34,6 +34,10 @@ FAKE = (
 )
 DTYPES = ("float16", "bfloat16", "float32")
 TRACES = {str(n): Trace((SplitStep(0, 0, 64, (n,), True),)) for n in (2, 3, 4, 5, 6, 7)}
+WGMMA = AnnotationStep(0, 0, ANNOTATIONS.index("tensorize"), "warpgroup_product_bf16")
+ALONE = Trace((SplitStep(0, 0, 64, (9,), True), WGMMA))
+EARLY = Trace((SplitStep(0, 0, 64, (11,), True), PragmaStep(0, 0, "dependent_launch", 3)))
+MORE = {**TRACES, "alone": ALONE, "early": EARLY}
 
 PREAMBLE = """
 #ifdef __CUDACC_RTC__
@@ -67,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(64) main_kernel({args}) {{
 
 
 def fake_generate(workload, trace, target):
-    """Small kernels of TVM's form; the split's length decides on form, shared memory and arch."""
+    """Small kernels of TVM's form; the split's length decides on form, shared memory, arch and
+    launch: 9 is of sm_90a alone, 11 early."""
     number = trace.steps[0].lengths[0]
     half, include = {
         "bfloat16": ("nv_bfloat16", "cuda_bf16.h"),
@@ -76,7 +81,9 @@ def fake_generate(workload, trace, target):
     shifts = ", ".join(f"long long a{s}_shift" for s in range(1, workload.slices))
     args = f"{half}* __restrict__ x_ptr, float* __restrict__ v_ptr, int tokens"
     args += f", {shifts}" if shifts else ""
-    extra = 'asm volatile("griddepcontrol.wait;");' if number == 7 else ""
+    waits = 'asm volatile("griddepcontrol.wait;");'
+    wgmma = 'asm volatile("wgmma.fence.sync.aligned;");  // wgmma.mma_async'
+    extra = {7: waits, 9: wgmma}.get(number, "")
     source = PREAMBLE.format(half=half, include=include)
     source += KERNEL.format(args=args, half=half, extra=extra)
     names = ("x", "v", "tokens", *(f"a{s}_shift" for s in range(1, workload.slices)))
@@ -88,7 +95,8 @@ def fake_generate(workload, trace, target):
         block=(64, 1, 1),
         dynamic_smem_bytes=smem,
         arguments=names,
-        dependent=smem == 1024,
+        dependent=smem == 1024 and number != 11,
+        early=number == 11,
     )
     return SimpleNamespace(
         kind="cuda",
@@ -117,15 +125,16 @@ def fake(tmp_path_factory):
     records = []
     for workload in FAKE:
         scenarios = [named(m, t) for t in (2, 8, 64) for m in MIXES]
-        times = {s.key: {n: 1 + rng.random() for n in TRACES} for s in scenarios}
-        records += records_of(workload, TRACES, times)
-    selection = select(write_log(folder / "log.jsonl", records), kind="cuda")
-    (folder / "sgmv.cuh").write_text(header(selection, fake_generate))
+        times = {s.key: {n: 1 + rng.random() for n in MORE} for s in scenarios}
+        records += records_of(workload, MORE, times)
+    measured = read_measured(write_log(folder / "log.jsonl", records), kind="cuda")
+    found = header_of(measured, 0.05, fake_generate)
+    (folder / "sgmv.cuh").write_text(found.text)
     (folder / "second.cu").write_text(
         '#include "sgmv.cuh"\n#include "sgmv.cuh"\n'
         "int workloads_seen_elsewhere() { return dop::sgmv::detail::kWorkloads; }\n"
     )
-    return SimpleNamespace(folder=folder, selection=selection)
+    return SimpleNamespace(folder=folder, selection=found.selection, own=found.own)
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +149,15 @@ def program(fake):
 
 
 def run(program: Path, mode: str, text: str = "") -> list[str]:
-    done = subprocess.run([str(program), mode], input=text, capture_output=True, text=True)
+    done = subprocess.run([str(program), *mode.split()], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
-def test_dispatch_in_the_header_matches_the_table(fake, program):
-    table = fake.selection.table
+@pytest.mark.parametrize("own", [False, True])
+def test_dispatch_in_the_header_matches_the_table(fake, program, own):
+    table = (fake.own if own else fake.selection).table
+    assert any(ALONE.key in found.trace_keys for found in table.workloads.values()) is own
     limits = {r.rows_upto for w in table.workloads.values() for r in w.rows if r.rows_upto < 1e9}
     hints = sorted({0.0, 1.0, 1.5, 3.0, 17.25, 1e6, *limits, *(x * 1.0001 for x in limits)})
     cases, want = [], []
@@ -159,7 +170,7 @@ def test_dispatch_in_the_header_matches_the_table(fake, program):
         trace = table.workloads[workload.key].choose_by_rows(tokens, rows)
         want.append(trace)
     assert len(set(want)) > 3
-    got = run(program, "choose", "\n".join(cases))
+    got = run(program, "choose own" if own else "choose", "\n".join(cases))
     assert [line.split()[0] for line in got] == ["1"] * len(cases)
     assert [line.rsplit("_", 1)[1] for line in got] == want
     unknown = ["64 1 64 0 0 16 1 8 1", "64 2 64 32 0 8 0 8 1", "64 1 64 0 0 8 0 8 1"]
@@ -192,13 +203,28 @@ def test_problems_are_named(program):
 def test_kernels_for_newer_devices_are_guarded(fake):
     text = (fake.folder / "sgmv.cuh").read_text()
     assert "griddepcontrol" in text
+    assert "wgmma" in text
     main = fake.folder / "second.cu"
-    compile_(fake.folder, [main], "-arch=sm_80", "-c", "-o", str(fake.folder / "sm_80.o"))
+    for arch in ("80", "90a"):  # 90: the program
+        compile_(fake.folder, [main], f"-arch=sm_{arch}", "-c", "-o", str(fake.folder / "other.o"))
+
+
+@needs_nvcc
+def test_a_kernel_tells_what_it_was_compiled_for(fake):
+    """`compiled_for_own` reads its bound, which must differ only for sm_90a."""
+    text = (fake.folder / "sgmv.cuh").read_text()
+    found = re.search(r"#ifdef __CUDA_ARCH_FEAT_SM90_ALL.*? own_kernel\(\) \{\}\n", text, re.S)
+    source = fake.folder / "own.cu"
+    source.write_text(f"{found[0]}const void* used() {{ return (const void*)&own_kernel; }}\n")
+    for arch, bound in (("80", 32), ("90", 32), ("90a", 64)):
+        ptx = source.with_suffix(".ptx")
+        compile_(fake.folder, [source], f"-arch=sm_{arch}", "-ptx", "-o", str(ptx))
+        assert f".maxntid {bound}," in ptx.read_text()
 
 
 def test_the_header_is_the_same_for_the_same_log_and_says_where_it_is_from(fake):
     text = (fake.folder / "sgmv.cuh").read_text()
-    assert header(fake.selection, fake_generate) == text
+    assert header(fake.selection, fake_generate, fake.own) == text
     assert fake.selection.provenance.log_sha256 in text
     assert SM_90.device_name in text
     assert "dop 0.1.0" in text
@@ -246,22 +272,28 @@ def test_expressions_in_cpp():
 
 
 REAL = Workload("o", 128, (64, 32), 16, "bfloat16")
+ONE_SLICE = Workload("o", 512, (512,), 64, "bfloat16")  # has wgmma and B in shared memory
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A header with the default kernel of every sketch."""
+    """A header with the default kernel of every sketch, and of those of tiles for one slice."""
     pytest.importorskip("tvm")
     folder = tmp_path_factory.mktemp("real")
-    found = defaults(REAL)
+    tiles = [c for c in defaults(ONE_SLICE) if "/register_product/" in c.sketch.name]
+    assert any("warpgroup" in c.sketch.name for c in tiles)
     records = [
-        record(REAL, named("uniform", tokens), c.trace, 1e-6 * (1 + abs(i - j)))
+        record(workload, named("uniform", tokens), c.trace, 1e-6 * (1 + abs(i - j)))
+        for workload, found in ((REAL, defaults(REAL)), (ONE_SLICE, tiles))
         for i, c in enumerate(found)
         for j, tokens in enumerate(range(2, 2 + len(found)))
     ]
-    selection = select(write_log(folder / "log.jsonl", records), kind="cuda")
-    assert len(selection.kernels) == len({c.trace.key for c in found})
-    (folder / "sgmv.cuh").write_text(header(selection))
+    made = header_of(read_measured(write_log(folder / "log.jsonl", records), kind="cuda"), 0.05)
+    assert made.own is not None
+    assert not made.notes
+    keys = [(kernel.workload.key, kernel.trace_key) for kernel in made.kernels]
+    assert sorted(keys) == sorted({(r.workload_key, r.trace.key) for r in records})
+    (folder / "sgmv.cuh").write_text(made.text)
     (folder / "second.cu").write_text(
         '#include "sgmv.cuh"\nint f(const dop::sgmv::Problem& p) '
         "{ return (int)dop::sgmv::sgmv(p, nullptr, 0); }\n"
@@ -271,9 +303,9 @@ def real(tmp_path_factory):
 
 
 @needs_nvcc
-def test_generated_kernels_compile_for_both_architectures(real):
-    both = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
-    compile_(real, [real / "second.cu"], *both, "-c", "-o", str(real / "both.o"))
+def test_generated_kernels_compile_for_all_architectures(real):
+    every = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90", "90a")]
+    compile_(real, [real / "second.cu"], *every, "-c", "-o", str(real / "all.o"))
 
 
 @needs_nvcc
@@ -290,11 +322,22 @@ def test_generated_kernels_are_right_on_a_gpu(real):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_of_one_gpu_alone_are_passed_over(tmp_path):
-    """A header is compiled for any architecture; wgmma built for another one would trap."""
-    from dop.export.cuda_header import header_of
-    from dop.export.select import read_measured
+def measured_of(tmp_path: Path, traces: dict[str, Trace], *times: dict[str, float]):
+    keys = ("T8/distinct/8", "T64/identical/1")
+    log = write_log(
+        tmp_path / "log.jsonl", records_of(FAKE[0], traces, dict(zip(keys, times, strict=True)))
+    )
+    return read_measured(log)
 
+
+def keys_of(selection) -> list[str]:
+    return [kernel.trace_key for kernel in selection.kernels]
+
+
+@pytest.mark.parametrize("by_trace", [True, False])
+def test_kernels_of_one_gpu_alone_have_a_table_of_their_own(tmp_path, by_trace):
+    """A header is compiled for any architecture; wgmma built for another one would trap. The trace
+    tells, so that one choice is enough; where it does not, the text does."""
     made = []
 
     def with_wgmma(workload, trace, target):
@@ -304,11 +347,98 @@ def test_kernels_of_one_gpu_alone_are_passed_over(tmp_path):
             code.source = code.source.replace("uint one", 'asm("wgmma.mma_async;"); uint one')
         return code
 
-    times = {"T8/distinct/8": {"4": 1.0, "3": 2.0}, "T64/identical/1": {"4": 1.0, "3": 2.0}}
-    log = write_log(tmp_path / "log.jsonl", records_of(FAKE[0], TRACES, times))
-    text, selection, notes = header_of(read_measured(log), 0.05, with_wgmma)
-    assert "wgmma" not in text
-    assert len(made) == len(set(made))  # also those that were chosen twice
-    assert [k.trace_key for k in selection.kernels] == [TRACES["3"].key]
-    assert len(notes) == 1
-    assert "sm_90a alone" in notes[0]
+    name = "alone" if by_trace else "4"
+    times = {name: 1.0, "3": 2.0, "5": 2.01}
+    measured = measured_of(tmp_path, MORE, times, times)
+    assert of_one_gpu(measured) == ({(FAKE[0].key, ALONE.key)} if by_trace else set())
+    found = header_of(measured, 0.05, with_wgmma)
+    alone, portable = MORE[name].key, TRACES["3"].key
+    assert sorted(made) == sorted((alone, portable))  # also those that were chosen twice
+    assert keys_of(found.selection) == [portable]
+    assert keys_of(found.own) == [alone]
+    assert [kernel.trace_key for kernel in found.kernels] == [portable, alone]
+    assert not found.notes
+    kernel = found.text[found.text.index(f"namespace k_{alone} {{") :]
+    guard = "#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)\n"
+    assert 0 < kernel.index(guard) < kernel.index("wgmma")
+    assert found.text.count(guard) == 1
+
+
+def test_few_kernels_of_one_gpu_join_the_others(tmp_path):
+    slow, fast = {"3": 1.0, "alone": 2.0, "2": 2.0}, {"3": 2.0, "alone": 1.0, "2": 1.02}
+    found = header_of(measured_of(tmp_path, MORE, slow, fast), 0.05, fake_generate)
+    assert found.own is None  # no batch wins more than the regret
+    assert ALONE.key not in found.text
+    fast["alone"] = 0.9
+    found = header_of(measured_of(tmp_path / "b", MORE, slow, fast), 0.05, fake_generate)
+    assert set(keys_of(found.selection)) == {TRACES["3"].key, TRACES["2"].key}
+    assert set(keys_of(found.own)) == {TRACES["3"].key, ALONE.key}
+    assert len(found.kernels) == 3
+
+
+def test_a_workload_with_kernels_of_one_gpu_alone_is_left_out(tmp_path):
+    records = [record(FAKE[0], named("distinct", 8), ALONE, 1e-6)]
+    records += [record(FAKE[1], named("distinct", 8), TRACES["3"], 1e-6)]
+    log = write_log(tmp_path / "log.jsonl", records)
+    found = header_of(read_measured(log), 0.05, fake_generate)
+    assert list(found.selection.table.workloads) == [FAKE[1].key]
+    assert [kernel.workload.key for kernel in found.kernels] == [FAKE[1].key]
+    assert ALONE.key not in found.text
+    assert len(found.notes) == 1
+    assert FAKE[0].key in found.notes[0]
+
+
+def test_kernels_that_cannot_be_generated_are_passed_over(tmp_path):
+    made = []
+
+    def fails(workload, trace, target):
+        made.append(trace.key)
+        if trace.key == TRACES["4"].key:
+            raise BuildError("no.")
+        return fake_generate(workload, trace, target)
+
+    times = {"4": 1.0, "3": 2.0}
+    found = header_of(measured_of(tmp_path, MORE, times, times), 0.05, fails)
+    assert keys_of(found.selection) == [TRACES["3"].key]
+    assert len(made) == 2
+    assert len(found.notes) == 1
+    assert "cannot be generated: no." in found.notes[0]
+
+
+def launches_of(text: str, trace: Trace) -> list[str]:
+    """Shared memory and `dependent` of a kernel's launches."""
+    kernel = text[text.index(f"namespace k_{trace.key} {{") :]
+    kernel = kernel[: kernel.index(f"::k_{trace.key}\n")]
+    return re.findall(r"^ +(\d+, (?:true|false)), arguments", kernel, re.MULTILINE)
+
+
+def test_early_kernels_are_left_out_or_launched_plainly(tmp_path):
+    """They read weights before they wait; a header cannot know when those were written."""
+    times = {"early": 1.0, "3": 2.0}
+    measured = measured_of(tmp_path, MORE, times, times)
+    assert early_ones(measured, set()) == {(FAKE[0].key, EARLY.key)}
+    found = header_of(measured, 0.05, fake_generate)
+    assert keys_of(found.selection) == [TRACES["3"].key]
+    assert launches_of(found.text, TRACES["3"]) == ["1024, true"]
+    assert len(found.notes) == 1
+    assert "1 kernels read weights" in found.notes[0]
+    for lacking in ({"early": 1.0}, {"early": 1.0, "alone": 3.0}):  # one batch has no other
+        measured = measured_of(tmp_path / str(len(lacking)), MORE, times, lacking)
+        assert not early_ones(measured, of_one_gpu(measured))
+        found = header_of(measured, 0.05, fake_generate)
+        assert launches_of(found.text, EARLY) == ["1024, false"]
+        assert "launched plainly here" in found.text
+
+
+def test_a_real_early_kernel_is_launched_plainly(tmp_path):
+    pytest.importorskip("tvm")
+    from dop.space.generate import build_space
+
+    sketches = build_space(REAL, SM_90).sketches
+    sketch = next(s for s in sketches if s.name.startswith("rows/") and "/early_b/" in s.name)
+    traces = {str(n): sketch.bind({**sketch.default(), "expand.dependent": n}) for n in (2, 3)}
+    for number, first in (("2", "true"), ("3", "false")):
+        entry = record(REAL, named("uniform", 8), traces[number], 1e-6)
+        log = write_log(tmp_path / f"{number}.jsonl", [entry])
+        text = header_of(read_measured(log), 0.05).text
+        assert launches_of(text, traces[number]) == [f"0, {first}", "0, true"]

@@ -31,6 +31,8 @@
 //   without them every call makes its own in the workspace.
 // - Results do not depend on which kernel is chosen beyond rounding, and not on the run: no atomics.
 //
+// - Compile for sm_90a on an H100 or H200: kernels with wgmma are used only then.
+//
 // The header can be included by several translation units; each gets its own copy of the kernels.
 
 #include <cuda_runtime.h>
@@ -117,7 +119,9 @@ struct Row {
 
 struct Workload {
   Shape shape;
-  int first_row, rows, first_kernel, kernels;
+  int first_row, rows;            // of every GPU
+  int own_row, own_rows;          // where compiled for sm_90a, if any
+  int first_kernel, kernels;      // of every GPU
 };
 
 inline size_t padded(long long bytes) { return ((size_t)bytes + 255) / 256 * 256; }
@@ -151,6 +155,26 @@ inline cudaError_t launch(const void* kernel, long long gx, long long gy, long l
 }
 
 constexpr int kMaxDevices = 64;
+
+// Code of sm_90a alone (wgmma) is there only if the header was compiled for sm_90a: this kernel's
+// bound, which the driver knows of the code that it loads, tells.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define DOP_SGMV_OWN_BOUND 64
+#else
+#define DOP_SGMV_OWN_BOUND 32
+#endif
+static __global__ void __launch_bounds__(DOP_SGMV_OWN_BOUND) own_kernel() {}
+#undef DOP_SGMV_OWN_BOUND
+
+static inline bool compiled_for_own(int device) {
+  static signed char known[kMaxDevices] = {};  // 1: no, 2: yes
+  if (device < kMaxDevices && known[device]) return known[device] == 2;
+  cudaFuncAttributes found = {};
+  if (cudaFuncGetAttributes(&found, (const void*)&own_kernel) != cudaSuccess) return false;
+  const bool own = found.maxThreadsPerBlock == 64;
+  if (device < kMaxDevices) known[device] = own ? 2 : 1;
+  return own;
+}
 
 // Dynamic shared memory above 48 KB must be asked for, once per device and kernel.
 inline cudaError_t allow_smem(const void* kernel, int smem, bool (&done)[kMaxDevices]) {
@@ -320,8 +344,11 @@ inline int make_tables_host(const int* token_slot, int tokens, int slots, const 
 
 // ---- generated kernels ---------------------------------------------------------------------
 
-#if defined(__NVCC__) && __CUDACC_VER_MAJOR__ >= 13
+#ifdef __NVCC__
 #pragma nv_diagnostic push
+#pragma nv_diag_suppress 177  // a variable that one form of a kernel does not need
+#if __CUDACC_VER_MAJOR__ >= 13
 #pragma nv_diag_suppress 1444  // ulonglong4 is deprecated there: generated 32-byte copies use it
+#endif
 #endif
 

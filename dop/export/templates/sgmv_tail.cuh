@@ -1,5 +1,5 @@
 
-#if defined(__NVCC__) && __CUDACC_VER_MAJOR__ >= 13
+#ifdef __NVCC__
 #pragma nv_diagnostic pop
 #endif
 
@@ -47,9 +47,11 @@ static inline const Workload* find(const Shape& shape) {
   return nullptr;
 }
 
-static inline const Kernel* pick(const Workload& workload, int tokens, double rows_per_segment) {
-  const Row* row = rows() + workload.first_row;
-  const Row* const end = row + workload.rows;
+static inline const Kernel* pick(const Workload& workload, int tokens, double rows_per_segment,
+                                 bool own) {
+  own = own && workload.own_rows;
+  const Row* row = rows() + (own ? workload.own_row : workload.first_row);
+  const Row* const end = row + (own ? workload.own_rows : workload.rows);
   int bucket = end[-1].tokens;
   for (const Row* r = row; r < end; ++r)
     if (r->tokens >= tokens) {
@@ -73,7 +75,8 @@ static inline const Kernel* pick_here(const Problem& p) {
       cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
     return nullptr;
   const int arch = major * 10 + minor;
-  const Kernel* chosen = pick(*workload, p.tokens, p.rows_per_segment);
+  const bool own = workload->own_rows && arch == 90 && compiled_for_own(device);
+  const Kernel* chosen = pick(*workload, p.tokens, p.rows_per_segment, own);
   for (int i = 0; chosen && i <= workload->kernels; ++i) {
     if (chosen->min_arch <= arch && chosen->max_smem <= smem) return chosen;
     chosen = i < workload->kernels ? kernels() + workload->first_kernel + i : nullptr;
@@ -159,11 +162,12 @@ static inline bool supports(const Shape& shape) {
 }
 
 /// Name of the kernel that the table picks for a batch (see the top for the hint), whatever the
-/// device; null if the shape is not supported.
-static inline const char* choose(const Shape& shape, int tokens, double rows_per_segment) {
+/// device, or where compiled for sm_90a (`own`); null if the shape is not supported.
+static inline const char* choose(const Shape& shape, int tokens, double rows_per_segment,
+                                 bool own = false) {
   if (!supports(shape) || tokens < 1 || !(rows_per_segment >= 0)) return nullptr;
   const detail::Kernel* kernel =
-      detail::pick(*detail::find(shape), tokens, rows_per_segment);
+      detail::pick(*detail::find(shape), tokens, rows_per_segment, own);
   return kernel ? kernel->name : nullptr;
 }
 
