@@ -64,7 +64,10 @@ class SearchEffort:
         tournament: contestants from which a parent is chosen.
         crossover: share of children with two parents.
         structural: share of mutations that change the sketch.
-        epsilon: share of every batch that is random.
+        epsilon: share of every batch that is random, or goes where the model knows least if not
+            every other pick promises a gain.
+        explore: share of the picks without a promise that go where the model knows least; the
+            others go to good predictions in doubt.
         hinted: share of a batch that neighbours' winners may take while little is known.
         spread: penalty, as a share of the score, for every earlier pick of the batch whose
             annotation differs in at most one value.
@@ -83,6 +86,7 @@ class SearchEffort:
     crossover: float = 0.3
     structural: float = 0.1
     epsilon: float = 0.2
+    explore: float = 0.5
     hinted: float = 0.5
     spread: float = 0.1
     prior_sigma: float = 0.25

@@ -69,6 +69,13 @@ class CostModel(ABC):
         """Standard deviation of `predict` in log time; 0 where the model does not know it."""
         return np.zeros((len(points), len(scenarios)))
 
+    def least_known(
+        self, points: Sequence[Point], scenarios: Sequence[Scenario], n: int
+    ) -> list[int]:
+        """Indices of `n` points that together leave the least unknown; none if it cannot say."""
+        del points, scenarios, n
+        return []
+
 
 class NoModel(CostModel):
     """Knows nothing: every point is alike, so the order stays random."""

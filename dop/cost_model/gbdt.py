@@ -111,6 +111,14 @@ class GbdtModel(CostModel):
             return np.zeros(shape)
         return self._smooth.predict(self._features.rows(points, scenarios))[1].reshape(shape)
 
+    def least_known(
+        self, points: Sequence[Point], scenarios: Sequence[Scenario], n: int
+    ) -> list[int]:
+        if self._smooth is None or not points or not scenarios:
+            return []
+        rows = self._features.rows(points, scenarios)
+        return self._smooth.least_known(rows.reshape(len(points), len(scenarios), -1), n)
+
     def _ranks(self, member: int) -> bool:
         """Whether a member of the ensemble is trained with lambdarank."""
         objective = self._effort.objective

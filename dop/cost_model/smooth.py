@@ -49,10 +49,40 @@ class SmoothModel:
         left = np.maximum(1e-9, 1.0 - np.square(explained).sum(axis=0))
         return mean, np.sqrt(left) * self._amplitude * self._unit
 
+    def least_known(self, rows: FloatArray, n: int) -> list[int]:
+        """Indices of `n` groups of rows, each the least known after the samples and those before.
+
+        What a group will measure does not matter, only where it lies: every pick takes what it
+        explains from the variance of all others (a pivoted Cholesky factor of their covariance),
+        so its neighbours are not picked too.
+
+        Args:
+            rows: a point under every scenario is a group: [groups, scenarios, features].
+            n: how many to pick; all if there are fewer.
+        """
+        groups, size, _ = rows.shape
+        n, known = min(n, groups), len(self._wanted)
+        places = self._places(rows.reshape(groups * size, -1))
+        explained = np.zeros((known + n * size, groups * size))
+        explained[:known] = np.linalg.solve(self._root, self._kernel(places, self._known).T)
+        left = 1.0 - np.square(explained).sum(axis=0)
+        picks: list[int] = []
+        for _ in range(n):
+            unknown = np.maximum(left, 0.0).reshape(groups, size).sum(axis=1)
+            unknown[picks] = -1.0
+            picks.append(int(np.argmax(unknown)))
+            for row in range(picks[-1] * size, (picks[-1] + 1) * size):
+                shared = self._kernel(places, places[row : row + 1])[:, 0]
+                shared -= explained[:known, row] @ explained[:known]
+                explained[known] = shared / math.sqrt(max(1e-9, left[row]) + self._noise)
+                left -= np.square(explained[known])
+                known += 1
+        return picks
+
     def _fit(self, length: float, noise: float) -> float:
         """Solve for the weights; returns the log marginal likelihood up to a constant."""
         count = len(self._wanted)
-        self._length = length
+        self._length, self._noise = length, noise
         covariance = self._kernel(self._known, self._known) + noise * np.eye(count)
         self._root = np.linalg.cholesky(covariance)
         white = np.linalg.solve(self._root, self._wanted)

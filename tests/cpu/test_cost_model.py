@@ -151,6 +151,23 @@ def test_a_handful_of_samples_already_ranks_and_knows_how_little_it_knows():
     assert not without.trained
 
 
+def test_the_least_known_are_neither_the_measured_nor_neighbours_of_each_other():
+    trained = model()
+    trained.update(samples(12))
+    known = [s.point for s in samples(12)]
+    twins = [SPACE.sample(random.Random(1000 + i)) for i in range(30)] * 2
+    picks = trained.least_known([*known, *twins], SCENARIOS, 5)
+    assert len(set(picks)) == 5
+    assert min(picks) >= len(known)
+    assert len({twins[i - len(known)].annotation for i in picks}) == 5, "no point and its twin"
+    first = trained.deviation([*known, *twins], SCENARIOS)
+    assert picks[0] == np.square(first).sum(axis=1).argmax()
+    assert trained.least_known(twins[:2], SCENARIOS, 5) in ([0, 1], [1, 0])
+    assert trained.least_known([], SCENARIOS, 5) == []
+    assert model(smooth_rows=0).least_known(twins, SCENARIOS, 5) == []
+    assert NoModel().least_known(twins, SCENARIOS, 5) == []
+
+
 def test_relative_times_are_per_scenario_capped_and_put_failures_last():
     point = SPACE.sample(random.Random(0))
     a, b = SCENARIOS[:2]

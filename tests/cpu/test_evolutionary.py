@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from dop.cost_model.base import NoModel
+from dop.cost_model.base import CostModel, NoModel
 from dop.cost_model.gbdt import GbdtModel
 from dop.effort import QUICK
 from dop.errors import ConfigError
@@ -185,6 +185,62 @@ def test_diverse_spreads_and_tournament_prefers_high_scores():
     rng = random.Random(0)
     drawn = [tournament([0, 1, 2], np.array([0.0, 5.0, 1.0]), rng, 4) for _ in range(200)]
     assert drawn.count(1) > 140
+
+
+class Oracle(CostModel):
+    """Predicts `ahead` for every point, sure of itself; notes what it is asked to explore."""
+
+    def __init__(self, ahead: float) -> None:
+        self.ahead = ahead
+        self.explored: list[int] = []
+
+    @property
+    def trained(self) -> bool:
+        return True
+
+    def update(self, samples) -> None:
+        del samples
+
+    def predict(self, points, scenarios):
+        return np.full((len(points), len(scenarios)), self.ahead)
+
+    def deviation(self, points, scenarios):
+        return np.full((len(points), len(scenarios)), 0.05)
+
+    def least_known(self, points, scenarios, n):
+        self.explored.append(n)
+        return list(range(min(n, len(points))))
+
+
+def explored_after_the_start(ahead: float) -> tuple[list[int], int]:
+    """Sizes of the requests to explore, and how many candidates the model could pick."""
+    model = Oracle(ahead)
+    strategy = evolutionary(model=model)
+    drive(strategy, 24)
+    model.explored.clear()
+    return model.explored, len(drive(strategy, 160))
+
+
+def test_it_explores_where_nothing_promises_a_gain():
+    requests, count = explored_after_the_start(ahead=0.5)
+    expected = QUICK.search.epsilon + (1 - QUICK.search.epsilon) * QUICK.search.explore
+    assert sum(requests) / count == pytest.approx(expected, abs=0.1)
+
+
+def test_it_does_not_explore_while_points_promise_a_gain():
+    requests, _ = explored_after_the_start(ahead=-0.5)
+    assert requests == []
+
+
+def test_exploring_ends_when_a_gain_is_in_sight_again():
+    model = Oracle(0.5)
+    strategy = evolutionary(model=model)
+    drive(strategy, 40)
+    assert model.explored
+    model.ahead = -0.5
+    model.explored.clear()
+    drive(strategy, 40)
+    assert model.explored == []
 
 
 def test_a_table_survives_its_file(tmp_path):

