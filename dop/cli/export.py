@@ -104,6 +104,9 @@ def pack(
     sources: bool = typer.Option(
         True, help="Ship the CUDA sources too, from which other architectures are served."
     ),
+    early: bool = typer.Option(
+        True, help="Ship kernels that read weights before they wait for the kernel before them."
+    ),
     reuse: Path | None = _REUSE,
     rebuild: bool = typer.Option(False, "--rebuild", help="Build every kernel anew."),
     jobs: int = _JOBS,
@@ -131,6 +134,7 @@ def pack(
         max_regret=regret / 100,
         processes=jobs or default_processes(),
         sources=sources,
+        early=early,
         reuse=None if rebuild else reuse or output,
         progress=progress,
     )

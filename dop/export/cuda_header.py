@@ -11,7 +11,6 @@ than what was measured: they are chosen only in workloads that lack others for s
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,16 @@ from typing import TYPE_CHECKING
 from dop.errors import DopError, ExportError
 from dop.export.cuda_text import OWN_ARCH, CudaText, cxx, take_apart
 from dop.export.provenance import in_comment
-from dop.export.select import Kernel, Measured, Selection, choose, workload_name
-from dop.lowering.cuda_launch import EARLY
-from dop.space.step import AnnotationStep, PragmaStep, Step
+from dop.export.select import (
+    Kernel,
+    Measured,
+    Selection,
+    choose,
+    having,
+    is_early,
+    workload_name,
+)
+from dop.space.step import AnnotationStep, Step
 from dop.workload import DTYPES, Workload
 
 if TYPE_CHECKING:
@@ -37,7 +43,6 @@ Key = tuple[str, str]
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_WORKSPACES = 8
-DEPENDENT = "dependent_launch"
 _DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _POINTERS = (
     *("x", "a", "b", "y", "y_in"),
@@ -131,17 +136,14 @@ def of_one_gpu(measured: Measured) -> set[Key]:
     def warpgroups(step: Step) -> bool:
         return isinstance(step, AnnotationStep) and step.intrinsic.startswith("warpgroup_")
 
-    return _having(measured, warpgroups)
+    return having(measured, warpgroups)
 
 
 def early_ones(measured: Measured, alone: set[Key]) -> set[Key]:
     """Early kernels, as their traces tell, of workloads that have others for every batch, which
     every GPU can run."""
 
-    def early(step: Step) -> bool:
-        return isinstance(step, PragmaStep) and (step.name, step.value) == (DEPENDENT, EARLY)
-
-    found = _having(measured, early)
+    found = having(measured, is_early)
     passed = found | alone
     batches: set[Key] = set()
     served: set[Key] = set()
@@ -152,16 +154,6 @@ def early_ones(measured: Measured, alone: set[Key]) -> set[Key]:
                 served.add((e.workload_key, e.scenario_key))
     needed = {workload for workload, _ in batches - served}
     return {key for key in found if key[0] not in needed}
-
-
-def _having(measured: Measured, is_it: Callable[[Step], bool]) -> set[Key]:
-    """Kernels with such a step."""
-    found: set[Key] = set()
-    for entry in {(e.workload_key, e.trace_key): e for e in measured.entries if e.ok}.values():
-        with contextlib.suppress(DopError):
-            if any(map(is_it, entry.trace().steps)):
-                found.add((entry.workload_key, entry.trace_key))
-    return found
 
 
 def _own(

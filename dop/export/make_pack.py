@@ -16,7 +16,7 @@ from dop.export.index import FORMAT, VERSION
 from dop.export.library import described, job_of
 from dop.export.pack import SOURCES, hashed_name, write_pack
 from dop.export.reuse import BUILDER, MIN_ARCH, Reusable, builder
-from dop.export.select import Kernel, Measured, Selection, choose
+from dop.export.select import Kernel, Measured, Selection, choose, having, is_early
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
 from dop.space.step import SplitStep
@@ -71,6 +71,7 @@ def make_pack(
     max_regret: float,
     processes: int = 1,
     sources: bool = True,
+    early: bool = True,
     reuse: Path | None = None,
     generate: Generate | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -88,6 +89,8 @@ def make_pack(
         max_regret: see `dop.dispatch.cover`.
         processes: that build at a time.
         sources: ship the CUDA sources too, of kernels that other architectures can build.
+        early: ship kernels that read tables and weights before they wait for the kernel before
+            them; without them every launch overlaps as it always may.
         reuse: an existing pack; its kernels are taken where they would be built the same, see
             `dop.export.reuse`.
         generate: stand-in for the code generator.
@@ -109,6 +112,9 @@ def make_pack(
     notes = []
     if skipped:
         notes.append(f"{len(skipped)} kernels want tiles that no plan has; they are passed over.")
+    if not early:
+        skipped |= having(measured, is_early)
+        notes.append("kernels that read weights before they wait are left out.")
     banned: dict[Key, str] = {}
     while True:
         selection = in_dtypes(choose(measured, max_regret, skipped | banned.keys()), dtypes)

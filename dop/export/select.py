@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,8 +14,10 @@ from dop.database.record import Record
 from dop.database.wire import Entry
 from dop.dispatch.cover import MAX_REGRET, build_table
 from dop.dispatch.table import Fit, Table
-from dop.errors import ConfigError, ExportError, Failure, LogError
+from dop.errors import ConfigError, DopError, ExportError, Failure, LogError
 from dop.export.provenance import Provenance, provenance_of
+from dop.lowering.cuda_launch import EARLY
+from dop.space.step import PragmaStep, Step
 from dop.target import Target
 from dop.workload import Workload
 
@@ -187,6 +190,21 @@ def choose(
     target = target_of(kernels[0].record)
     origin = provenance_of(measured.log, measured.entries)
     return Selection(built.table, target, tuple(kernels), origin, measured.warnings)
+
+
+def having(measured: Measured, is_it: Callable[[Step], bool]) -> set[tuple[str, str]]:
+    """(Workload key, trace key) of the kernels with such a step."""
+    found: set[tuple[str, str]] = set()
+    for entry in {(e.workload_key, e.trace_key): e for e in measured.entries if e.ok}.values():
+        with contextlib.suppress(DopError):
+            if any(map(is_it, entry.trace().steps)):
+                found.add((entry.workload_key, entry.trace_key))
+    return found
+
+
+def is_early(step: Step) -> bool:
+    """Whether it makes a kernel read its tables and weights before it waits for the one before."""
+    return isinstance(step, PragmaStep) and (step.name, step.value) == ("dependent_launch", EARLY)
 
 
 def _kind(entry: Entry) -> str:

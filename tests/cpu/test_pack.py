@@ -26,7 +26,7 @@ from dop.export.pack import SOURCES, PackFile, write_pack
 from dop.export.select import select
 from dop.export.transfer import translated
 from dop.measurement import Measurement
-from dop.space.step import SplitStep
+from dop.space.step import PragmaStep, SplitStep
 from dop.space.trace import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +187,20 @@ def test_tiles_that_no_plan_has_are_never_built(tmp_path, monkeypatch):
     )
     assert traces["odd"].key not in built
     assert "1 kernels want tiles that no plan has" in packed.notes[0]
+
+
+def test_early_kernels_may_be_left_out(tmp_path, monkeypatch):
+    early = Trace((*TRACES["a"].steps, PragmaStep(5, 0, "dependent_launch", 3)))
+    traces = {**TRACES, "early": early}
+    times = {key: {**row, "early": 0.5} for key, row in TIMES.items()}
+    options = {"traces": traces, "times": times}
+    taken = pack_at(tmp_path / "p.doppack", monkeypatch, **options)
+    assert {k.trace_key for k in load(taken.path).kernels.values()} == {early.key}
+    left = pack_at(tmp_path / "q.doppack", monkeypatch, early=False, **options)
+    kernels = {k.trace_key for k in load(left.path).kernels.values()}
+    assert kernels
+    assert early.key not in kernels
+    assert "left out" in " ".join(left.notes)
 
 
 def shipped_of(path, records):
