@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dop.database.jsonl import Log
 from dop.database.wire import Entry
-from dop.errors import DopError, LogError
+from dop.errors import DopError, LogError, TraceError
 from dop.family import Family, FamilyState
 from dop.measurement import Measurement
-from dop.space.sketch import Candidate
+from dop.space.sketch import Candidate, Space
 from dop.space.trace import Trace
 from dop.target import Target
 
@@ -39,15 +40,20 @@ def recorded(state: FamilyState, entry: Entry) -> Recorded | None:
     return Recorded(trace, sketch, state.default_place(trace), candidate)
 
 
-def alike(state: FamilyState, entry: Entry) -> Candidate | None:
-    """The candidate of a line, or the one most like it if its sketch has changed since."""
-    known = recorded(state, entry)
-    if known is None or known.candidate is not None:
-        return known.candidate if known else None
-    for sketch in state.space.sketches:
-        if sketch.name == known.sketch:
-            values = sketch.resembling(known.trace)
-            return Candidate.of(sketch, values) if values is not None else None
+def alike(space: Space, entry: Entry) -> Candidate | None:
+    """The candidate of a line in a space, or the one most like it if its sketch has changed since;
+    None if no sketch of its name is left, or the line holds no trace."""
+    try:
+        trace = entry.trace()
+    except DopError:
+        return None
+    with contextlib.suppress(TraceError):
+        return space.match(trace)
+    name = entry.sketch.removesuffix(DEFAULT_MARK)
+    for sketch in space.sketches:
+        values = sketch.resembling(trace) if sketch.name == name else None
+        if values is not None:
+            return Candidate.of(sketch, values)
     return None
 
 

@@ -223,7 +223,7 @@ class _Run:
                 if workload_key == state.family.workload.key:
                     tried.sort(key=lambda e: e.median_s)
                     winners.update((e.trace_key, e) for e in tried[:_LIKE])
-            found = [alike(state, entry) for entry in winners.values()]
+            found = [alike(state.space, entry) for entry in winners.values()]
             state.strategy.first([candidate for candidate in found if candidate is not None])
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
@@ -283,13 +283,14 @@ class _Run:
     def _matched(
         self, workload: Workload, target: Target, entries: Mapping[str, Entry]
     ) -> list[Candidate]:
-        found = []
-        with contextlib.suppress(DopError):
-            space = self.build(workload, target) if entries else None
-            for entry in entries.values():
-                if space is not None:
-                    found.append(space.match(entry.trace()))
-        return found
+        if not entries:
+            return []
+        try:
+            space = self.build(workload, target)
+        except DopError:
+            return []
+        found = (alike(space, entry) for entry in entries.values())
+        return [candidate for candidate in found if candidate is not None]
 
     # The loop.
 

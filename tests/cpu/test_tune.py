@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import json
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ from dop.effort import FULL, QUICK, TRANSFER, effort_of
 from dop.errors import ConfigError, Failure, LogError
 from dop.family import Family
 from dop.progress import Note, Progress
-from dop.recorded import DEFAULT_MARK
+from dop.recorded import DEFAULT_MARK, alike
 from dop.scenario import named
 from dop.target import SM_90
 from dop.tune import tune
@@ -403,3 +404,29 @@ def test_what_was_fast_on_another_device_is_tried_first(tmp_path):
     without = tmp_path / "without.jsonl"
     run(without, defaults + 12)
     assert winner.trace_key not in [e.trace_key for e in read_log(without).entries]
+
+
+def test_a_line_of_an_older_form_gives_what_is_most_like_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    run(path, 30)
+    entries = list({e.trace_key: e for e in read_log(path).entries}.values())
+    older, gone = [], []
+    for entry in entries:
+        line = json.loads(entry.raw)
+        del line["i"][1][1][-1]  # a step that was not there yet
+        older.append(json.dumps(line))
+        line["dop"]["sketch"] = "gone"
+        gone.append(json.dumps(line))
+    path.write_text("\n".join([*older, *gone]) + "\n")
+    read = read_log(path).entries
+    assert len(read) == len(older) + len(gone)
+    resembled = 0
+    for entry, was, unknown in zip(read[: len(older)], entries, read[len(older) :], strict=True):
+        assert alike(SPACE, was).trace == was.trace()
+        found, other = alike(SPACE, entry), alike(SPACE, unknown)
+        if other is None:  # no sketch has just this form, so the name decides
+            resembled += 1
+            assert found.sketch.name == was.sketch.removesuffix(DEFAULT_MARK)
+        else:
+            assert found.trace == other.trace == entry.trace()
+    assert resembled
