@@ -10,7 +10,8 @@ replays of a CUDA graph. Where each table lies depends on the numbers of tokens 
 
 Tiles are runs of at most so many rows of one adapter, row_index[tile_row0:tile_row0+tile_rows];
 the number of tiles is a bound that holds for every composition (`tile_count`), and the tiles that
-a batch does not need have 0 rows. Scales are float32, stored by their bits.
+a batch does not need have 0 rows. Scales are float32, stored by their bits. On a CPU, where nothing
+reads them, the tables of tiles are zero.
 """
 
 from __future__ import annotations
@@ -260,8 +261,11 @@ def fill(
             )
             fence(buffer)
             return
-    fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
-    fence(buffer)
+        fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
+        fence(buffer)
+    else:
+        buffer.zero_()
+        fill_rows_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
 
 
 def fence(written: Tensor) -> None:
@@ -297,18 +301,10 @@ def fill_by_torch(
     scales: Tensor | None,
     scale: float,
 ) -> None:
-    """`fill` by torch's own operators: for CPUs, and what plan kernels are tested against."""
+    """`fill` by torch's own operators: what plan kernels are tested against."""
+    start = fill_rows_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
     tokens = token_to_adapter.shape[0]
     plan = SegmentPlan(buffer, tokens, slots)
-    ids = token_to_adapter.to(torch.int64)
-    known = (ids >= 0) & (ids < slots)
-    token_slot = torch.where(known, ids, -1)
-    ordered, order = torch.sort(torch.where(known, ids, slots), stable=True)
-    every = torch.arange(slots + 1, device=buffer.device)
-    start = torch.searchsorted(ordered, every)
-    plan.table("token_slot").copy_(token_slot)
-    plan.table("row_index").copy_(order)
-    _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
     counts = start[1:] - start[:-1]
     for rows in TILE_SIZES:
         per_slot = (counts + rows - 1) // rows
@@ -324,6 +320,30 @@ def fill_by_torch(
         plan.table("tile_row0", rows).copy_(row0)
         plan.table("tile_rows", rows).copy_(left.clamp(max=rows))
         _put(plan, "tile", rows, slot, ranks, scales, scale)
+
+
+def fill_rows_by_torch(
+    buffer: Tensor,
+    token_to_adapter: Tensor,
+    slots: int,
+    ranks: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """ROW_TABLES and row_index, which are all that CPUs read.
+
+    Returns:
+        int64 [slots + 1], where the rows of each slot begin in row_index, and end.
+    """
+    plan = SegmentPlan(buffer, token_to_adapter.shape[0], slots)
+    ids = token_to_adapter.to(torch.int64)
+    known = (ids >= 0) & (ids < slots)
+    token_slot = torch.where(known, ids, -1)
+    ordered, order = torch.sort(torch.where(known, ids, slots), stable=True)
+    plan.table("token_slot").copy_(token_slot)
+    plan.table("row_index").copy_(order)
+    _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
+    return torch.searchsorted(ordered, torch.arange(slots + 1, device=buffer.device))
 
 
 def _put(

@@ -17,6 +17,8 @@ from dop.errors import (
     DtypeError,
     ShapeError,
 )
+from dop.ops import cpu
+from dop.ops.plan import TILE_SIZES
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -81,6 +83,43 @@ def test_ranks_and_scales(in_plan):
     assert torch.equal(lists.table("token_rank"), ops.segment_plan(
         ids, slots=5, **facts).table("token_rank"))  # fmt: skip
     check(y, x, a, b, ids, lists, ranks, [2 * s for s in scale], scale=2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 6000, 1 << 20])
+def test_small_adapters_are_gathered_in_chunks(kind, chunk, monkeypatch):
+    """Adapters of three ranks, one of them 0, in mixed rows and in rows that lie together."""
+    ranks, scale = [8, 3, 8, 0, 3, 8], [1.0, 0.5, -2.0, 1.0, 3.0, 0.25]
+    a, b = stacks(6, 8, 24, (16, 4), kind)
+    for s, rank in enumerate(ranks):
+        for stack in a:
+            stack[s, max(rank, 1) :] = torch.nan
+        for stack in b:
+            stack[s, :, max(rank, 1) :] = torch.nan
+    done = []
+    gathered = cpu._gathered
+    monkeypatch.setattr(cpu, "_gathered", lambda *args: done.append(1) or gathered(*args))
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(cpu, "CHUNK_SEGMENTS", 0)
+    for ids in (ids_of(40, 6), torch.arange(6, dtype=torch.int32).repeat_interleave(7)):
+        x, y = rows(len(ids), 24, 20, kind)
+        for limit in (0, 1 << 30):
+            monkeypatch.setattr(cpu, "GATHERED_BYTES", limit)
+            done.clear()
+            plan = ops.segment_plan(ids, slots=6, ranks=ranks, scale=scale)
+            check(y.clone(), x, a, b, ids, plan, ranks, scale)
+            assert bool(done) == bool(limit)
+            plain = ops.segment_plan(ids, slots=6)
+            check(y.clone(), x, *stacks(6, 8, 24, (16, 4), kind), ids, plain)
+
+
+def test_plans_on_a_cpu_have_the_tables_of_rows_and_no_tiles():
+    ids = ids_of(40, 6)
+    plan = ops.segment_plan(ids, slots=6)
+    assert torch.equal(plan.table("token_slot"), ids)
+    assert not any(plan.table("tile_rows", size).any() for size in TILE_SIZES)
+    plan = ops.segment_plan(ids.flip(0), slots=6, out=plan)
+    assert torch.equal(plan.table("token_slot"), ids.flip(0))
 
 
 def test_vllm_layout_strides_and_integer_scale():
