@@ -18,9 +18,16 @@ import sanitize_packs  # noqa: E402
 from dop import packs  # noqa: E402
 from dop.export.load import load_cuda  # noqa: E402
 from dop.ops import cpu, eager  # noqa: E402
+from dop.ops.plan import fill_by_torch  # noqa: E402
 from dop.workload import Workload  # noqa: E402
 
 WORKLOAD = Workload.parse("sgmv/float32/r12/40->24+8")
+
+
+@pytest.fixture(autouse=True)
+def whole_plans(monkeypatch):
+    """Here the CPU stands in for a GPU, which reads the tables of tiles too."""
+    monkeypatch.setattr(eager, "fill", fill_by_torch)
 
 
 def no_source(search):

@@ -8,11 +8,18 @@ from sgmv_reference import reference, rows, stacks
 from dop import ops
 from dop.measure.cuda_driver import CudaError
 from dop.ops import eager, launch, native
+from dop.ops.plan import fill_by_torch
 from dop.ops.stacks import STACKS
 
 SLOTS, RANK, WIDTH = 6, 8, 32
 IDS = [3, -1, 0, 0, 5, 3, 3, 1, -1, 0, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 TOKENS = len(IDS)
+
+
+@pytest.fixture(autouse=True)
+def whole_plans(monkeypatch):
+    """Here the CPU stands in for a GPU, which reads the tables of tiles too."""
+    monkeypatch.setattr(eager, "fill", fill_by_torch)
 
 
 @pytest.fixture(params=["compiled", "ctypes"])

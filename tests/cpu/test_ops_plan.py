@@ -14,7 +14,9 @@ from dop.ops.plan import (
     ANY_RANK,
     TILE_SIZES,
     TILE_TABLES,
+    SegmentPlan,
     buffer_size,
+    fill_by_torch,
     layout,
     table_words,
     tile_count,
@@ -44,6 +46,9 @@ def test_tables_are_those_of_the_tuner(batch):
         options = {"ranks": torch.from_numpy(ranks), "scale": torch.from_numpy(scales)}
     plan = ops.segment_plan(ids, slots=slots, **options)
     known = np.where((ids.numpy() >= 0) & (ids.numpy() < slots), ids.numpy(), -1).astype(np.int32)
+    whole = SegmentPlan(torch.empty_like(plan.buffer), len(ids), slots)
+    fill_by_torch(whole.buffer, ids, slots, options.get("ranks"), options.get("scale"), 1.0)
+    assert torch.equal(whole.table("row_index"), plan.table("row_index"))
     facts = SlotFacts(ranks, scales) if with_facts else None
     rows = make_plan(known, 0, facts=facts).tables
     used = known >= 0
@@ -55,12 +60,12 @@ def test_tables_are_those_of_the_tuner(batch):
         tiles = tile_count(len(ids), size, slots)
         assert want.tiles <= tiles
         for name in TILE_TABLES:
-            got = plan.table(name, size).numpy()
+            got = whole.table(name, size).numpy()
             assert len(got) == tiles
             np.testing.assert_array_equal(got[: want.tiles], want.tables[name])
-        assert not plan.table("tile_rows", size)[want.tiles :].any()
-        assert not plan.table("tile_slot", size)[want.tiles :].any()
-        assert not plan.table("tile_row0", size)[want.tiles :].any()
+        assert not whole.table("tile_rows", size)[want.tiles :].any()
+        assert not whole.table("tile_slot", size)[want.tiles :].any()
+        assert not whole.table("tile_row0", size)[want.tiles :].any()
         np.testing.assert_array_equal(plan.table("row_index"), want.tables["row_index"])
 
 
@@ -101,6 +106,7 @@ def test_rank_zero_is_an_adapter_that_adds_nothing():
     plan = ops.segment_plan(torch.tensor([0, 1]), slots=2, ranks=[0, 3], scale=2.0)
     assert plan.table("token_rank").tolist() == [1, 3]
     assert plan.table("token_scale").tolist() == [0.0, 2.0]
+    fill_by_torch(plan.buffer, torch.tensor([0, 1]), 2, torch.tensor([0, 3]), None, 2.0)
     assert plan.table("tile_scale", 8)[:2].tolist() == [0.0, 2.0]
     unranked = ops.segment_plan(torch.tensor([0, 1]), slots=2)
     assert unranked.table("token_rank").tolist() == [ANY_RANK] * 2
