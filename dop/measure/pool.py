@@ -130,7 +130,7 @@ class WorkerPool:
     @property
     def busy(self) -> bool:
         """Whether a task is queued or running."""
-        return bool(self._queue) or any(w.task for w in self._workers)
+        return self.backlog > 0
 
     @property
     def backlog(self) -> int:

@@ -122,8 +122,13 @@ def _of_slot(value: Tensor | None, slot: int, otherwise: float) -> float:
 
 
 def _true_rank(planned: int, slot: int, rank: int, ranks: Tensor | None) -> int:
-    """Rank of an adapter in stacks of `rank`."""
-    return min(max(planned if ranks is None else int(ranks[slot]), 0), rank)
+    """Rank of an adapter in stacks of `rank`: the plan's, or the call's own."""
+    return _within(planned if ranks is None else int(ranks[slot]), rank)
+
+
+def _within(true: int, rank: int) -> int:
+    """A true rank, as far as stacks of `rank` have it."""
+    return min(max(true, 0), rank)
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], plan: SegmentPlan, ranks: Tensor | None) -> Tensor:
@@ -205,7 +210,7 @@ def _gathered(
     updates = []
     for down, up in zip(a, b, strict=True):
         slots, rank, width = three_axes(down, "a")
-        true = min(max(group.rank, 0), rank)
+        true = _within(group.rank, rank)
         weight = down.reshape(slots, rank, width)[:, :true].index_select(0, group.slots).float()
         v = weight.mul_(inputs).sum(2).unsqueeze(1)
         weight = up.reshape(slots, -1, rank)[..., :true].index_select(0, group.slots).float()

@@ -207,10 +207,7 @@ def _run_cuda(
     def start(overlap: bool) -> int:
         return launch.launch(block, x.data_ptr(), target.data_ptr(), stacks.words, words, overlap)
 
-    if block.early:
-        settled.start(stacks, plan, block.stream, is_captured(block.stream), start)
-    else:
-        start(False)
+    settled.start(block, stacks, plan, is_captured(block.stream), start)
     if target is not y:
         y.copy_(target)
 

@@ -242,7 +242,9 @@ def fill(
         scales: float32 [slots], or None for `scale` everywhere.
         scale: the scale without `scales`.
     """
-    if buffer.is_cuda:
+    if not buffer.is_cuda:
+        buffer.zero_()
+    else:
         kernels = _plan_kernels()
         if kernels is not None:
             ids = token_to_adapter.contiguous()
@@ -261,11 +263,8 @@ def fill(
             )
             fence(buffer)
             return
-        fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
-        fence(buffer)
-    else:
-        buffer.zero_()
-        fill_rows_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
+    fill_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale, with_tiles=buffer.is_cuda)
+    fence(buffer)
 
 
 def fence(written: Tensor) -> None:
@@ -300,11 +299,23 @@ def fill_by_torch(
     ranks: Tensor | None,
     scales: Tensor | None,
     scale: float,
+    *,
+    with_tiles: bool = True,
 ) -> None:
-    """`fill` by torch's own operators: what plan kernels are tested against."""
-    start = fill_rows_by_torch(buffer, token_to_adapter, slots, ranks, scales, scale)
+    """`fill` by torch's own operators: for CPUs, which read no tables of tiles, and what plan
+    kernels are tested against."""
     tokens = token_to_adapter.shape[0]
     plan = SegmentPlan(buffer, tokens, slots)
+    ids = token_to_adapter.to(torch.int64)
+    known = (ids >= 0) & (ids < slots)
+    token_slot = torch.where(known, ids, -1)
+    ordered, order = torch.sort(torch.where(known, ids, slots), stable=True)
+    plan.table("token_slot").copy_(token_slot)
+    plan.table("row_index").copy_(order)
+    _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
+    if not with_tiles:
+        return
+    start = torch.searchsorted(ordered, torch.arange(slots + 1, device=buffer.device))
     counts = start[1:] - start[:-1]
     for rows in TILE_SIZES:
         per_slot = (counts + rows - 1) // rows
@@ -320,30 +331,6 @@ def fill_by_torch(
         plan.table("tile_row0", rows).copy_(row0)
         plan.table("tile_rows", rows).copy_(left.clamp(max=rows))
         _put(plan, "tile", rows, slot, ranks, scales, scale)
-
-
-def fill_rows_by_torch(
-    buffer: Tensor,
-    token_to_adapter: Tensor,
-    slots: int,
-    ranks: Tensor | None,
-    scales: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """ROW_TABLES and row_index, which are all that CPUs read.
-
-    Returns:
-        int64 [slots + 1], where the rows of each slot begin in row_index, and end.
-    """
-    plan = SegmentPlan(buffer, token_to_adapter.shape[0], slots)
-    ids = token_to_adapter.to(torch.int64)
-    known = (ids >= 0) & (ids < slots)
-    token_slot = torch.where(known, ids, -1)
-    ordered, order = torch.sort(torch.where(known, ids, slots), stable=True)
-    plan.table("token_slot").copy_(token_slot)
-    plan.table("row_index").copy_(order)
-    _put(plan, "token", 0, token_slot.clamp(min=0), ranks, scales, scale)
-    return torch.searchsorted(ordered, torch.arange(slots + 1, device=buffer.device))
 
 
 def _put(

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dop.ops.launch import Block
     from dop.ops.plan import SegmentPlan
     from dop.ops.stacks import Stacks
 
@@ -67,21 +68,24 @@ def may_overlap(stacks: Stacks, now: bytes | None, captured: bool) -> bool:
 
 
 def start(
+    block: Block,
     stacks: Stacks,
     plan: SegmentPlan,
-    stream: int,
     captured: bool,
     launch: Callable[[bool], int],
 ) -> int:
-    """Launches a call that begins with an early kernel, and notes a plain launch.
+    """Launches a call; where a kernel of it is early, whether that may overlap is found out, and a
+    plain launch is noted.
 
     Args:
-        launch: whether the kernel may overlap -> the driver's code.
+        launch: whether early kernels may overlap -> the driver's code.
 
     Returns:
         The code.
     """
-    now = stamp(stream, stacks.a)
+    if not block.early:
+        return launch(False)
+    now = stamp(block.stream, stacks.a)
     known = may_overlap(stacks, now, captured)
     overlap = known and plan.settled
     seen["overlapped" if overlap else "plain"] += 1

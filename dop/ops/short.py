@@ -112,10 +112,7 @@ def _in_python(around: Surroundings) -> ShortPath:
             def start(overlap: bool) -> int:
                 return block.call.run(x_at, y_at, stacks.words, words, overlap)
 
-            if block.early:
-                code = settled.start(stacks, plan, block.stream, False, start)
-            else:
-                code = start(False)
+            code = settled.start(block, stacks, plan, False, start)
         except (KeyError, AttributeError, IndexError, TypeError, ValueError):
             return False  # the long path looks at the arguments and says what is wrong
         if code:

@@ -7,10 +7,11 @@ import ctypes
 import struct
 from contextlib import nullcontext
 
+import pytest
 import torch
 
 from dop.measure.artifact import Buffer, Launch
-from dop.ops import api, eager, launch, short, sources
+from dop.ops import api, eager, launch, native, short, sources
 from dop.ops.launch import DeviceKernel
 from dop.ops.sources import Choice
 
@@ -153,6 +154,19 @@ def kernel(tile_rows: int, slices: int, early: bool = False) -> DeviceKernel:
         f"tiles{tile_rows}", "test", "", tile_rows, launches, spaces, lambda: b"cubin",
         {"answer": 42},
     )  # fmt: skip
+
+
+WAYS = ["compiled", "ctypes"]
+"""How kernels are launched."""
+NO_EXTENSION = "dop.ops._launch is not built, or torch is older than 2.10"
+
+
+def choose_way(monkeypatch, way: str) -> None:
+    """Launch in one of WAYS; skips the test where that one is missing."""
+    if way == "ctypes":
+        monkeypatch.setattr(native, "EXTENSION", None)
+    elif not native.reads_tensors():
+        pytest.skip(NO_EXTENSION)
 
 
 def install(monkeypatch, sizes, tile_rows: int, early: bool = False) -> FakeDriver:

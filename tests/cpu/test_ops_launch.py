@@ -7,7 +7,7 @@ from sgmv_reference import reference, rows, stacks
 
 from dop import ops
 from dop.measure.cuda_driver import CudaError
-from dop.ops import eager, launch, native
+from dop.ops import eager, launch
 from dop.ops.plan import fill_by_torch
 from dop.ops.stacks import STACKS
 
@@ -22,13 +22,10 @@ def whole_plans(monkeypatch):
     monkeypatch.setattr(eager, "fill", fill_by_torch)
 
 
-@pytest.fixture(params=["compiled", "ctypes"])
+@pytest.fixture(params=fake_driver.WAYS)
 def way(request, monkeypatch):
     """How kernels are launched."""
-    if request.param == "ctypes":
-        monkeypatch.setattr(native, "EXTENSION", None)
-    elif not native.reads_tensors():
-        pytest.skip("dop.ops._launch is not built, or torch is older than 2.10")
+    fake_driver.choose_way(monkeypatch, request.param)
     return request.param
 
 

@@ -11,7 +11,7 @@ from dop import ops
 from dop.integrations.stacks import LayerStack
 from dop.integrations.step_plan import StepPlans, narrow
 from dop.measure.cuda_driver import CudaError
-from dop.ops import api, derived, eager, native, settled
+from dop.ops import api, derived, eager, settled
 from dop.ops import plan as plans
 from dop.ops.plan import SegmentPlan
 from dop.ops.stacks import STACKS
@@ -46,12 +46,9 @@ class Case:
         fake_driver.set_surroundings(self.patch, **facts)
 
 
-@pytest.fixture(params=["compiled", "ctypes"])
+@pytest.fixture(params=fake_driver.WAYS)
 def case(request, monkeypatch):
-    if request.param == "ctypes":
-        monkeypatch.setattr(native, "EXTENSION", None)
-    elif not native.reads_tensors():
-        pytest.skip("dop.ops._launch is not built, or torch is older than 2.10")
+    fake_driver.choose_way(monkeypatch, request.param)
     return Case(monkeypatch)
 
 

@@ -25,19 +25,12 @@ from dop.ops.stacks import STACKS
 ROOT = Path(__file__).parents[2]
 SLOTS, RANK, WIDTH, OUTS = 4, 8, 16, (8, 4)
 IDS = [1, -1, 3, 0, 0, 2]
-WAYS = ["compiled", "ctypes"]
-
-needs_extension = pytest.mark.skipif(
-    not native.reads_tensors(), reason="dop.ops._launch is not built, or torch is older than 2.10"
-)
+needs_extension = pytest.mark.skipif(not native.reads_tensors(), reason=fake_driver.NO_EXTENSION)
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=fake_driver.WAYS)
 def case(request, monkeypatch):
-    if request.param == "ctypes":
-        monkeypatch.setattr(native, "EXTENSION", None)
-    elif not native.reads_tensors():
-        pytest.skip("dop.ops._launch is not built, or torch is older than 2.10")
+    fake_driver.choose_way(monkeypatch, request.param)
     return prepare(monkeypatch)
 
 
