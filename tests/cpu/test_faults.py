@@ -174,6 +174,21 @@ def test_a_batch_dropped_halfway_forgets_what_was_built_ahead():
         assert all(m.ok for _, _, m in local.measure(following))
 
 
+def test_nothing_is_timed_while_builders_use_the_same_cores(monkeypatch):
+    building = []
+    jobs = [job("tile_rows", 1), job("slow", 1), job("slow", 2)]
+    with measurer(builders=1) as local:
+        submit = local.runners.submit
+
+        def note(*task):
+            building.append(local.builders.backlog)
+            submit(*task)
+
+        monkeypatch.setattr(local.runners, "submit", note)
+        assert all(m.ok for _, _, m in local.measure(jobs))
+    assert building == [0, 0, 0]
+
+
 def test_a_run_is_told_how_fast_those_before_it_were(monkeypatch):
     told = []
     known = replace(job("tile_rows", 0), best_s=(1.0, None))

@@ -136,6 +136,8 @@ def test_cancel_drops_what_is_queued_and_running(pool):
     while not pool.pids:
         pool.step(0.1)
     pool.step(1.0)
+    assert pool.busy
+    assert pool.backlog == 2
     pool.cancel()
     assert not pool.busy
     assert run(pool, [("echo", 2)])[1] == {0: [("config", 2)]}
