@@ -26,8 +26,6 @@ import torch
 from benchmarks.textgen import load as load_test
 from benchmarks.textgen import results as report
 from benchmarks.textgen.engine import ARMS, SWITCHES, Arm, OneAdapterAtATime, Watched, split
-from benchmarks.textgen.load import OUTPUT, PROMPT
-from benchmarks.textgen.load import parse as load_of
 from benchmarks.textgen.merge import show
 from benchmarks.textgen.models import TINY, BenchModel, copy_bandwidth, find_model
 from benchmarks.textgen.results import CaseResult
@@ -37,7 +35,7 @@ from dop import collect_env
 from dop.errors import ConfigError, DopError, MissingDependencyError
 
 DEFAULT_ARMS = "base,stock,dop,loop"
-LOAD_TOKENS = PROMPT + OUTPUT
+LOAD_TOKENS = load_test.PROMPT + load_test.OUTPUT
 WATCHED = 8
 """Batches that an arm serves while watched."""
 
@@ -129,7 +127,7 @@ def _complete(options: argparse.Namespace) -> None:
     ):
         raise ConfigError("arms, rank, repeats and batches must be positive.", "Give at least 1.")
     options.cases = list(_cases(options))
-    options.load = load_of(options.load) if options.load else None
+    options.load = load_test.parse(options.load) if options.load else None
     options.profile = _case(options.profile) if options.profile else None
     if options.profile and (options.engine != "vllm" or not options.save_to):
         raise ConfigError("--profile needs --engine vllm and --save-to.", "Give both.")

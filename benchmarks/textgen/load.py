@@ -57,8 +57,9 @@ def parse(text: str) -> Load:
     """
     try:
         requests, adapters = (int(n) for n in text.split(":"))
-        assert 1 <= adapters <= requests
-    except (ValueError, AssertionError) as error:
+        if not 1 <= adapters <= requests:
+            raise ValueError(text)
+    except ValueError as error:
         raise ConfigError(f"--load {text}.", "Use REQUESTS:ADAPTERS, e.g. 2000:500.") from error
     return Load(requests, adapters)
 
