@@ -192,7 +192,7 @@ def test_nothing_is_timed_while_builders_use_the_same_cores(monkeypatch):
 def test_a_run_is_told_how_fast_those_before_it_were(monkeypatch):
     told = []
     known = replace(job("tile_rows", 0), best_s=(1.0, None))
-    with measurer() as local:
+    with measurer(builders=1) as local:  # builds end in order
         submit = local.runners.submit
 
         def note(task, run, *rest):
