@@ -64,11 +64,14 @@ class SearchEffort:
         tournament: contestants from which a parent is chosen.
         crossover: share of children with two parents.
         structural: share of mutations that change the sketch.
+        repair: share of the invalid mutants and newcomers that further changes try to make valid.
         epsilon: share of every batch that is random, or goes where the model knows least if not
             every other pick promises a gain.
         explore: share of the picks without a promise that go where the model knows least; the
             others go to good predictions in doubt.
         hinted: share of a batch that neighbours' winners may take while little is known.
+        try_out: share of a batch for sketches that came close with few trials.
+        trials: measured candidates from which a sketch has had its try.
         spread: penalty, as a share of the score, for every earlier pick of the batch whose
             annotation differs in at most one value.
         prior_sigma: standard deviation of the model's log error until it was observed.
@@ -85,9 +88,12 @@ class SearchEffort:
     tournament: int = 4
     crossover: float = 0.3
     structural: float = 0.1
+    repair: float = 0.3
     epsilon: float = 0.2
     explore: float = 0.5
     hinted: float = 0.5
+    try_out: float = 0.3
+    trials: int = 16
     spread: float = 0.1
     prior_sigma: float = 0.25
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from dop.search.crossover import cross
 from dop.search.history import History, PointKey, Result, point_key
 from dop.search.mutator import MUTATORS
 from dop.search.mutator.structure import change_sketch
+from dop.search.repair import repaired
 from dop.search.selection import acquisition, diverse, tournament
 from dop.search.strategy import Strategy
 from dop.space.sketch import Annotation, Candidate, Sketch, Space
@@ -36,6 +39,12 @@ measurements was below 0.8 in 3 searches of 16 on a recorded CPU table, with 768
 _DOUBT = 3.0
 """By how much the model's deviation is taken to be too small where it promises nothing. The
 recorded CPU tables took 62 and 42 measurements (means of 32 seeds) with 3, 64 and 43 with 1."""
+
+_RIVAL = 1.6
+"""A sketch whose best takes at most this times the best of a scenario may win there once tuned."""
+
+_VARIANTS = 48
+"""Points of a sketch among which its next trial is chosen."""
 
 _MIN_SIGMA = 0.02
 """Noise of a measurement: no prediction is trusted beyond it."""
@@ -85,8 +94,9 @@ class EvolutionaryStrategy(Strategy):
 
     The order is: the defaults, random ones until `warm_up` more than the defaults were measured,
     then batches that the model picked, a share of them random. Hints are half of every batch as
-    long as there are any. Where nothing promises a gain, about half of a batch goes where the
-    model knows least. See docs/search.md.
+    long as there are any. Sketches that were hardly tried have a share of every batch. Where
+    nothing promises a gain, about half of a batch goes where the model knows least. See
+    docs/search.md.
     """
 
     def __init__(
@@ -174,6 +184,7 @@ class EvolutionaryStrategy(Strategy):
         early = self._early or not self.model.trained
         chosen = self._take_hints(math.ceil(n * self._effort.hinted)) if early else []
         if len(self.history) >= self._warm_until and self.model.trained:
+            chosen += self._tried_out(self._effort.try_out * (n - len(chosen)))
             chosen += self._judged(n - len(chosen))
         chosen += self._newcomers(n - len(chosen))
         self._remember(chosen)
@@ -203,6 +214,41 @@ class EvolutionaryStrategy(Strategy):
         doubted = Pool(pool.drafts, self._scored(pool.drafts, _DOUBT))
         chosen += self._picked(doubted, picks - promising - strange)
         return chosen + self._least_known(strange + n - picks)
+
+    def _tried_out(self, share: float) -> list[Candidate]:
+        """About `share` candidates of sketches that came close with few trials.
+
+        What the model expects of a sketch that it has seen once is what it knows of the others,
+        so the first sketch that was tuned would win for good.
+        """
+        chosen: list[Candidate] = []
+        rivals = self._rivals()
+        if not rivals:
+            return chosen
+        for known in itertools.islice(itertools.cycle(rivals), self._rounded(share)):
+            drafts: dict[PointKey, Draft] = {}
+            for _ in range(_VARIANTS):
+                draft = self._mutant(self.rng.choice(known), structural=0.0)
+                if draft is not None and not self.history.saw(draft.key):
+                    drafts.setdefault(draft.key, draft)
+            chosen += self._picked(Pool(drafts, self._scored(drafts)), 1)
+        return chosen
+
+    def _rivals(self) -> list[list[Draft]]:
+        """Points that come close to the best of some scenario, of sketches with fewer than `trials`
+        candidates: a list for each sketch, the closest first."""
+        if len(self.space.sketches) < 2:
+            return []
+        ratios = self.history.ratios()
+        counts = Counter(candidate.sketch.name for candidate, _ in ratios)
+        near: dict[str, list[tuple[float, Draft]]] = {}
+        for candidate, ratio in ratios:
+            name = candidate.sketch.name
+            if counts[name] < self._effort.trials and ratio <= _RIVAL:
+                draft = Draft(candidate.sketch, candidate.annotation)
+                near.setdefault(name, []).append((ratio, draft))
+        found = sorted(near.values(), key=lambda drafts: min(ratio for ratio, _ in drafts))
+        return [[draft for _, draft in drafts] for drafts in found]
 
     def _rounded(self, exact: float) -> int:
         """A number rounded up or down at random, right on average."""
@@ -275,7 +321,11 @@ class EvolutionaryStrategy(Strategy):
     def _random_drafts(self, n: int) -> Iterable[Draft]:
         for _ in range(n):
             sketch = self.rng.choice(self.space.sketches)
-            draft = Draft.of(sketch, sketch.sample(self.rng))
+            values = sketch.sample(self.rng)
+            draft = Draft.of(sketch, values)
+            if draft is None and self.rng.random() < self._effort.repair:
+                better = repaired(sketch, values, frozenset(), self.rng)
+                draft = Draft.of(sketch, better) if better else None
             if draft is not None:
                 yield draft
 
@@ -303,10 +353,15 @@ class EvolutionaryStrategy(Strategy):
         )
         return Draft.of(*joined) if joined else None
 
-    def _mutant(self, parent: Draft) -> Draft | None:
-        """One change, sometimes more: after each another follows with probability 0.4."""
+    def _mutant(self, parent: Draft, structural: float | None = None) -> Draft | None:
+        """One change, sometimes more: after each another follows with probability 0.4.
+
+        Args:
+            structural: probability of another sketch; None is the effort's.
+        """
         sketch, values = parent.sketch, dict(parent.annotation)
-        if len(self.space.sketches) > 1 and self.rng.random() < self._effort.structural:
+        structural = self._effort.structural if structural is None else structural
+        if len(self.space.sketches) > 1 and self.rng.random() < structural:
             sketch, values = change_sketch(sketch, values, self.space.sketches, self.rng)
         open_domains = [d for d in sketch.domains if len(d.choices) > 1]
         while open_domains:
@@ -314,7 +369,13 @@ class EvolutionaryStrategy(Strategy):
             values = MUTATORS[domain.kind].mutate(sketch, values, domain, self.rng)
             if self.rng.random() >= 0.4:
                 break
-        return Draft.of(sketch, values)
+        draft = Draft.of(sketch, values)
+        if draft is None and self.rng.random() < self._effort.repair:
+            before = dict(parent.annotation)
+            moved = frozenset(name for name, value in values.items() if before.get(name) != value)
+            better = repaired(sketch, values, moved, self.rng)
+            draft = Draft.of(sketch, better) if better else None
+        return draft
 
     def _survivors(self, pool: Pool) -> tuple[list[Draft], FloatArray]:
         """The best-scored points so far, as the next generation."""

@@ -111,6 +111,20 @@ class History:
                 open_ones.append((min(ratios), place, entry.candidate, missing))
         return [(c, missing) for _, _, c, missing in sorted(open_ones, key=lambda o: o[:2])]
 
+    def ratios(self) -> list[tuple[Candidate, float]]:
+        """Every measured candidate with its least time over the best of a scenario (1 if it is the
+        best somewhere; infinite if it only failed)."""
+        return [
+            (
+                entry.candidate,
+                min(
+                    (s / self.best_s(k) for k, s in entry.seconds.items() if math.isfinite(s)),
+                    default=math.inf,
+                ),
+            )
+            for entry in self._entries.values()
+        ]
+
     def contested(self, rivals: int, within: float) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
         """The best and its close rivals in each scenario, with the scenarios where they are close.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,11 @@ class Sketch:
             if value > limit.maximum:
                 return f"{limit.name}: {value}, at most {limit.maximum}"
         return None
+
+    def excess(self, annotation: Annotation) -> float:
+        """How far an annotation within the domains is beyond the limits: 0 where it is valid."""
+        over = ((limit.value(annotation), limit.maximum) for limit in self.limits)
+        return sum(math.log2((value + 1) / (most + 1)) for value, most in over if value > most)
 
     def bind(self, annotation: Annotation) -> Trace:
         """The trace for an annotation.
