@@ -104,8 +104,12 @@ def pack(
     sources: bool = typer.Option(
         True, help="Ship the CUDA sources too, from which other architectures are served."
     ),
-    early: bool = typer.Option(
-        True, help="Ship kernels that read weights before they wait for the kernel before them."
+    early: int = typer.Option(
+        16,
+        min=0,
+        metavar="TOKENS",
+        help="Up to so many tokens kernels may be shipped that read weights before they wait for "
+        "the kernel before them; 0: none.",
     ),
     reuse: Path | None = _REUSE,
     rebuild: bool = typer.Option(False, "--rebuild", help="Build every kernel anew."),

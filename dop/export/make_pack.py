@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dop.export.reuse import BUILDER, MIN_ARCH, Reusable, builder
 from dop.export.select import Kernel, Measured, Selection, choose, having, is_early
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
+from dop.scenario import Scenario
 from dop.space.step import SplitStep
 
 Key = tuple[str, str]
@@ -26,6 +27,12 @@ Key = tuple[str, str]
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
+
+
+EARLY_TOKENS = 16
+"""Rows up to which a kernel that reads A before it waits pays behind a model's matmuls, too. Back
+to back with other calls of Dop, as they are tuned, such kernels gain at any size
+(docs/performance.md, experiments 18 and 26)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ def make_pack(
     max_regret: float,
     processes: int = 1,
     sources: bool = True,
-    early: bool = True,
+    early: int = EARLY_TOKENS,
     reuse: Path | None = None,
     generate: Generate | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -89,8 +96,8 @@ def make_pack(
         max_regret: see `dop.dispatch.cover`.
         processes: that build at a time.
         sources: ship the CUDA sources too, of kernels that other architectures can build.
-        early: ship kernels that read tables and weights before they wait for the kernel before
-            them; without them every launch overlaps as it always may.
+        early: most tokens of a batch for which kernels may be chosen that read tables and weights
+            before they wait for the kernel before them; 0: none.
         reuse: an existing pack; its kernels are taken where they would be built the same, see
             `dop.export.reuse`.
         generate: stand-in for the code generator.
@@ -112,9 +119,10 @@ def make_pack(
     notes = []
     if skipped:
         notes.append(f"{len(skipped)} kernels want tiles that no plan has; they are passed over.")
-    if not early:
-        skipped |= having(measured, is_early)
-        notes.append("kernels that read weights before they wait are left out.")
+    measured, left_out = _early_up_to(measured, early)
+    if left_out:
+        limit = f"beyond {early} tokens" if early else "everywhere"
+        notes.append(f"{left_out} kernels that read weights before they wait: left out {limit}.")
     banned: dict[Key, str] = {}
     while True:
         selection = in_dtypes(choose(measured, max_regret, skipped | banned.keys()), dtypes)
@@ -169,6 +177,20 @@ def _build(
         outcomes[_key(todo[job.name])] = _servable(outcome)
         if progress is not None:
             progress(done, len(jobs))
+
+
+def _early_up_to(measured: Measured, tokens: int) -> tuple[Measured, int]:
+    """Without the times of early kernels for larger batches, and how many kernels lost some."""
+    early = having(measured, is_early)
+    lost: set[Key] = set()
+    kept = []
+    for entry in measured.entries:
+        key = (entry.workload_key, entry.trace_key)
+        if key in early and Scenario.parse(entry.scenario_key).tokens > tokens:
+            lost.add(key)
+        else:
+            kept.append(entry)
+    return replace(measured, entries=tuple(kept)), len(lost)
 
 
 def _unplannable(measured: Measured) -> set[Key]:

@@ -105,8 +105,8 @@ def read_tiles(app: Application) -> TileKernels:
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
-    if not workers and (cluster != part or rank_blocks > 1):
-        raise TraceError("clusters of some parts and blocks of ranks want workers.")
+    if not workers and cluster != part:
+        raise TraceError("clusters of some parts want workers.")
     shrink = PipelinedShrink(
         workload,
         rows,

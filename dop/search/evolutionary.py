@@ -46,6 +46,9 @@ _RIVAL = 1.6
 _VARIANTS = 48
 """Points of a sketch among which its next trial is chosen."""
 
+_COMPROMISES = 3
+"""Elites for each number of tokens that lose least whatever the mix."""
+
 _MIN_SIGMA = 0.02
 """Noise of a measurement: no prediction is trusted beyond it."""
 
@@ -113,6 +116,10 @@ class EvolutionaryStrategy(Strategy):
         self.model = model
         self._effort = effort
         self._hints: list[Candidate] = []
+        by_tokens: dict[int, list[int]] = {}
+        for i, scenario in enumerate(self.scenarios):
+            by_tokens.setdefault(scenario.tokens, []).append(i)
+        self._mixes = [columns for columns in by_tokens.values() if len(columns) > 1]
         self._warm_until = len(self._defaults) + effort.warm_up
         self._predicted: dict[tuple[PointKey, str], float] = {}
         self._correlation: float | None = None
@@ -305,7 +312,9 @@ class EvolutionaryStrategy(Strategy):
         """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
         hints, self._hints = self._hints, (self._hints if self._early else [])
-        known = [*hints, *self.history.elites(effort.elites)][: effort.population // 2]
+        mixes = [[self.scenarios[i].key for i in columns] for columns in self._mixes]
+        middle = [c for keys in mixes for _, c in self.history.compromises(keys, _COMPROMISES)]
+        known = [*hints, *middle, *self.history.elites(effort.elites)][: effort.population // 2]
         elites = [Draft(c.sketch, c.annotation) for c in known]
         wanted = int(effort.population * effort.newcomers)
         newcomers = list(self._random_drafts(wanted))
@@ -393,7 +402,18 @@ class EvolutionaryStrategy(Strategy):
         predicted = self.model.predict(drafts, self.scenarios)
         known = self.model.deviation(drafts, self.scenarios)
         sigma = np.where(known > 0, np.maximum(known, _MIN_SIGMA), self.sigma)
-        return acquisition(predicted, [s.weight for s in self.scenarios], doubt * sigma)
+        weights = [s.weight for s in self.scenarios]
+        for columns in self._mixes:
+            keys = [self.scenarios[i].key for i in columns]
+            best = self.history.compromises(keys, 1)
+            if best:
+                worst = np.argmax(predicted[:, columns], axis=1, keepdims=True)
+                lost = np.take_along_axis(predicted[:, columns], worst, axis=1)
+                unsure = np.take_along_axis(sigma[:, columns], worst, axis=1)
+                predicted = np.hstack([predicted, lost - math.log(best[0][0])])
+                sigma = np.hstack([sigma, unsure])
+                weights.append(sum(self.scenarios[i].weight for i in columns))
+        return acquisition(predicted, weights, doubt * sigma)
 
     def _picked(self, pool: Pool, n: int) -> list[Candidate]:
         """The best unseen points, spread out; `n` of them if there are as many."""

@@ -125,6 +125,21 @@ class History:
             for entry in self._entries.values()
         ]
 
+    def compromises(self, keys: Sequence[str], count: int) -> list[tuple[float, Candidate]]:
+        """Candidates for a batch that may be any of several scenarios, best ones first.
+
+        Returns:
+            Up to `count` of those that worked under all of them, each with the largest ratio of
+            its time to the best of a scenario.
+        """
+        found = []
+        for place, entry in enumerate(self._entries.values()):
+            times = [entry.seconds.get(key, math.inf) for key in keys]
+            if all(map(math.isfinite, times)):
+                ratios = (time / self.best_s(key) for time, key in zip(times, keys, strict=True))
+                found.append((max(ratios), place, entry.candidate))
+        return [(ratio, candidate) for ratio, _, candidate in heapq.nsmallest(count, found)]
+
     def contested(self, rivals: int, within: float) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
         """The best and its close rivals in each scenario, with the scenarios where they are close.
 

@@ -189,18 +189,28 @@ def test_tiles_that_no_plan_has_are_never_built(tmp_path, monkeypatch):
     assert "1 kernels want tiles that no plan has" in packed.notes[0]
 
 
-def test_early_kernels_may_be_left_out(tmp_path, monkeypatch):
+def test_early_kernels_are_for_batches_of_few_tokens(tmp_path, monkeypatch):
     early = Trace((*TRACES["a"].steps, PragmaStep(5, 0, "dependent_launch", 3)))
     traces = {**TRACES, "early": early}
     times = {key: {**row, "early": 0.5} for key, row in TIMES.items()}
     options = {"traces": traces, "times": times}
-    taken = pack_at(tmp_path / "p.doppack", monkeypatch, **options)
-    assert {k.trace_key for k in load(taken.path).kernels.values()} == {early.key}
-    left = pack_at(tmp_path / "q.doppack", monkeypatch, early=False, **options)
-    kernels = {k.trace_key for k in load(left.path).kernels.values()}
-    assert kernels
-    assert early.key not in kernels
-    assert "left out" in " ".join(left.notes)
+
+    def serving(name, **more):
+        packed = pack_at(tmp_path / name, monkeypatch, **options, **more)
+        table = load(packed.path).table.workloads[WORKLOAD.key]
+        rows = {row.tokens for row in table.rows if row.trace_key == early.key}
+        return rows, " ".join(packed.notes)
+
+    chosen, notes = serving("all.doppack", early=64)
+    assert chosen >= {8, 64}
+    assert "left out" not in notes
+    chosen, notes = serving("few.doppack")
+    assert 8 in chosen
+    assert max(chosen) <= 16
+    assert "1 kernels that read weights before they wait: left out beyond 16 tokens" in notes
+    chosen, notes = serving("none.doppack", early=0)
+    assert not chosen
+    assert "left out everywhere" in notes
 
 
 def shipped_of(path, records):

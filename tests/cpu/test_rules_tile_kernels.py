@@ -122,13 +122,23 @@ def test_one_half_alone_is_refused() -> None:
 
 def test_shared_b_and_warpgroups_are_sketches_of_their_own() -> None:
     sketches = [s for s in build_space(QKV_64, SM_90).sketches if s.name.startswith("wide_tiles")]
-    assert len(sketches) == 4
+    assert len(sketches) == 6
     for sketch in sketches:
         code = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
         shrink, expand = code.kernels
         assert (expand.dynamic_smem_bytes > 0) == ("shared_b" in sketch.name)
-        assert ("m64n192k16" in code.source) == ("warpgroup" in sketch.name)
+        assert ("m64n192k16" in code.source) == ("warpgroup_split_k" in sketch.name)
+        assert ("m64n96k16" in code.source) == ("warpgroup_rank_blocks" in sketch.name)
         assert shrink.dynamic_smem_bytes > 0
+
+
+def test_blocks_that_share_ranks_are_neighbours() -> None:
+    sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
+    name = next(n for n in sketches if "register_b/warpgroup_rank_blocks" in n)
+    values = sketches[name].default()
+    shrink = generate(QKV_64, sketches[name].bind(values), SM_90).kernels[0]
+    assert values["shrink.rank_blocks"] == 2
+    assert shrink.grid[:2] == ("tiles * 2", str(values["shrink.split_k"]))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

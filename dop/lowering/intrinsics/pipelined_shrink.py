@@ -34,7 +34,7 @@ class PipelinedShrink:
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
         cluster: parts of a cluster; 0: all of them.
-        rank_blocks: blocks that share the ranks of all slices.
+        rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
     """
@@ -88,6 +88,8 @@ class PipelinedShrink:
         blocks = str(self.split_k * self.rank_blocks)
         if self.workers:  # tiles with rows come first, all of their blocks
             return (blocks, f"tokens // {self.tile_rows} + {self.workers}", "1")
+        if self.rank_blocks > 1:  # those of a tile read the same rows of x
+            return (f"tiles * {self.rank_blocks}", str(self.split_k), "1")
         return ("tiles", blocks, "1")
 
     @property
@@ -113,12 +115,15 @@ class PipelinedShrink:
         cluster, ranks = self.cluster_blocks, self.block_ranks
         pieces = self.depth // 8
         at_once = self.workers > 0 and self.stages * self.depth * self.split_k == w.in_features
+        shared = self.workers > 0 or self.rank_blocks > 1
         shape = f"{cluster}, 1, 1" if self.workers else f"1, {cluster}, 1"
         close = (
             few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
         )
         values = {
             "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
+            "WHERE": _RANK_BLOCK if self.rank_blocks > 1 else _WHOLE_TILE,
+            "RANK_BLOCKS": self.rank_blocks,
             "CLOSE": (close if self.workers else "") + (few_rows.EARLY_CLOSE if self.early else ""),
             "MAY_START": "" if self.early else few_rows.MAY_START,
             "PRELOAD": few_rows.SHRINK_PRELOAD if self.workers else _PRELOAD,
@@ -129,8 +134,8 @@ class PipelinedShrink:
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
             "SHARE": "share" if self.workers else "part",
-            "ROW": "(first_rank + row)" if self.workers else "row",
-            "R": "(first_rank + r)" if self.workers else "r",
+            "ROW": "(first_rank + row)" if shared else "row",
+            "R": "(first_rank + r)" if shared else "r",
             "V_SLICE": f"(outer * {w.slices} + slice)" if self.workers else "slice",
             "PARTS": self.parts,
             "ALL_PARTS": self.split_k,
@@ -166,7 +171,7 @@ class PipelinedShrink:
 
     def _wgmma(self) -> str:
         """wgmma of 64 rows, 16 of k and the warpgroup's ranks, as a macro of two descriptors."""
-        ranks = self.ranks // self.rank_warps
+        ranks = self.block_ranks // self.rank_warps
         count = ranks // 2
         registers = ", ".join(f"%{n}" for n in range(count))
         sums = ", ".join(f'"+f"(sum[0][{n // 4}][{n % 4}])' for n in range(count))
@@ -188,8 +193,14 @@ def _shift_of(w: Workload) -> str:
     return text
 
 
+_WHOLE_TILE = "  const int tile = blockIdx.x, part = blockIdx.y;"
+
+_RANK_BLOCK = """\
+  const int tile = blockIdx.x / @RANK_BLOCKS@, part = blockIdx.y;
+  const int first_rank = blockIdx.x % @RANK_BLOCKS@ * @RANKS@;"""
+
 _OPEN_TILE = """\
-  const int tile = blockIdx.x, part = blockIdx.y;
+@WHERE@
   dop_dependents_may_start();
   // The tables' entries are read side by side; a table that is not given reads as another one.
   const int rows = dop_table(tile_rows_ptr + tile), row0 = dop_table(tile_row0_ptr + tile);

@@ -87,6 +87,7 @@ RULES: tuple[Rule, ...] = (
     SharedB(),
     ClusterSplitK(),
     ClusterSplitK("warpgroup_split_k", warpgroups=True),
+    ClusterSplitK("warpgroup_rank_blocks", warpgroups=True, rank_blocks=True),
     ClusterA(),
     ClusterX(),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),

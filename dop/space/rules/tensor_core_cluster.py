@@ -33,6 +33,9 @@ MAX_PARTS = 8
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
+MANY_RANKS = 8
+"""16-rank tiles of all slices from which on blocks may share them."""
+
 MIN_WGMMA_TILES = 2
 """16-rank tiles of all slices from which on wgmma may pay."""
 
@@ -45,10 +48,13 @@ class ClusterSplitK:
     """shrink: its own kernel; parts of k are summed within a cluster.
 
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
+    `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
+    ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
     """
 
     name: str = "cluster_split_k"
     warpgroups: bool = False
+    rank_blocks: bool = False
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -58,6 +64,9 @@ class ClusterSplitK:
         ranks = w.slices * padded(w.rank) // EDGE
         few = "few" in state.notes
         if self.warpgroups and (few or state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
+            return []
+        blocks = dividing(ranks, (2, 3, 4, 6)) if self.rank_blocks else ()
+        if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
@@ -74,8 +83,15 @@ class ClusterSplitK:
         elif self.warpgroups:
             new.notes["warpgroups"] = 1
             new.param(ROW_WARPS.name, "warps", (4, 8), 4)
-            groups = tuple(n for n in dividing(ranks, (1, 2, 3, 4)) if ranks // n <= 16)
-            new.param(RANK_WARPS.name, "warps", groups, groups[0])
+            choices = {1, 2, 3, 4, *blocks, *(2 * n for n in blocks)}
+            groups = dividing(ranks, sorted(choices))
+            groups = tuple(n for n in groups if ranks // n <= 16)
+            first = groups[0]
+            if self.rank_blocks:
+                first = next(n for n in groups if n % blocks[0] == 0)
+                new.param(RANK_BLOCKS.name, "split_k", blocks, blocks[0])
+                new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a[RANK_BLOCKS.name])
+            new.param(RANK_WARPS.name, "warps", groups, first)
         else:
             new.param(ROW_WARPS.name, "warps", (1, 2, 4, 8), 4)
             groups = dividing(ranks, (1, 2, 3, 4))
@@ -110,6 +126,7 @@ class ClusterSplitK:
         new.pragma("shrink_rf", PART, "cluster")
         if "few" in new.notes:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
+        if any(domain.name == RANK_BLOCKS.name for domain in new.domains):
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         new.annotate("shrink_rf", 3, "threadIdx.z")
         new.annotate("shrink_rf", 4, "threadIdx.y")
@@ -131,7 +148,7 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.param(CLUSTER_BLOCKS.name, "split_k", clusters, fits[-1])
     # The grid's empty blocks should fit beside those of one tile, at three per multiprocessor.
     spare = 3 * new.target.units // (enough[0] * wide) - 1
-    workers = new.param("tokens.workers", "binding", (1, 3, 7, 15), 7 if spare >= 7 else 3)
+    workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
     new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
     new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
@@ -221,6 +238,8 @@ def _limits(new: SketchState) -> None:
     def registers(a: Annotation) -> int:
         rows = a[TILE_ROWS.name] // (EDGE * a[ROW_WARPS.name])
         tiles = ranks_of(a) // (EDGE * rank_warps(a))
+        if "warpgroups" in new.notes:  # operands stay in shared memory
+            return 8 * rows * tiles + 2 * copies(a) + 16
         return 8 * rows * tiles + 4 * (rows + 1) + 4 * copies(a) + 32
 
     def smem(a: Annotation) -> int:
