@@ -6,6 +6,7 @@ judged by its worst regret among them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ class Cell:
 
     Attributes:
         times: seconds by trace key, per scenario key.
-        costs: worst ratio to the best by trace key.
+        costs: worst ratio to the best by trace key; of a batch of unknown segments the mean of
+            those of its cells.
         slack: what a kernel may lose against the smallest cost, if no cost is near 1.
     """
 
@@ -79,5 +81,15 @@ def unknown_cell(bucket: list[Cell], max_regret: float) -> Cell | None:
     """A bucket as the batch of unknown segments; None if no trace was measured all over it."""
     cell = Cell(bucket[0].tokens, UNKNOWN_ROWS, slack=max_regret)
     everywhere = set.intersection(*(set(c.costs) for c in bucket))
-    cell.costs = {trace: max(c.costs[trace] for c in bucket) for trace in sorted(everywhere)}
+    cell.costs = {trace: mean_cost(trace, bucket) for trace in sorted(everywhere)}
     return cell if cell.costs else None
+
+
+def mean_cost(trace: str, cells: Iterable[Cell]) -> float:
+    """Geometric mean of what a trace costs in some cells; infinite if it lacks one.
+
+    What a batch of unknown segments should cost: whoever loses least in the worst cell may lose
+    about as much in all the others.
+    """
+    logs = [math.log(cell.costs.get(trace, math.inf)) for cell in cells]
+    return math.exp(math.fsum(logs) / len(logs))

@@ -407,11 +407,9 @@ class EvolutionaryStrategy(Strategy):
             keys = [self.scenarios[i].key for i in columns]
             best = self.history.compromises(keys, 1)
             if best:
-                worst = np.argmax(predicted[:, columns], axis=1, keepdims=True)
-                lost = np.take_along_axis(predicted[:, columns], worst, axis=1)
-                unsure = np.take_along_axis(sigma[:, columns], worst, axis=1)
-                predicted = np.hstack([predicted, lost - math.log(best[0][0])])
-                sigma = np.hstack([sigma, unsure])
+                lost = predicted[:, columns].mean(axis=1, keepdims=True) - best[0][0]
+                unsure = sigma[:, columns].mean(axis=1, keepdims=True)
+                predicted, sigma = np.hstack([predicted, lost]), np.hstack([sigma, unsure])
                 weights.append(sum(self.scenarios[i].weight for i in columns))
         return acquisition(predicted, weights, doubt * sigma)
 

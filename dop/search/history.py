@@ -129,16 +129,16 @@ class History:
         """Candidates for a batch that may be any of several scenarios, best ones first.
 
         Returns:
-            Up to `count` of those that worked under all of them, each with the largest ratio of
-            its time to the best of a scenario.
+            Up to `count` of those that worked under all of them, each with the mean of log(time /
+            best time), as dispatch judges them.
         """
         found = []
         for place, entry in enumerate(self._entries.values()):
             times = [entry.seconds.get(key, math.inf) for key in keys]
             if all(map(math.isfinite, times)):
-                ratios = (time / self.best_s(key) for time, key in zip(times, keys, strict=True))
-                found.append((max(ratios), place, entry.candidate))
-        return [(ratio, candidate) for ratio, _, candidate in heapq.nsmallest(count, found)]
+                logs = [math.log(t / self.best_s(key)) for t, key in zip(times, keys, strict=True)]
+                found.append((math.fsum(logs) / len(logs), place, entry.candidate))
+        return [(lost, candidate) for lost, _, candidate in heapq.nsmallest(count, found)]
 
     def contested(self, rivals: int, within: float) -> list[tuple[Candidate, tuple[Scenario, ...]]]:
         """The best and its close rivals in each scenario, with the scenarios where they are close.

@@ -52,10 +52,10 @@ def test_a_measured_batch_names_record_times_and_alternatives(pack):
     assert first.scenario == "T64/identical/1"
     assert first.seconds == pytest.approx(20e-6)
     assert first.regret == 0
-    (other,) = first.alternatives  # c loses 5 % at most where a wins, so a is not shipped
-    assert other.trace_key == TRACES["c"].key
-    assert other.seconds == pytest.approx(79e-6)
-    assert other.regret == pytest.approx(79 / 20 - 1)
+    (other,) = first.alternatives  # a wins where b does not, so c is not shipped
+    assert other.trace_key == TRACES["a"].key
+    assert other.seconds == pytest.approx(80e-6)
+    assert other.regret == pytest.approx(80 / 20 - 1)
     assert answer.provenance["records"] == 15
     text = answer.text()
     for word in (TRACES["b"].key, "20.00 us", "regret 0.0%", "H200", "p.doppack", "floor"):
@@ -73,9 +73,9 @@ def test_buckets_between_and_beyond_say_what_they_are(pack):
 
 def test_unknown_adapters_tell_the_loss(pack):
     answer = ask(8)
-    # in 8 tokens a loses at most 100 %, b 200 %, c 90 %: c serves, though it wins nowhere
-    assert answer.trace == TRACES["c"].key
-    assert answer.worst == pytest.approx(0.9)
+    # in 8 tokens a loses 26 % in the geometric mean, b 49 %, and c 25 %, which a is near enough to
+    assert answer.trace == TRACES["a"].key
+    assert answer.worst == pytest.approx(1.0)
     assert answer.worst_scenario == "T8/identical/1"
     assert "CUDA graph" in reasons(answer)
     assert f"{answer.worst:.1%}" in reasons(answer)
