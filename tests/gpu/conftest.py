@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,19 @@ def why_not() -> str:
     return ""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timed: judges times, so it wants the GPU for itself")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = why_not()
     for item in items:
-        if reason and HERE in item.path.parents:
+        if HERE not in item.path.parents:
+            continue
+        if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+        elif "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("timed"):
+            item.add_marker(pytest.mark.skip(reason="judges times: run it alone, -m timed"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import bench_sgmv
@@ -28,6 +29,7 @@ def test_a_small_run(tmp_path: Path) -> None:
         assert row["sets"] > 1
 
 
+@pytest.mark.timed
 def test_one_call_takes_as_long_in_a_longer_graph() -> None:
     clock = CudaClock()
     x = torch.ones(1 << 24, device="cuda")
@@ -45,6 +47,7 @@ def test_one_call_takes_as_long_in_a_longer_graph() -> None:
     assert 0.5 < times["few"].median / times["many"].median < 2
 
 
+@pytest.mark.timed
 def test_host_cost_of_an_eager_call(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = "--host --ranks 16 --tokens 1 --layers qkv --contenders dop,cublas"

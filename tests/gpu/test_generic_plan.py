@@ -87,6 +87,7 @@ def test_annotate():
     same_tables(target, want, 300, 40)
 
 
+@pytest.mark.timed
 def test_time(capsys):
     """Predicted: 64 tokens at most 6 us, 8,192 at most 25 us (graph replay, launch included)."""
     for tokens, slots, limit in ((64, 64, 6.0), (64, 4096, 12.0), (8192, 64, 25.0)):

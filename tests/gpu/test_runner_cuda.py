@@ -81,6 +81,7 @@ def test_other_types_odd_ranks_and_odd_widths(gpu_target, dtype, rank):
             assert m.ok, m.message
 
 
+@pytest.mark.timed
 def test_repeated_timings_agree(gpu_target):
     """Two measurements of one candidate differ by little: the method's own noise."""
     job = Job(fake_cuda.trace("tile_rows", 0), WORKLOAD, SCENARIOS[:1])

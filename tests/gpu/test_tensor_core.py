@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+pytest.importorskip("tvm")
+
 from dop.measure.base import Job
 from dop.measure.local import Limits, LocalMeasurer
 from dop.scenario import Scenario, named
