@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from dop.cost_model.base import CostModel, NoModel
 from dop.cost_model.gbdt import GbdtModel
 from dop.effort import QUICK
 from dop.errors import ConfigError
+from dop.measurement import Measurement
 from dop.scenario import Scenario, named
-from dop.search.evolutionary import EvolutionaryStrategy
+from dop.search.evolutionary import Draft, EvolutionaryStrategy
 from dop.search.random import RandomStrategy
 from dop.search.replay import ReplayStrategy
 from dop.search.selection import acquisition, diverse, expected_gain, tournament
@@ -241,6 +244,75 @@ def test_exploring_ends_when_a_gain_is_in_sight_again():
     model.explored.clear()
     drive(strategy, 40)
     assert model.explored == []
+
+
+class Partial(Oracle):
+    """Sees a gain in one sketch and none in the others."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0.0)
+        self.name = name
+
+    def predict(self, points, scenarios):
+        ahead = [-0.3 if p.sketch.name == self.name else 0.3 for p in points]
+        return np.repeat(np.array(ahead)[:, None], len(scenarios), axis=1)
+
+
+def tried(slow: float, **effort) -> dict[str, int]:
+    """Candidates by sketch, where the model believes in the first one only, and all others take
+    `slow` times as long as it."""
+    favourite = SPACE.sketches[0].name
+    strategy = EvolutionaryStrategy(
+        SPACE, synthetic.WORKLOAD, SM_90, SCENARIOS, random.Random(3), Partial(favourite),
+        replace(QUICK.search, warm_up=0, epsilon=0.0, **effort),
+    )  # fmt: skip
+    counts = dict.fromkeys((sketch.name for sketch in SPACE.sketches), 0)
+    for _ in range(25):
+        chosen = strategy.ask(8)
+        results = []
+        for candidate in chosen:
+            counts[candidate.sketch.name] += 1
+            seconds = 1e-5 * (1.0 if candidate.sketch.name == favourite else slow)
+            results += [(candidate, s, Measurement((seconds,) * 3)) for s in SCENARIOS]
+        strategy.tell(results)
+    return counts
+
+
+def test_sketches_that_came_close_have_their_try_whatever_the_model_thinks():
+    others = [sketch.name for sketch in SPACE.sketches[1:]]
+    assert others
+    close, far, off = tried(1.2), tried(5.0), tried(1.2, try_out=0.0)
+    for name in others:
+        assert close[name] >= QUICK.search.trials > off[name]
+        assert far[name] < QUICK.search.trials
+    assert max(close[name] for name in others) <= QUICK.search.trials + 8
+
+
+def mixed(scenarios) -> tuple[EvolutionaryStrategy, Oracle]:
+    """Two candidates, each twice as slow as the other under one of the scenarios."""
+    model = Oracle(0.1)
+    strategy = evolutionary(scenarios=scenarios, model=model)
+    one, two = (SPACE.sample(random.Random(i)) for i in range(2))
+    times = ((one, (1e-5, 2e-5)), (two, (2e-5, 1e-5)))
+    strategy.tell(
+        [
+            (candidate, scenario, Measurement((seconds,) * 3))
+            for candidate, row in times
+            for scenario, seconds in zip(scenarios, row, strict=True)
+        ]
+    )
+    return strategy, model
+
+
+def test_a_compromise_is_worth_something_where_the_mix_is_not_known():
+    draft = Draft.of(SPACE.sketches[0], SPACE.sketches[0].default())
+    one_count, _ = mixed((named("identical", 32), named("distinct", 32)))
+    two_counts, _ = mixed((named("identical", 32), named("distinct", 64)))
+    # ten percent slower than the best of each, where the best compromise loses 41 %
+    assert one_count._scores([draft])[0] > 0.05
+    assert two_counts._scores([draft])[0] < 0.01
+    best = one_count.history.compromises([s.key for s in one_count.scenarios], 5)
+    assert [lost for lost, _ in best] == pytest.approx([math.log(2) / 2] * 2)
 
 
 def test_a_table_survives_its_file(tmp_path):

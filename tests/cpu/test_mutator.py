@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import synthetic
@@ -14,7 +15,8 @@ from dop.search.crossover import cross, domains_of, half_of
 from dop.search.mutator import MUTATORS
 from dop.search.mutator.base import nearest, neighbour
 from dop.search.mutator.structure import carry, change_sketch
-from dop.space.sketch import KINDS, Domain, Sketch
+from dop.search.repair import repaired
+from dop.space.sketch import KINDS, Domain, Limit, Sketch
 
 SPACE = synthetic.space()
 
@@ -149,3 +151,35 @@ def test_crossover_finds_a_third_sketch_where_the_halves_fit():
     assert cross((left, values[0]), (right, values[1]), [left, right], rng) is None
     child = cross((left, values[0]), (right, values[1]), [left, right, third], rng)
     assert child == (third, {"shrink.a": 2, "expand.b": 2})
+
+
+TIED = replace(
+    synthetic.sketch(),
+    limits=(
+        Limit(
+            "rows beside the warps' rows", 0, lambda a: abs(a["tokens.tile"] - a["expand.warps"])
+        ),
+        Limit("columns of all warps", 256, lambda a: a["expand.tile"] * a["expand.warps"] // 4),
+    ),
+)
+"""Its rows, warps and columns only move together."""
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4, 8, 16]))
+def test_a_repair_keeps_what_it_should_and_is_valid(seed, rows):
+    values = TIED.default() | {"tokens.tile": rows}
+    found = repaired(TIED, values, frozenset({"tokens.tile"}), random.Random(seed))
+    if found is not None:
+        assert found["tokens.tile"] == rows
+        assert TIED.broken_limit(found) is None
+        assert TIED.excess(found) == 0
+
+
+def test_repairs_succeed_often_and_give_up_where_nothing_helps():
+    values = TIED.default() | {"tokens.tile": 16, "expand.warps": 1}
+    assert TIED.excess(values) > 0
+    kept = frozenset({"tokens.tile"})
+    tries = [repaired(TIED, values, kept, random.Random(seed)) for seed in range(100)]
+    assert sum(found is not None for found in tries) > 15  # two exact changes at least
+    every = frozenset(domain.name for domain in TIED.domains)
+    assert repaired(TIED, values, every, random.Random(0)) is None
