@@ -20,8 +20,14 @@ ARMS = {
 
 
 SPECIALIZE = "specialize"
-SWITCHES: dict[str, dict[str, object]] = {SPECIALIZE: {"specialize_active_lora": True}}
+SWITCHES: dict[str, dict[str, object]] = {
+    SPECIALIZE: {"specialize_active_lora": True},
+    "dual": {},
+}
 """What "stock+specialize" means: further arguments of vllm.LLM, for any arm with adapters."""
+
+VARIABLES = {"dual": {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}}
+"""What a switch adds to the environment of an arm's process."""
 
 
 def split(name: str) -> tuple[str, dict[str, object]]:
@@ -40,6 +46,14 @@ def split(name: str) -> tuple[str, dict[str, object]]:
     for switch in switches:
         extra |= SWITCHES[switch]
     return kind, extra
+
+
+def variables_of(name: str) -> dict[str, str]:
+    """What an arm's switches add to its environment."""
+    added: dict[str, str] = {}
+    for switch in name.split("+")[1:]:
+        added |= VARIABLES.get(switch, {})
+    return added
 
 
 def stock_of(name: str, names: Collection[str]) -> str | None:

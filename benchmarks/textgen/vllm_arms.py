@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.textgen.engine import Arm, split
+from benchmarks.textgen.engine import Arm, split, variables_of
 from benchmarks.textgen.models import BenchModel, write_adapter
 from benchmarks.textgen.timing import Timing
 from benchmarks.textgen.workload import Job
@@ -224,6 +224,7 @@ def environment(name: str, options: VllmOptions) -> dict[str, str]:
     kind, _ = split(name)
     values["VLLM_PLUGINS"] = "dop" if kind == "dop" else ""
     values["DOP_VLLM"] = "1" if kind == "dop" else "0"
+    values |= variables_of(name)
     if kind == "tuned-json":
         assert options.tuned is not None
         values["VLLM_TUNED_CONFIG_FOLDER"] = str(options.tuned.resolve())

@@ -1,12 +1,14 @@
 """The LoRA wrapper that vLLM's layers call: linears through dop.ops, the rest as vLLM has it.
 
-Importing this module patches vLLM in three more places (`install`), so it is imported only when
+Importing this module patches vLLM in four more places (`install`), so it is imported only when
 vLLM asks for the wrapper class:
 
 - vLLM 0.24 sends packed projections (qkv, gate_up) to the kernels for fully sharded LoRA even
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
+- With VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all of LoRA on a second stream into zeros that it then
+  adds; here only shrink goes there, and expand adds to the base layer's output behind both.
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
   hashes of configurations, and one that was compiled without Dop would never call it.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from dop.errors import DopError
 from dop.integrations import vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG
+from dop.ops.beside import Beside, Pending
 
 _LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()
@@ -85,6 +89,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         # A tensor, not a number: compiled code that is cached on disk would keep the number.
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
+        self._beside: Beside | None = None
         if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
             LOG.info(SPECIALIZE)
 
@@ -204,6 +209,32 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         if reason:
             self._launch_stock(y, x, a, b, scale, add_inputs)
 
+    def begin(
+        self,
+        x: torch.Tensor,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        stream: torch.cuda.Stream | None,
+    ) -> Pending | None:
+        """Start a layer's shrink on a second stream; None if `add_lora_linear` has to do it all.
+
+        That is the first call of a layer as well: it finds out whether Dop covers it.
+        """
+        known = self._layers.get(b[0].data_ptr())
+        if known != "" or self._no_adapter or x.shape[0] < self._plans.tokens:
+            return None
+        if self._beside is None:
+            self._beside = Beside(stream)
+        try:
+            return self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
+        except DopError:
+            return None  # add_lora_linear meets it again, and says so
+
+    def finish(self, pending: Pending, y: torch.Tensor) -> None:
+        """Expand behind `begin` and whatever made y."""
+        assert self._beside is not None
+        self._beside.finish(pending, y)
+
     def _launch_stock(
         self,
         y: torch.Tensor,
@@ -295,6 +326,10 @@ def install() -> None:
     )
     LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
     LoRAConfig.compute_hash = _own_hash(LoRAConfig.compute_hash)
+    linear = base_linear.BaseLinearLayerWithLoRA
+    beside = getattr(linear, "_apply_async_impl", None)
+    if beside is not None:
+        linear._apply_async_impl = _apply_beside(beside)
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)
@@ -305,6 +340,24 @@ def _own_hash(stock: Any) -> Any:
         return f"{stock(config)}-dop"
 
     return compute_hash
+
+
+def _apply_beside(stock: Any) -> Any:
+    def _apply_async_impl(layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        wrapper = layer.punica_wrapper
+        if not isinstance(wrapper, DopPunicaWrapper):
+            return stock(layer, x, bias)  # type: ignore[no-any-return]
+        rows = x.flatten(0, 1) if x.ndim == 3 else x
+        pending = wrapper.begin(
+            rows, layer.lora_a_stacked, layer.lora_b_stacked, layer._lora_stream
+        )
+        output = layer._get_quant_method().apply(layer.base_layer, x, bias)
+        if pending is None:
+            return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
+        wrapper.finish(pending, output.flatten(0, 1) if output.ndim == 3 else output)
+        return output  # type: ignore[no-any-return]
+
+    return _apply_async_impl
 
 
 def _packed_apply(stock: Any) -> Any:

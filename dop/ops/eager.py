@@ -202,7 +202,7 @@ def _run_cuda(
 ) -> None:
     block = block_for(stacks.shape, plan)
     words = derived_words(plan, block.tile_rows, ranks, scales, scale)
-    x, target = _dense(x), _dense(y)
+    x, target = dense(x), dense(y)
 
     def start(overlap: bool) -> int:
         return launch.launch(block, x.data_ptr(), target.data_ptr(), stacks.words, words, overlap)
@@ -212,7 +212,7 @@ def _run_cuda(
         y.copy_(target)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if kernels can read it, else a contiguous, aligned copy."""
     if not tensor.is_contiguous():
         return tensor.contiguous()
@@ -256,7 +256,7 @@ def shrink(x: Tensor, a: Stack, plan: SegmentPlan, ranks: Ranks) -> Tensor:
         return cpu.shrink(x, a, plan, ranks)
     with device_guard(index):
         stream = stream_of(index)
-        return halves.shrink(_dense(x), a, plan, ranks, stream, is_captured(stream))
+        return halves.shrink(dense(x), a, plan, ranks, stream, is_captured(stream))
 
 
 def expand(
@@ -282,8 +282,8 @@ def expand(
         cpu.expand(y, v, b, plan, *facts)
         return y
     with device_guard(index):
-        stream, target = stream_of(index), _dense(y)
-        halves.expand(target, _dense(v), b, plan, facts, stream, is_captured(stream))
+        stream, target = stream_of(index), dense(y)
+        halves.expand(target, dense(v), b, plan, facts, stream, is_captured(stream))
         if target is not y:
             y.copy_(target)
     return y

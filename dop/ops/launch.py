@@ -13,7 +13,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dop.errors import ExportError, MissingKernelError
 from dop.measure import cuda_driver
 from dop.measure.artifact import Buffer, Launch, evaluate
-from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Start, make_call
+from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Call, Start, make_call
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
 from dop.ops.shapes import Shape
 
@@ -79,8 +79,8 @@ class Block:
         early: a kernel reads tables and weights before it waits, see settled.py.
     """
 
-    __slots__ = ("call", "dtype", "early", "kernel", "overlaps", "starts", "stream", "tile_rows",
-                 "workspace", "x_shape", "y_shape")  # fmt: skip
+    __slots__ = ("_fixed", "_pieces", "_sizes", "call", "dtype", "early", "kernel", "overlaps",
+                 "starts", "stream", "tile_rows", "workspace", "x_shape", "y_shape")  # fmt: skip
 
     def __init__(
         self,
@@ -118,9 +118,35 @@ class Block:
             if min(grid) > 0:
                 self.starts.append(self._start(launch, function, grid, places))
         self.early = any(start.early for start in self.starts)
-        sizes = (tokens, shape.in_features, shape.total_out)
-        fixed = tuple(numbers.values())
-        self.call = make_call(driver(), stream, fixed, self.starts, self.tile_rows, sizes)
+        self._sizes = (tokens, shape.in_features, shape.total_out)
+        self._fixed = tuple(numbers.values())
+        self._pieces: dict[int, tuple[Call, Call]] = {}
+        self.call = self._make_call(stream, self.starts)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether y is touched by the last of several launches only, and x by the others only."""
+        *before, last = self.kernel.launches
+        names = {name for one in before for name in one.arguments}
+        whole = len(self.starts) == len(self.kernel.launches) > 1
+        return whole and not {"y", "y_in"} & names and "x" not in last.arguments
+
+    def pieces(self, stream: int) -> tuple[Call, Call]:
+        """All launches but the last on another stream, and the last one on the block's own; plain
+        ones: what they overlap with is not each other.
+
+        Args:
+            stream: CUstream of the first piece.
+        """
+        found = self._pieces.get(stream)
+        if found is None:
+            plain = [replace(start, dependent=False, early=False) for start in self.starts]
+            found = (self._make_call(stream, plain[:-1]), self._make_call(self.stream, plain[-1:]))
+            self._pieces[stream] = found
+        return found
+
+    def _make_call(self, stream: int, starts: Sequence[Start]) -> Call:
+        return make_call(driver(), stream, self._fixed, starts, self.tile_rows, self._sizes)
 
     def _start(
         self, launch: Launch, function: int, grid: Sequence[int], places: Mapping[str, int]

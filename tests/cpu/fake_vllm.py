@@ -150,6 +150,28 @@ class BaseLinearLayerWithLoRA:
         )
         return y
 
+    # What VLLM_LORA_ENABLE_DUAL_STREAM takes instead of `apply`.
+    _lora_stream = None
+    base_layer = None
+
+    def _get_quant_method(self) -> Any:
+        def apply(layer: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+            total = sum(self.output_slices)
+            return x.sum(-1, keepdim=True).expand(*x.shape[:-1], total).contiguous()
+
+        return SimpleNamespace(apply=apply)
+
+    def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        shape = output.shape
+        output, x = output.reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1])
+        self.punica_wrapper.add_lora_linear(
+            output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
+        )
+        return output.reshape(shape)
+
+    def _apply_async_impl(self, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        return torch.full((*x.shape[:-1], sum(self.output_slices)), 12345.0)
+
 
 class LogitsProcessorWithLoRA:
     """The output head."""

@@ -244,6 +244,10 @@ def test_switches_are_any_arms_and_compared_with_stock_of_the_same(tmp_path):
     plain, switched = (environment(n, given) for n in ("dop", "dop+specialize"))
     assert plain.pop("VLLM_CACHE_ROOT") != switched.pop("VLLM_CACHE_ROOT")
     assert plain == switched
+    dual = environment("dop+dual", given)
+    assert dual.pop("VLLM_CACHE_ROOT") not in (plain, switched)
+    assert dual == {**plain, "VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
+    assert split("dop+dual") == ("dop", {})
 
 
 FAKE_VLLM = {

@@ -16,6 +16,7 @@ from fake_vllm import BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, Mapping
 
 from dop.errors import MissingKernelError
 from dop.integrations import vllm as plugin
+from dop.ops.beside import Beside
 
 HIDDEN = 32
 
@@ -294,6 +295,56 @@ def test_packed_projections_of_0_24_reach_add_lora_linear(wrapper_module):
     engine.config.fully_sharded_loras = False
     engine.layers["gate_up"].punica_wrapper = object()
     assert column._mcp_apply(x, None, engine.layers["gate_up"]) == "sharded"
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_with_two_streams_only_shrink_leaves_the_base_layers(wrapper_module, monkeypatch, axes):
+    engine = Engine(wrapper_module)
+    engine.adapter(11, rank=8, seed=1)
+    engine.adapter(12, rank=3, seed=2)
+    ids = [11, 0, 12, 12, 11]
+    engine.step(ids)
+    begun = []
+    begin = Beside.begin
+    monkeypatch.setattr(
+        Beside, "begin", lambda self, *call, **more: begun.append(1) or begin(self, *call, **more)
+    )
+    for turn in range(3):
+        for name, layer in engine.layers.items():
+            x = torch.randn(len(ids), HIDDEN).to(engine.config.lora_dtype)
+            rows = x if axes == 2 else x[None]
+            base = layer._get_quant_method().apply(None, rows, None)
+            y = layer._apply_async_impl(rows)
+            assert y.shape == base.shape
+            want = base.reshape(len(ids), -1).float() + engine.expected(name, x, ids)
+            close(y.reshape(len(ids), -1), want)
+        # The first call of a layer finds out whether it is covered.
+        assert len(begun) == 3 * turn
+    assert engine.wrapper.stock_calls == 0
+
+
+def close(y: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(y.float(), want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
+
+
+def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, rank=8, seed=1)
+    layer = engine.layers["o"]
+    x = torch.randn(3, HIDDEN).to(engine.config.lora_dtype)
+    base = layer._get_quant_method().apply(None, x, None)
+    engine.step([1, 1, 1])
+    layer._apply_async_impl(x)
+    engine.step([0, 0, 0])
+    assert torch.equal(layer._apply_async_impl(x), base)
+    engine.step([1, 1, 1])
+    meta = engine.wrapper.token_mapping_meta
+    meta.token_indices_sorted_by_lora_ids[:2], meta.num_tokens_per_lora[0] = torch.arange(2), 2
+    pooled = layer._apply_async_impl(x[:2])  # fewer rows than the step has tokens
+    assert engine.wrapper.stock_calls == 1
+    close(pooled, base[:2].float() + engine.expected("o", x, [1, 1, 1])[:2])
+    layer.punica_wrapper = object()
+    assert (layer._apply_async_impl(x) == 12345.0).all()  # another wrapper keeps vLLM's own
 
 
 def test_the_head_is_left_out_only_if_nobody_changes_it(wrapper_module):

@@ -1,0 +1,145 @@
+"""A call in two pieces: on which stream each is launched, and what waits for what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fake_driver
+import pytest
+import torch
+from sgmv_reference import reference, rows, stacks
+
+from dop import ops
+from dop.errors import DopError
+from dop.measure.cuda_driver import CudaError
+from dop.ops import beside, eager, sources
+from dop.ops.beside import Beside
+from dop.ops.plan import fill_by_torch
+from dop.ops.sources import Choice
+
+SLOTS, RANK, WIDTH, OUTS = 4, 8, 16, (8, 4)
+IDS = [1, -1, 3, 0, 0, 2]
+SIDE = 99
+
+
+class Case:
+    """A fake driver, and streams and events that note what is done to them."""
+
+    def __init__(self, monkeypatch, tile_rows: int = 0, early: bool = False) -> None:
+        sizes = (len(OUTS), RANK, WIDTH, OUTS, SLOTS)
+        monkeypatch.setattr(eager, "fill", fill_by_torch)  # tables of tiles, too
+        self.driver = fake_driver.install(monkeypatch, sizes, tile_rows, early)
+        self.done: list[tuple[str, ...]] = []
+        count = iter(("fork", "join"))
+        monkeypatch.setattr(beside, "_new_event", lambda: Event(self, next(count)))
+        monkeypatch.setattr(beside, "_current_stream", lambda: Stream(self, "main", 0))
+        launch = self.driver.launch
+
+        def noted(config, function, parameters, extra):
+            code = launch(config, function, parameters, extra)
+            name, _, stream, dependent = self.driver.launches[-1]
+            self.done.append((name, {SIDE: "side", fake_driver.STREAM: "main"}[stream]))
+            assert not dependent
+            return code
+
+        monkeypatch.setattr(self.driver, "launch", noted)
+        self.side = Stream(self, "side", SIDE)
+        self.a, self.b = stacks(SLOTS, RANK, WIDTH, OUTS)
+        self.x, self.y = rows(len(IDS), WIDTH, sum(OUTS))
+        self.plan = ops.segment_plan(torch.tensor(IDS, dtype=torch.int32), slots=SLOTS)
+
+
+class Stream:
+    def __init__(self, case, name, number) -> None:
+        self.case, self.name, self.cuda_stream = case, name, number
+
+    def wait_event(self, event) -> None:
+        self.case.done.append(("wait", event.name, self.name))
+
+
+class Event:
+    def __init__(self, case, name) -> None:
+        self.case, self.name = case, name
+
+    def record(self, stream) -> None:
+        self.case.done.append(("record", self.name, stream.name))
+
+
+BEGUN = [
+    ("record", "fork", "main"),
+    ("wait", "fork", "side"),
+    ("shrink", "side"),
+    ("record", "join", "side"),
+]
+FINISHED = [("wait", "join", "main"), ("expand", "main")]
+
+
+@pytest.mark.parametrize("way", fake_driver.WAYS)
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("tile_rows", [0, 16])
+def test_shrink_runs_beside_and_expand_behind_both(monkeypatch, way, early, tile_rows):
+    fake_driver.choose_way(monkeypatch, way)
+    case = Case(monkeypatch, tile_rows, early)
+    both = Beside(case.side)
+    for scale in (1.0, 0.5, 1.0):
+        case.done.clear()
+        pending = both.begin(case.x, case.a, case.b, case.plan, scale=scale)
+        assert case.done == BEGUN
+        y = case.y.clone()  # made meanwhile
+        assert both.finish(pending, y) is y
+        assert case.done == BEGUN + FINISHED
+        want = reference(case.y, case.x, case.a, case.b, IDS, scale=scale)
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_rows(monkeypatch):
+    case = Case(monkeypatch)
+    both = Beside(case.side)
+    wide_x, wide_y = torch.zeros(len(IDS), 2 * WIDTH), torch.zeros(len(IDS), 2 * sum(OUTS))
+    x, y = wide_x[:, :WIDTH], wide_y[:, : sum(OUTS)]
+    x.copy_(case.x)
+    y.copy_(case.y)
+    both.finish(both.begin(x, case.a, case.b, case.plan), y)
+    want = reference(case.y, case.x, case.a, case.b, IDS)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_split_is_done_at_the_end(monkeypatch):
+    case = Case(monkeypatch)
+    whole = fake_driver.kernel(0, len(OUTS))
+    first, last = whole.launches
+    reading = replace(whole, launches=(first, replace(last, arguments=(*last.arguments, "x"))))
+    choice = Choice("key", "fake", 0, None, reading, "")
+    monkeypatch.setattr(sources, "choose", lambda *_: choice)
+    both = Beside(case.side)
+    pending = both.begin(case.x, case.a, case.b, case.plan)
+    assert case.done == []
+    seen = []
+    monkeypatch.setattr(eager, "add_lora", lambda *call: seen.append(call))
+    both.finish(pending, case.y)
+    assert seen == [(case.y, case.x, case.a, case.b, case.plan, 1.0, None)]
+
+
+def test_without_a_second_stream_or_a_gpu_it_is_add_lora():
+    a, b = stacks(SLOTS, RANK, WIDTH, OUTS)
+    x, y = rows(len(IDS), WIDTH, sum(OUTS))
+    plan = ops.segment_plan(torch.tensor(IDS, dtype=torch.int32), slots=SLOTS)
+    want = reference(y, x, a, b, IDS)
+    both = Beside(None)
+    both.finish(both.begin(x, a, b, plan), y)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_refusals_name_the_argument_and_leave_nothing_unjoined(monkeypatch):
+    case = Case(monkeypatch)
+    both = Beside(case.side)
+    with pytest.raises(DopError, match="x"):
+        both.begin(case.x[:, 1:], case.a, case.b, case.plan)
+    assert case.done == []
+    pending = both.begin(case.x, case.a, case.b, case.plan)
+    with pytest.raises(DopError, match="y"):
+        both.finish(pending, case.y[:, 1:])
+    assert case.done == [*BEGUN, FINISHED[0]]
+    case.driver.code = 700
+    with pytest.raises(CudaError):
+        both.begin(case.x, case.a, case.b, case.plan)

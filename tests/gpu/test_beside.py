@@ -1,0 +1,65 @@
+"""Shrink on a second stream beside other work: the same bits as add_lora, eager and in a graph."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dop import ops  # noqa: E402
+from dop.ops.beside import Beside  # noqa: E402
+
+SLOTS, WIDTH, OUTS = 16, 4096, (4096, 1024, 1024)
+ROUNDS = 20
+
+
+def layer(rank: int, seed: int):
+    rng = torch.Generator("cuda").manual_seed(seed)
+
+    def make(*size):
+        return torch.randn(*size, generator=rng, device="cuda", dtype=torch.bfloat16) / 64
+
+    a = [make(SLOTS, rank, WIDTH) for _ in OUTS]
+    return a, [make(SLOTS, n, rank) for n in OUTS], make(sum(OUTS), WIDTH)
+
+
+def both_ways(x, layers, plan, beside):
+    """Three layers in a row on the same workspace: y of two streams and of one."""
+    found = []
+    for a, b, weight in layers:
+        pending = beside.begin(x, a, b, plan)
+        y = torch.nn.functional.linear(x, weight)
+        beside.finish(pending, y)
+        want = torch.nn.functional.linear(x, weight)
+        ops.add_lora(want, x, a, b, plan)
+        found.append((y, want))
+    return found
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize(("tokens", "adapters"), [(1, 1), (8, 3), (64, 64), (64, 1), (300, 4)])
+@pytest.mark.parametrize("captured", [False, True])
+def test_same_bits(rank, tokens, adapters, captured):
+    layers = [layer(rank, seed) for seed in range(3)]
+    beside = Beside(torch.cuda.Stream())
+    x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
+    ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+    plan = ops.segment_plan(ids, slots=SLOTS)
+    found = both_ways(x, layers, plan, beside)
+    graph = None
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = both_ways(x, layers, plan, beside)
+    for seed in range(ROUNDS):
+        rng = torch.Generator("cuda").manual_seed(seed)
+        ids.random_(-1, min(adapters, SLOTS), generator=rng)
+        x.normal_(generator=rng)
+        ops.segment_plan(ids, slots=SLOTS, out=plan)
+        if graph is None:
+            found = both_ways(x, layers, plan, beside)
+        else:
+            graph.replay()
+        torch.cuda.synchronize()
+        for y, want in found:
+            assert torch.equal(y, want)
