@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol, runtime_checkable
 
@@ -19,15 +20,23 @@ ARMS = {
 }
 
 
-SPECIALIZE = "specialize"
-SWITCHES: dict[str, dict[str, object]] = {
-    SPECIALIZE: {"specialize_active_lora": True},
-    "dual": {},
-}
-"""What "stock+specialize" means: further arguments of vllm.LLM, for any arm with adapters."""
+@dataclass(frozen=True)
+class Switch:
+    """What "stock+specialize" means, for any arm with adapters.
 
-VARIABLES = {"dual": {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}}
-"""What a switch adds to the environment of an arm's process."""
+    Attributes:
+        arguments: further arguments of vllm.LLM.
+        variables: further variables of the environment of the arm's process.
+    """
+
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+SWITCHES = {
+    "specialize": Switch(arguments={"specialize_active_lora": True}),
+    "dual": Switch(variables={"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
+}
 
 
 def split(name: str) -> tuple[str, dict[str, object]]:
@@ -44,7 +53,7 @@ def split(name: str) -> tuple[str, dict[str, object]]:
         raise ConfigError(f"--arms {name}: {bad[0]} is no switch of {kind}.", f"Use {known}.")
     extra: dict[str, object] = {}
     for switch in switches:
-        extra |= SWITCHES[switch]
+        extra |= SWITCHES[switch].arguments
     return kind, extra
 
 
@@ -52,7 +61,7 @@ def variables_of(name: str) -> dict[str, str]:
     """What an arm's switches add to its environment."""
     added: dict[str, str] = {}
     for switch in name.split("+")[1:]:
-        added |= VARIABLES.get(switch, {})
+        added |= SWITCHES[switch].variables
     return added
 
 

@@ -12,7 +12,7 @@ and a join in it). Where a call is one kernel, or on a CPU, `finish` does all of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack
 from dop.ops.launch import Block
 from dop.ops.plan import SegmentPlan
-from dop.ops.stacks import Stacks, stacks_of
+from dop.ops.stacks import Stacks
 
 
 def _new_event() -> torch.cuda.Event:
@@ -82,10 +82,8 @@ class Beside:
         x, the stacks and the plan's tables must stay as they are until `finish`.
         """
         eager.check_tensors(x=x)
-        stacks = stacks_of(a, b)
+        stacks = eager.checked_stacks(x, a, b, plan)
         shape = stacks.shape
-        checks.check_plan(plan, stacks)
-        checks.check_rows("x", x, plan.tokens, shape.in_features, shape)
         whole = Pending(x, a, b, plan, scale, ranks, stacks)
         if self._stream is None or plan.tokens == 0 or not eager.on_gpu(shape.device):
             return whole
@@ -102,7 +100,7 @@ class Beside:
             code = first.run(x.data_ptr(), 0, stacks.words, words)
             cuda_driver.check("cuLaunchKernelEx", code)
             self._joined.record(self._stream)
-        return Pending(x, a, b, plan, scale, ranks, stacks, block, last, words)
+        return replace(whole, x=x, block=block, last=last, words=words)
 
     def finish(self, pending: Pending, y: Tensor) -> Tensor:
         """y += scale * (x A^T) B^T per row's adapter, in place, in the stream of `begin`; errors as
@@ -117,6 +115,7 @@ class Beside:
             # Joined whatever comes next: a capture that is left unjoined cannot end.
             _current_stream().wait_event(self._joined)
             checks.check_rows("y", y, plan.tokens, stacks.shape.total_out, stacks.shape)
+            checks.check_no_gradient("add_lora", y)
             target = eager.dense(y)
             code = pending.last.run(0, target.data_ptr(), stacks.words, pending.words)
             cuda_driver.check("cuLaunchKernelEx", code)

@@ -155,22 +155,29 @@ def add_lora(
 ) -> Tensor:
     """`add_lora` with everything checked; makes what the short path then uses."""
     check_tensors(x=x, y=y)
-    stacks = stacks_of(a, b)
+    stacks = checked_stacks(x, a, b, plan)
     shape = stacks.shape
-    checks.check_plan(plan, stacks)
-    checks.check_rows("x", x, plan.tokens, shape.in_features, shape)
     checks.check_rows("y", y, plan.tokens, shape.total_out, shape)
-    list_a, list_b = checks.as_list(a, "a"), checks.as_list(b, "b")
-    checks.check_no_gradient("add_lora", x, y, *list_a, *list_b)
+    checks.check_no_gradient("add_lora", y)
     rank_tensor, scales, number = call_facts(plan, shape.rank, scale, ranks)
     if plan.tokens == 0:
         return y
     if not on_gpu(shape.device):
+        list_a, list_b = checks.as_list(a, "a"), checks.as_list(b, "b")
         cpu_path(y, x, list_a, list_b, stacks, plan, rank_tensor, scales, number)
         return y
     with device_guard(shape.device):
         _run_cuda(y, x, stacks, plan, rank_tensor, scales, number)
     return y
+
+
+def checked_stacks(x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> Stacks:
+    """The weights of a call, checked as all of it but for y."""
+    stacks = stacks_of(a, b)
+    checks.check_plan(plan, stacks)
+    checks.check_rows("x", x, plan.tokens, stacks.shape.in_features, stacks.shape)
+    checks.check_no_gradient("add_lora", x, *checks.as_list(a, "a"), *checks.as_list(b, "b"))
+    return stacks
 
 
 def cpu_path(

@@ -120,6 +120,7 @@ class EvolutionaryStrategy(Strategy):
         for i, scenario in enumerate(self.scenarios):
             by_tokens.setdefault(scenario.tokens, []).append(i)
         self._mixes = [columns for columns in by_tokens.values() if len(columns) > 1]
+        self._compromises: list[tuple[list[int], list[tuple[float, Candidate]]]] = []
         self._warm_until = len(self._defaults) + effort.warm_up
         self._predicted: dict[tuple[PointKey, str], float] = {}
         self._correlation: float | None = None
@@ -145,6 +146,13 @@ class EvolutionaryStrategy(Strategy):
     def learn(self) -> None:
         """Train the model anew on all samples."""
         self.model.update(self.history.samples)
+        self._compromises = [
+            (
+                columns,
+                self.history.compromises([self.scenarios[i].key for i in columns], _COMPROMISES),
+            )
+            for columns in self._mixes
+        ]
         self._correlation = self._correlate()
 
     def hint(self, candidates: Sequence[Candidate]) -> None:
@@ -312,8 +320,7 @@ class EvolutionaryStrategy(Strategy):
         """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
         hints, self._hints = self._hints, (self._hints if self._early else [])
-        mixes = [[self.scenarios[i].key for i in columns] for columns in self._mixes]
-        middle = [c for keys in mixes for _, c in self.history.compromises(keys, _COMPROMISES)]
+        middle = [candidate for _, best in self._compromises for _, candidate in best]
         known = [*hints, *middle, *self.history.elites(effort.elites)][: effort.population // 2]
         elites = [Draft(c.sketch, c.annotation) for c in known]
         wanted = int(effort.population * effort.newcomers)
@@ -330,13 +337,22 @@ class EvolutionaryStrategy(Strategy):
     def _random_drafts(self, n: int) -> Iterable[Draft]:
         for _ in range(n):
             sketch = self.rng.choice(self.space.sketches)
-            values = sketch.sample(self.rng)
-            draft = Draft.of(sketch, values)
-            if draft is None and self.rng.random() < self._effort.repair:
-                better = repaired(sketch, values, frozenset(), self.rng)
-                draft = Draft.of(sketch, better) if better else None
+            draft = self._valid(sketch, sketch.sample(self.rng))
             if draft is not None:
                 yield draft
+
+    def _valid(
+        self, sketch: Sketch, values: Annotation, parent: Draft | None = None
+    ) -> Draft | None:
+        """The draft of a point; one that breaks a limit is repaired now and then, by parameters in
+        which it does not differ from its parent."""
+        draft = Draft.of(sketch, values)
+        if draft is None and self.rng.random() < self._effort.repair:
+            before = values if parent is None else dict(parent.annotation)
+            moved = (name for name, value in values.items() if before.get(name) != value)
+            better = repaired(sketch, values, frozenset(moved), self.rng)
+            draft = Draft.of(sketch, better) if better else None
+        return draft
 
     def _children(self, population: Sequence[Draft], scores: FloatArray) -> list[Draft]:
         found: dict[PointKey, Draft] = {}
@@ -378,13 +394,7 @@ class EvolutionaryStrategy(Strategy):
             values = MUTATORS[domain.kind].mutate(sketch, values, domain, self.rng)
             if self.rng.random() >= 0.4:
                 break
-        draft = Draft.of(sketch, values)
-        if draft is None and self.rng.random() < self._effort.repair:
-            before = dict(parent.annotation)
-            moved = frozenset(name for name, value in values.items() if before.get(name) != value)
-            better = repaired(sketch, values, moved, self.rng)
-            draft = Draft.of(sketch, better) if better else None
-        return draft
+        return self._valid(sketch, values, parent)
 
     def _survivors(self, pool: Pool) -> tuple[list[Draft], FloatArray]:
         """The best-scored points so far, as the next generation."""
@@ -403,9 +413,7 @@ class EvolutionaryStrategy(Strategy):
         known = self.model.deviation(drafts, self.scenarios)
         sigma = np.where(known > 0, np.maximum(known, _MIN_SIGMA), self.sigma)
         weights = [s.weight for s in self.scenarios]
-        for columns in self._mixes:
-            keys = [self.scenarios[i].key for i in columns]
-            best = self.history.compromises(keys, 1)
+        for columns, best in self._compromises:
             if best:
                 lost = predicted[:, columns].mean(axis=1, keepdims=True) - best[0][0]
                 unsure = sigma[:, columns].mean(axis=1, keepdims=True)

@@ -106,24 +106,19 @@ class History:
         open_ones = []
         for place, entry in enumerate(self._entries.values()):
             missing = tuple(s for s in self.scenarios if s.key not in entry.seconds)
-            ratios = [s / self.best_s(k) for k, s in entry.seconds.items() if math.isfinite(s)]
-            if missing and ratios:
-                open_ones.append((min(ratios), place, entry.candidate, missing))
+            ratio = self._least_ratio(entry)
+            if missing and math.isfinite(ratio):
+                open_ones.append((ratio, place, entry.candidate, missing))
         return [(c, missing) for _, _, c, missing in sorted(open_ones, key=lambda o: o[:2])]
 
     def ratios(self) -> list[tuple[Candidate, float]]:
         """Every measured candidate with its least time over the best of a scenario (1 if it is the
         best somewhere; infinite if it only failed)."""
-        return [
-            (
-                entry.candidate,
-                min(
-                    (s / self.best_s(k) for k, s in entry.seconds.items() if math.isfinite(s)),
-                    default=math.inf,
-                ),
-            )
-            for entry in self._entries.values()
-        ]
+        return [(entry.candidate, self._least_ratio(entry)) for entry in self._entries.values()]
+
+    def _least_ratio(self, entry: Entry) -> float:
+        finite = ((k, s) for k, s in entry.seconds.items() if math.isfinite(s))
+        return min((s / self.best_s(k) for k, s in finite), default=math.inf)
 
     def compromises(self, keys: Sequence[str], count: int) -> list[tuple[float, Candidate]]:
         """Candidates for a batch that may be any of several scenarios, best ones first.

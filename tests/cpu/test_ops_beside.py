@@ -135,6 +135,8 @@ def test_refusals_name_the_argument_and_leave_nothing_unjoined(monkeypatch):
     both = Beside(case.side)
     with pytest.raises(DopError, match="x"):
         both.begin(case.x[:, 1:], case.a, case.b, case.plan)
+    with pytest.raises(DopError, match="no gradient"):
+        both.begin(case.x.clone().requires_grad_(), case.a, case.b, case.plan)
     assert case.done == []
     pending = both.begin(case.x, case.a, case.b, case.plan)
     with pytest.raises(DopError, match="y"):

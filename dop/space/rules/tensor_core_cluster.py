@@ -110,8 +110,7 @@ class ClusterSplitK:
         self._product(new)
         return [new]
 
-    @staticmethod
-    def _product(new: SketchState) -> None:
+    def _product(self, new: SketchState) -> None:
         """shrink_rf: t; own loops part, s, t, i, r, k -> blocks, warps, pipeline, tiles."""
         new.reorder("shrink_rf", 0, 1, 3, 4, 2, 5, 6)
         new.fuse("shrink_rf", 4, 5)
@@ -126,7 +125,7 @@ class ClusterSplitK:
         new.pragma("shrink_rf", PART, "cluster")
         if "few" in new.notes:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
-        if any(domain.name == RANK_BLOCKS.name for domain in new.domains):
+        if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         new.annotate("shrink_rf", 3, "threadIdx.z")
         new.annotate("shrink_rf", 4, "threadIdx.y")
