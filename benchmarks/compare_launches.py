@@ -22,23 +22,22 @@ from dop.measure.hostinfo import find_target
 from dop.measure.local import LocalMeasurer
 from dop.measurement import Measurement
 from dop.scenario import Scenario
+from dop.space.early import DEPENDENT
 from dop.space.generate import build_space
 from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import Workload
-
-PARAMETER = "expand.dependent"
 
 
 def variants(record: Record, target: Target, values: Sequence[int]) -> list[Trace]:
     """The record's trace with each value; none if its sketch does not know one of them."""
     for sketch in build_space(Workload.parse(record.workload_key), target).sketches:
         annotation = sketch.match(record.trace)
-        if annotation is None or PARAMETER not in annotation:
+        if annotation is None or DEPENDENT not in annotation:
             continue
-        choices = next(d.choices for d in sketch.domains if d.name == PARAMETER)
+        choices = next(d.choices for d in sketch.domains if d.name == DEPENDENT)
         if set(values) <= set(choices):
-            made = [{**annotation, PARAMETER: value} for value in values]
+            made = [{**annotation, DEPENDENT: value} for value in values]
             return [sketch.bind(m) for m in made if sketch.broken_limit(annotation) is None]
     return []
 

@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
+from itertools import chain
+from operator import itemgetter
 
 from dop.database.jsonl import Log, without_collector
 from dop.database.record import Record
@@ -34,6 +37,7 @@ from dop.recorded import (
 )
 from dop.scenario import Scenario
 from dop.search.history import Result
+from dop.space.early import may_serve, plainly
 from dop.space.sketch import Candidate, Space
 from dop.target import Target
 from dop.workload import Workload
@@ -51,6 +55,10 @@ _CONFIRM = {"cpu": 0.12}
 host has slow spells longer than a timing: a candidate that met one lost to a worse one."""
 _RIVALS = 5
 _CLOSE = 1.35
+
+_TWINS = 4
+"""Fastest early kernels of each batch in the log that is too large for them (space/early.py), of
+which the plain twins are measured first."""
 
 _TELL_S = 0.1
 """Progress is told this often at most: a report over hundreds of tasks costs more than a record."""
@@ -223,14 +231,25 @@ class _Run:
                 if workload_key == state.family.workload.key:
                     tried.sort(key=lambda e: e.median_s)
                     winners.update((e.trace_key, e) for e in tried[:_LIKE])
-            found = [alike(state.space, entry) for entry in winners.values()]
-            state.strategy.first([candidate for candidate in found if candidate is not None])
+            found = [
+                (alike(state.space, e), Scenario.parse(e.scenario_key)) for e in winners.values()
+            ]
+            state.strategy.first(
+                [
+                    candidate
+                    if may_serve(candidate.annotation, scenario.tokens)
+                    else plainly(candidate)
+                    for candidate, scenario in found
+                    if candidate is not None
+                ]
+            )
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
         scenarios = {s.key: s for s in state.family.scenarios}
         traces: dict[str, Recorded | None] = {}
         results: list[Result] = []
+        early: dict[str, list[tuple[float, Candidate]]] = {}
         for entry in entries:
             scenario = scenarios.get(entry.scenario_key)
             if scenario is None or not same_device(entry, state.family.target):
@@ -241,12 +260,18 @@ class _Run:
             if known is None:
                 continue
             found = figures_of(entry)
-            state.observe(known.trace, known.sketch, scenario, found, known.place)
+            candidate = known.candidate
+            if candidate is None or may_serve(candidate.annotation, scenario.tokens):
+                state.observe(known.trace, known.sketch, scenario, found, known.place)
+            elif found.ok:
+                early.setdefault(scenario.key, []).append((found.median_s, candidate))
             self.resumed += 1
-            if known.candidate is not None:
-                results.append((known.candidate, scenario, found))
+            if candidate is not None:
+                results.append((candidate, scenario, found))
         if results:
             state.strategy.restore(results)
+        fastest = [nsmallest(_TWINS, rivals, key=itemgetter(0)) for rivals in early.values()]
+        state.strategy.first([plainly(candidate) for _, candidate in chain(*fastest)])
 
     def _learn(self, state: FamilyState) -> None:
         """Train on what was resumed, on another core: on a long log it takes seconds a family."""
@@ -359,7 +384,12 @@ class _Run:
     def _visit(
         self, state: FamilyState, batch: Sequence[tuple[Candidate, tuple[Scenario, ...]]]
     ) -> _Visit:
-        """Jobs of candidates, told how fast others were."""
+        """Jobs of candidates, told how fast others were, for the batches that they may serve."""
+        batch = [
+            (c, tuple(s for s in scenarios if may_serve(c.annotation, s.tokens)))
+            for c, scenarios in batch
+        ]
+        batch = [(c, scenarios) for c, scenarios in batch if scenarios]
         best = {k: b.measurement.median_s for k, b in state.best.items()}
         workload = state.family.workload
         return _Visit(

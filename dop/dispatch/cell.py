@@ -22,8 +22,8 @@ class Cell:
 
     Attributes:
         times: seconds by trace key, per scenario key.
-        costs: worst ratio to the best by trace key; of a batch of unknown segments the mean of
-            those of its cells.
+        costs: worst ratio to the best by trace key; of a batch of unknown segments that of the
+            times of its cells together.
         slack: what a kernel may lose against the smallest cost, if no cost is near 1.
     """
 
@@ -42,6 +42,12 @@ class Cell:
         for trace in sorted(everywhere or anywhere):
             ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
             self.costs[trace] = max(ratios)
+
+    @property
+    def best_s(self) -> float:
+        """Mean of the scenarios' best times, in seconds."""
+        bests = [min(times.values()) for times in self.times.values()]
+        return math.fsum(bests) / len(bests)
 
     def limit(self, max_regret: float) -> float:
         """Largest cost that serves this cell."""
@@ -86,10 +92,12 @@ def unknown_cell(bucket: list[Cell], max_regret: float) -> Cell | None:
 
 
 def mean_cost(trace: str, cells: Iterable[Cell]) -> float:
-    """Geometric mean of what a trace costs in some cells; infinite if it lacks one.
+    """What a trace takes in some cells together, over what the best of each take; infinite if it
+    lacks one.
 
-    What a batch of unknown segments should cost: whoever loses least in the worst cell may lose
-    about as much in all the others.
+    What a batch of unknown segments should cost, each mix being as likely as the others: time adds
+    up, shares of it do not. Whoever loses least in the worst cell may lose about as much in all
+    the others.
     """
-    logs = [math.log(cell.costs.get(trace, math.inf)) for cell in cells]
-    return math.exp(math.fsum(logs) / len(logs))
+    taken = [(cell.costs.get(trace, math.inf), cell.best_s) for cell in cells]
+    return math.fsum(c * s for c, s in taken) / math.fsum(s for _, s in taken)

@@ -9,10 +9,10 @@ Scenarios that a dispatcher cannot tell apart (same tokens, same mean segment le
 *cell* and get one kernel, judged by its worst regret among them.
 
 A bucket is one more cell: the batch of which nothing but the padded token count is known, as when
-a CUDA graph is captured. Its kernel is judged by the geometric mean of its costs over the bucket's
-cells, and has to come within `max_regret` of the smallest one that any kernel of the log has. (By
-its worst regret was tried before: at rank 16 and 64 tokens gate_up got a kernel that loses 38, 20
-and 44 % where another one loses 15, 1 and 51 %.)
+a CUDA graph is captured. Its kernel is judged by its time over all of the bucket's cells together,
+each as likely as the others, and has to come within `max_regret` of the smallest sum that any
+kernel of the log has. (Its worst regret and the geometric mean were tried before,
+docs/dispatch.md.)
 """
 
 from __future__ import annotations

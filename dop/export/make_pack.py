@@ -20,6 +20,7 @@ from dop.export.select import Kernel, Measured, Selection, choose, having, is_ea
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
 from dop.scenario import Scenario
+from dop.space.early import EARLY_TOKENS
 from dop.space.step import SplitStep
 
 Key = tuple[str, str]
@@ -27,12 +28,6 @@ Key = tuple[str, str]
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 """Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
-
-
-EARLY_TOKENS = 16
-"""Rows up to which a kernel that reads A before it waits pays behind a model's matmuls, too. Back
-to back with other calls of Dop, as they are tuned, such kernels gain at any size
-(docs/performance.md, experiments 18 and 26)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dop.dispatch.cover import MAX_REGRET, build_table
 from dop.dispatch.table import Fit, Table
 from dop.errors import ConfigError, DopError, ExportError, Failure, LogError
 from dop.export.provenance import Provenance, provenance_of
-from dop.lowering.cuda_launch import EARLY
+from dop.space.early import EARLY
 from dop.space.step import PragmaStep, Step
 from dop.target import Target
 from dop.workload import Workload

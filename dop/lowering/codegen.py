@@ -23,6 +23,7 @@ from tvm import tirx
 from dop.errors import BuildError, TraceError
 from dop.lowering.apply import Application, _reason, apply_trace
 from dop.lowering.program import shift_names
+from dop.space.early import EARLY
 from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import MAX_SLICES, Workload
@@ -138,7 +139,7 @@ def evaluate(expression: str, *, tokens: int, tiles: int) -> int:
 
 
 def _generate_cuda(app: Application, target: Target) -> Generated:
-    from dop.lowering.cuda_launch import EARLY, order_start
+    from dop.lowering.cuda_launch import order_start
     from dop.lowering.cuda_source import finish, signatures
 
     if app.tiles:
@@ -175,7 +176,6 @@ def _generate_cuda(app: Application, target: Target) -> Generated:
 
 def _generate_tiles(app: Application) -> Generated:
     """Code of a trace whose kernels' tiles are intrinsics."""
-    from dop.lowering.cuda_launch import EARLY
     from dop.lowering.cuda_source import signatures
     from dop.lowering.tile_kernels import read_tiles
 

@@ -42,9 +42,7 @@ import re
 from collections.abc import Sequence
 
 from dop.errors import BuildError
-
-EARLY = 3
-"""Value of PR dependent_launch by which the first kernel reads A in front of its wait."""
+from dop.space.early import EARLY
 
 WAIT = "  dop_wait_for_predecessor();\n"
 RELEASE = "  dop_release_successor();\n"

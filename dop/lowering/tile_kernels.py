@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
-from dop.lowering.cuda_launch import EARLY, HELPERS, release_first, wait_first
+from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
+from dop.space.early import EARLY
 
 NAMES = ("main_kernel", "main_kernel_1")
 INCLUDES = {"bfloat16": "#include <cuda_bf16.h>\n", "float16": "#include <cuda_fp16.h>\n"}

@@ -254,11 +254,11 @@ def _row_reason(batch: Batch, table: WorkloadTable, row: Row) -> list[str]:
             )
         line = (
             "the adapters are not known (as when a CUDA graph is captured): every kernel is right "
-            f"for every batch, and this one has the smallest worst loss {over}"
+            f"for every batch, and this one takes the least time {over} together"
         )
         if row.worst is None:
             return [line]
-        return [f"{line}: {row.worst:.1%}, at {row.worst_scenario}"]
+        return [f"{line}; it loses at most {row.worst:.1%}, at {row.worst_scenario}"]
     adapters = min(batch.adapters, batch.slots or batch.adapters)
     rows = batch.tokens / adapters
     longest = row.rows_upto == math.inf

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dop.cost_model.base import CostModel, FloatArray
 from dop.cost_model.metric import spearman
@@ -22,6 +23,7 @@ from dop.search.mutator.structure import change_sketch
 from dop.search.repair import repaired
 from dop.search.selection import acquisition, diverse, tournament
 from dop.search.strategy import Strategy
+from dop.space.early import may_serve, plainly
 from dop.space.sketch import Annotation, Candidate, Sketch, Space
 from dop.target import Target
 from dop.workload import Workload
@@ -48,6 +50,9 @@ _VARIANTS = 48
 
 _COMPROMISES = 3
 """Elites for each number of tokens that lose least whatever the mix."""
+
+_NO_USE = 3.0
+"""What is expected of a point where it may not serve: log(time / best time)."""
 
 _MIN_SIGMA = 0.02
 """Noise of a measurement: no prediction is trusted beyond it."""
@@ -162,7 +167,8 @@ class EvolutionaryStrategy(Strategy):
         generation, where the model judges them like any other.
         """
         waiting = {point_key(c) for c in self._hints}
-        for candidate in candidates:
+        for found in candidates:
+            candidate = found if self._of_use(found.annotation) else plainly(found)
             key = point_key(candidate)
             if key not in waiting and not self.history.saw(key):
                 waiting.add(key)
@@ -352,7 +358,7 @@ class EvolutionaryStrategy(Strategy):
             moved = (name for name, value in values.items() if before.get(name) != value)
             better = repaired(sketch, values, frozenset(moved), self.rng)
             draft = Draft.of(sketch, better) if better else None
-        return draft
+        return draft if draft is not None and self._of_use(draft.annotation) else None
 
     def _children(self, population: Sequence[Draft], scores: FloatArray) -> list[Draft]:
         found: dict[PointKey, Draft] = {}
@@ -410,16 +416,24 @@ class EvolutionaryStrategy(Strategy):
         if not drafts:
             return np.zeros(0)
         predicted = self.model.predict(drafts, self.scenarios)
+        predicted = np.where(self._serving(drafts), predicted, _NO_USE)
         known = self.model.deviation(drafts, self.scenarios)
         sigma = np.where(known > 0, np.maximum(known, _MIN_SIGMA), self.sigma)
         weights = [s.weight for s in self.scenarios]
         for columns, best in self._compromises:
             if best:
-                lost = predicted[:, columns].mean(axis=1, keepdims=True) - best[0][0]
+                bests = [self.history.best_s(self.scenarios[i].key) for i in columns]
+                taken = np.exp(predicted[:, columns]) @ np.divide(bests, sum(bests))
+                lost = np.log(taken)[:, None] - best[0][0]
                 unsure = sigma[:, columns].mean(axis=1, keepdims=True)
                 predicted, sigma = np.hstack([predicted, lost]), np.hstack([sigma, unsure])
                 weights.append(sum(self.scenarios[i].weight for i in columns))
         return acquisition(predicted, weights, doubt * sigma)
+
+    def _serving(self, drafts: Sequence[Draft]) -> NDArray[np.bool_]:
+        """Which draft may serve which scenario: [drafts, scenarios]."""
+        tokens = [s.tokens for s in self.scenarios]
+        return np.array([[may_serve(d.annotation, n) for n in tokens] for d in drafts])
 
     def _picked(self, pool: Pool, n: int) -> list[Candidate]:
         """The best unseen points, spread out; `n` of them if there are as many."""

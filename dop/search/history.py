@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from dop.cost_model.base import Point, Sample
 from dop.measurement import Measurement
 from dop.scenario import Scenario
+from dop.space.early import may_serve
 from dop.space.sketch import Candidate
 from dop.space.trace import Trace
 
@@ -27,7 +28,8 @@ def point_key(point: Point) -> PointKey:
 
 @dataclass(slots=True)
 class Entry:
-    """A measured candidate: seconds by scenario key, infinite for a failure."""
+    """A measured candidate: seconds by scenario key, infinite for a failure, and where its time
+    says nothing."""
 
     candidate: Candidate
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,6 +77,9 @@ class History:
                 if entry is None:
                     self.mark(candidate)
                     entry = self._entries[point] = Entry(candidate)
+            if not may_serve(candidate.annotation, scenario.tokens):
+                entry.seconds.setdefault(scenario.key, math.inf)
+                continue
             seconds = measurement.median_s if measurement.ok else math.inf
             sample = Sample(candidate, scenario, seconds)
             key = sample.scenario_key
@@ -105,7 +110,11 @@ class History:
         """
         open_ones = []
         for place, entry in enumerate(self._entries.values()):
-            missing = tuple(s for s in self.scenarios if s.key not in entry.seconds)
+            missing = tuple(
+                s
+                for s in self.scenarios
+                if s.key not in entry.seconds and may_serve(entry.candidate.annotation, s.tokens)
+            )
             ratio = self._least_ratio(entry)
             if missing and math.isfinite(ratio):
                 open_ones.append((ratio, place, entry.candidate, missing))
@@ -124,15 +133,15 @@ class History:
         """Candidates for a batch that may be any of several scenarios, best ones first.
 
         Returns:
-            Up to `count` of those that worked under all of them, each with the mean of log(time /
-            best time), as dispatch judges them.
+            Up to `count` of those that worked under all of them, each with log(time / best time)
+            of all batches together, as dispatch judges them.
         """
+        total = math.fsum(self.best_s(key) for key in keys)
         found = []
         for place, entry in enumerate(self._entries.values()):
-            times = [entry.seconds.get(key, math.inf) for key in keys]
-            if all(map(math.isfinite, times)):
-                logs = [math.log(t / self.best_s(key)) for t, key in zip(times, keys, strict=True)]
-                found.append((math.fsum(logs) / len(logs), place, entry.candidate))
+            taken = math.fsum(entry.seconds.get(key, math.inf) for key in keys)
+            if math.isfinite(taken):
+                found.append((math.log(taken / total), place, entry.candidate))
         return [(lost, candidate) for lost, _, candidate in heapq.nsmallest(count, found)]
 
     def contested(self, rivals: int, within: float) -> list[tuple[Candidate, tuple[Scenario, ...]]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dop.errors import ConstraintError
 from dop.scenario import Scenario
 from dop.search.history import History, Result
+from dop.space.early import may_serve
 from dop.space.sketch import Candidate, Space
 from dop.target import Target
 from dop.workload import Workload
@@ -48,6 +49,7 @@ class Strategy(ABC):
         self.scenarios = tuple(scenarios)
         self.rng = rng
         self.history = History(self.scenarios)
+        self._least_tokens = min(s.tokens for s in self.scenarios)
         self._defaults = list(space.defaults()[:max_defaults])
 
     def ask(self, n: int) -> list[Candidate]:
@@ -98,6 +100,10 @@ class Strategy(ABC):
     def _propose(self, n: int) -> list[Candidate]:
         """Up to `n` candidates that `history.mark` accepted."""
 
+    def _of_use(self, annotation: Iterable[tuple[str, int]]) -> bool:
+        """Whether a point may serve any of the batches."""
+        return may_serve(annotation, self._least_tokens)
+
     def _newcomers(self, n: int) -> list[Candidate]:
         """Up to `n` random new candidates, each marked as seen."""
         found: list[Candidate] = []
@@ -108,7 +114,7 @@ class Strategy(ABC):
                 candidate = self.space.sample(self.rng)
             except ConstraintError:
                 break
-            if self.history.mark(candidate):
+            if self._of_use(candidate.annotation) and self.history.mark(candidate):
                 found.append(candidate)
         if len(found) < n and self.space.size() <= _SMALL_SPACE:
             found += self._left_over(n - len(found))
@@ -119,7 +125,8 @@ class Strategy(ABC):
         left = [
             candidate
             for candidate in _all(self.space)
-            if not self.history.saw((candidate.sketch.name, candidate.annotation))
+            if self._of_use(candidate.annotation)
+            and not self.history.saw((candidate.sketch.name, candidate.annotation))
         ]
         self.rng.shuffle(left)
         return list(itertools.islice((c for c in left if self.history.mark(c)), n))
