@@ -23,6 +23,14 @@ COLORS = {
     "tuned-json+specialize": "#7d5f08",
     "dop+specialize": "#5fa8d3",
 }
+OTHERS = ("#2a9d8f", "#e07a5f", "#8e6c8a", "#c9a227")
+"""Arms with other switches, in their order."""
+
+
+def color_of(arm: str, arms: Sequence[str]) -> str:
+    """Color of one of a plot's arms."""
+    others = [name for name in arms if name not in COLORS]
+    return COLORS.get(arm) or OTHERS[others.index(arm) % len(OTHERS)]
 
 
 def plot(path: Path, title: str, results: Sequence[CaseResult]) -> None:
@@ -90,7 +98,7 @@ def _bars(axis: Any, values: dict[str, list[float | None]]) -> None:
         shift = (offset - (len(values) - 1) / 2) * width
         known = [(i + shift, h) for i, h in enumerate(heights) if h is not None]
         axis.bar([x for x, _ in known], [h for _, h in known], width * 0.92,
-                 color=COLORS[arm], label=arm)  # fmt: skip
+                 color=color_of(arm, list(values)), label=arm)  # fmt: skip
 
 
 def _paces(axis: Any, cases: Sequence[CaseResult]) -> None:

@@ -7,15 +7,18 @@ vLLM asks for the wrapper class:
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
-- With VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all of LoRA on a second stream into zeros that it then
-  adds; here only shrink goes there, and expand adds to the base layer's output behind both.
+- Where it pays (`pays_beside`), a layer's shrink runs on a second stream beside the base layer's
+  matmul, and expand adds to its output behind both. With VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all
+  of LoRA on a second stream into zeros that it then adds; here the same rule holds for it.
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
   hashes of configurations, and one that was compiled without Dop would never call it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +92,8 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         # A tensor, not a number: compiled code that is cached on disk would keep the number.
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
-        self._beside: Beside | None = None
+        self._beside = Beside(_second_stream(device))
+        self._pending: dict[int, Pending] = {}
         if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
             LOG.info(SPECIALIZE)
 
@@ -214,26 +218,32 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         x: torch.Tensor,
         a: Sequence[torch.Tensor],
         b: Sequence[torch.Tensor],
-        stream: torch.cuda.Stream | None,
-    ) -> Pending | None:
-        """Start a layer's shrink on a second stream; None if `add_lora_linear` has to do it all.
+    ) -> None:
+        """Start a layer's shrink on a second stream, if that pays.
 
-        That is the first call of a layer as well: it finds out whether Dop covers it.
+        Not in the first call of a layer: that finds out whether Dop covers it.
         """
-        known = self._layers.get(b[0].data_ptr())
-        if known != "" or self._no_adapter or x.shape[0] < self._plans.tokens:
-            return None
-        if self._beside is None:
-            self._beside = Beside(stream)
-        try:
-            return self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
-        except DopError:
-            return None  # add_lora_linear meets it again, and says so
+        layer = b[0].data_ptr()
+        self._pending.pop(layer, None)
+        if self._layers.get(layer) != "" or self._no_adapter or x.shape[0] < self._plans.tokens:
+            return
+        if pays_beside(x.shape[0], x.shape[-1], [part.shape[-2] for part in b]):
+            with contextlib.suppress(DopError):  # launch meets it again, and says so
+                self._pending[layer] = self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
 
-    def finish(self, pending: Pending, y: torch.Tensor) -> None:
-        """Expand behind `begin` and whatever made y."""
-        assert self._beside is not None
-        self._beside.finish(pending, y)
+    def finish(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: list[torch.Tensor],
+        b: list[torch.Tensor],
+    ) -> None:
+        """Expand behind `begin` and whatever made y; everything if nothing was begun."""
+        pending = self._pending.pop(b[0].data_ptr(), None)
+        if pending is None:
+            self.launch(y, x, a, b, 1.0, True)
+        else:
+            self._beside.finish(pending, y)
 
     def _launch_stock(
         self,
@@ -258,6 +268,23 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             LOG.warning("dop: %s LoRA of such layers runs on vLLM's own kernels.", text)
         else:
             LOG.info("dop: serves LoRA of %s", shape)
+
+
+def pays_beside(tokens: int, width: int, outs: Sequence[int]) -> bool:
+    """Whether shrink beside the base layer's matmul saves more than a fork and a join take.
+
+    Measured behind matmuls in a CUDA graph (docs/performance.md 31): they take about 2 us, since
+    the pieces are plain launches; a layer of several projections gains more if its matmul is long
+    enough to hide shrink. A prefill's matmul leaves no multiprocessor idle.
+    """
+    return len(outs) > 1 and tokens <= (128 if sum(outs) > 4 * width else 32)
+
+
+def _second_stream(device: Any) -> torch.cuda.Stream | None:
+    """None: shrink stays in the first one (no GPU, or DOP_VLLM_BESIDE=0)."""
+    if torch.device(device).type != "cuda" or os.environ.get("DOP_VLLM_BESIDE", "1") == "0":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def captured_tokens() -> int:
@@ -313,6 +340,41 @@ def _add_lora_linear_fake(
     return
 
 
+def _begin(
+    x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], handle: torch.Tensor
+) -> torch.Tensor:
+    _WRAPPERS[int(handle.item())].begin(x, a, b)
+    return x.new_empty(1)
+
+
+def _begin_fake(
+    x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], handle: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(1)
+
+
+def _finish(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    handle: torch.Tensor,
+    begun: torch.Tensor,
+) -> None:
+    _WRAPPERS[int(handle.item())].finish(y, x, a, b)
+
+
+def _finish_fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    handle: torch.Tensor,
+    begun: torch.Tensor,
+) -> None:
+    return
+
+
 def install() -> None:
     """Patch packed projections, adapter activation and the hash (module docstring); once."""
     if hasattr(LoRAModelManager.activate_adapter, "stock"):
@@ -324,12 +386,22 @@ def install() -> None:
         fake_impl=_add_lora_linear_fake,
         target_lib=_LIBRARY,
     )
+    direct_register_custom_op(
+        op_name="begin", op_func=_begin, fake_impl=_begin_fake, target_lib=_LIBRARY
+    )
+    direct_register_custom_op(
+        op_name="finish",
+        op_func=_finish,
+        mutates_args=["y"],
+        fake_impl=_finish_fake,
+        target_lib=_LIBRARY,
+    )
     LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
     LoRAConfig.compute_hash = _own_hash(LoRAConfig.compute_hash)
     linear = base_linear.BaseLinearLayerWithLoRA
-    beside = getattr(linear, "_apply_async_impl", None)
-    if beside is not None:
-        linear._apply_async_impl = _apply_beside(beside)
+    for name in ("_apply_sync", "_apply_async_impl"):
+        if hasattr(linear, name):
+            setattr(linear, name, _apply_beside(getattr(linear, name)))
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)
@@ -343,21 +415,24 @@ def _own_hash(stock: Any) -> Any:
 
 
 def _apply_beside(stock: Any) -> Any:
-    def _apply_async_impl(layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+    """vLLM's `_apply_sync` or `_apply_async_impl`, with shrink in front of the layer's matmul."""
+
+    def apply(layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
         wrapper = layer.punica_wrapper
         if not isinstance(wrapper, DopPunicaWrapper):
             return stock(layer, x, bias)  # type: ignore[no-any-return]
-        rows = x.flatten(0, 1) if x.ndim == 3 else x
-        pending = wrapper.begin(
-            rows, layer.lora_a_stacked, layer.lora_b_stacked, layer._lora_stream
-        )
-        output = layer._get_quant_method().apply(layer.base_layer, x, bias)
-        if pending is None:
+        a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+        if len(a) == 1:
+            output = layer._get_quant_method().apply(layer.base_layer, x, bias)
             return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
-        wrapper.finish(pending, output.flatten(0, 1) if output.ndim == 3 else output)
+        rows = x.flatten(0, 1) if x.ndim == 3 else x
+        begun = torch.ops.dop_vllm.begin(rows, a, b, wrapper._handle)
+        output = layer._get_quant_method().apply(layer.base_layer, x, bias)
+        target = output.flatten(0, 1) if output.ndim == 3 else output
+        torch.ops.dop_vllm.finish(target, rows, a, b, wrapper._handle, begun)
         return output  # type: ignore[no-any-return]
 
-    return _apply_async_impl
+    return apply
 
 
 def _packed_apply(stock: Any) -> Any:

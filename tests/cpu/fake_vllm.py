@@ -150,8 +150,6 @@ class BaseLinearLayerWithLoRA:
         )
         return y
 
-    # What VLLM_LORA_ENABLE_DUAL_STREAM takes instead of `apply`.
-    _lora_stream = None
     base_layer = None
 
     def _get_quant_method(self) -> Any:
@@ -169,8 +167,11 @@ class BaseLinearLayerWithLoRA:
         )
         return output.reshape(shape)
 
-    def _apply_async_impl(self, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+    def _apply_sync(self, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
         return torch.full((*x.shape[:-1], sum(self.output_slices)), 12345.0)
+
+    # What VLLM_LORA_ENABLE_DUAL_STREAM takes instead.
+    _apply_async_impl = _apply_sync
 
 
 class LogitsProcessorWithLoRA:
@@ -246,7 +247,7 @@ class Platform:
 def direct_register_custom_op(
     op_name, op_func, mutates_args=None, fake_impl=None, target_lib=None, **_
 ) -> None:
-    schema = torch.library.infer_schema(op_func, mutates_args=mutates_args)
+    schema = torch.library.infer_schema(op_func, mutates_args=mutates_args or [])
     target_lib.define(op_name + schema)
     target_lib.impl(op_name, op_func, dispatch_key="CPU")
     target_lib._register_fake(op_name, fake_impl)

@@ -297,8 +297,12 @@ def test_packed_projections_of_0_24_reach_add_lora_linear(wrapper_module):
     assert column._mcp_apply(x, None, engine.layers["gate_up"]) == "sharded"
 
 
+WAYS = ("_apply_sync", "_apply_async_impl")
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axes", [2, 3])
-def test_with_two_streams_only_shrink_leaves_the_base_layers(wrapper_module, monkeypatch, axes):
+def test_shrink_of_packed_projections_leaves_the_stream(wrapper_module, monkeypatch, axes, way):
     engine = Engine(wrapper_module)
     engine.adapter(11, rank=8, seed=1)
     engine.adapter(12, rank=3, seed=2)
@@ -314,37 +318,47 @@ def test_with_two_streams_only_shrink_leaves_the_base_layers(wrapper_module, mon
             x = torch.randn(len(ids), HIDDEN).to(engine.config.lora_dtype)
             rows = x if axes == 2 else x[None]
             base = layer._get_quant_method().apply(None, rows, None)
-            y = layer._apply_async_impl(rows)
+            y = getattr(layer, way)(rows)
             assert y.shape == base.shape
             want = base.reshape(len(ids), -1).float() + engine.expected(name, x, ids)
             close(y.reshape(len(ids), -1), want)
-        # The first call of a layer finds out whether it is covered.
-        assert len(begun) == 3 * turn
+        # The first call of a layer finds out whether it is covered; "o" has one projection.
+        assert len(begun) == 2 * turn
     assert engine.wrapper.stock_calls == 0
+
+
+def test_where_a_second_stream_pays(wrapper_module):
+    pays = wrapper_module.pays_beside
+    qkv, gate_up = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
+    assert [n for n in (1, 32, 64, 128, 129) if pays(n, *qkv)] == [1, 32]
+    assert [n for n in (1, 32, 64, 128, 129) if pays(n, *gate_up)] == [1, 32, 64, 128]
+    assert not any(pays(n, 14336, (4096,)) for n in (1, 32, 64, 128))
 
 
 def close(y: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(y.float(), want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
 
 
-def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module):
+@pytest.mark.parametrize("way", WAYS)
+def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module, way):
     engine = Engine(wrapper_module)
     engine.adapter(1, rank=8, seed=1)
-    layer = engine.layers["o"]
+    layer = engine.layers["qkv"]
+    call = getattr(layer, way)
     x = torch.randn(3, HIDDEN).to(engine.config.lora_dtype)
     base = layer._get_quant_method().apply(None, x, None)
     engine.step([1, 1, 1])
-    layer._apply_async_impl(x)
+    call(x)
     engine.step([0, 0, 0])
-    assert torch.equal(layer._apply_async_impl(x), base)
+    assert torch.equal(call(x), base)
     engine.step([1, 1, 1])
     meta = engine.wrapper.token_mapping_meta
     meta.token_indices_sorted_by_lora_ids[:2], meta.num_tokens_per_lora[0] = torch.arange(2), 2
-    pooled = layer._apply_async_impl(x[:2])  # fewer rows than the step has tokens
+    pooled = call(x[:2])  # fewer rows than the step has tokens
     assert engine.wrapper.stock_calls == 1
-    close(pooled, base[:2].float() + engine.expected("o", x, [1, 1, 1])[:2])
+    close(pooled, base[:2].float() + engine.expected("qkv", x, [1, 1, 1])[:2])
     layer.punica_wrapper = object()
-    assert (layer._apply_async_impl(x) == 12345.0).all()  # another wrapper keeps vLLM's own
+    assert (call(x) == 12345.0).all()  # another wrapper keeps vLLM's own
 
 
 def test_the_head_is_left_out_only_if_nobody_changes_it(wrapper_module):
