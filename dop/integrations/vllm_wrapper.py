@@ -7,9 +7,10 @@ vLLM asks for the wrapper class:
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
-- Where it pays (`pays_beside`), a layer's shrink runs on a second stream beside the base layer's
-  matmul, and expand adds to its output behind both. With VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all
-  of LoRA on a second stream into zeros that it then adds; here the same rule holds for it.
+- With DOP_VLLM_BESIDE=1, where it may pay (`pays_beside`), a layer's shrink runs on a second stream
+  beside the base layer's matmul, and expand adds to its output behind both. With
+  VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all of LoRA on a second stream into zeros that it then
+  adds; here that changes nothing.
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
   hashes of configurations, and one that was compiled without Dop would never call it.
 """
@@ -92,7 +93,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         # A tensor, not a number: compiled code that is cached on disk would keep the number.
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
-        self._beside = Beside(_second_stream(device))
+        self._beside = Beside(_second_stream(device)) if beside_wanted() else None
         self._pending: dict[int, Pending] = {}
         if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
             LOG.info(SPECIALIZE)
@@ -227,6 +228,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._pending.pop(layer, None)
         if self._layers.get(layer) != "" or self._no_adapter or x.shape[0] < self._plans.tokens:
             return
+        assert self._beside is not None
         if pays_beside(x.shape[0], x.shape[-1], [part.shape[-2] for part in b]):
             with contextlib.suppress(DopError):  # launch meets it again, and says so
                 self._pending[layer] = self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
@@ -243,6 +245,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         if pending is None:
             self.launch(y, x, a, b, 1.0, True)
         else:
+            assert self._beside is not None
             self._beside.finish(pending, y)
 
     def _launch_stock(
@@ -273,16 +276,22 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 def pays_beside(tokens: int, width: int, outs: Sequence[int]) -> bool:
     """Whether shrink beside the base layer's matmul saves more than a fork and a join take.
 
-    Measured behind matmuls in a CUDA graph (docs/performance.md 31): they take about 2 us, since
-    the pieces are plain launches; a layer of several projections gains more if its matmul is long
-    enough to hide shrink. A prefill's matmul leaves no multiprocessor idle.
+    Measured behind matmuls in a CUDA graph: they take about 2 us, since the pieces are plain
+    launches; a layer of several projections gains more if its matmul is long enough to hide shrink.
+    A prefill's matmul leaves no multiprocessor idle. In vLLM the gain did not show
+    (docs/performance.md 31 and 32), so this is off unless it is asked for.
     """
     return len(outs) > 1 and tokens <= (128 if sum(outs) > 4 * width else 32)
 
 
+def beside_wanted() -> bool:
+    """Whether DOP_VLLM_BESIDE asks for a second stream."""
+    return os.environ.get("DOP_VLLM_BESIDE", "0").strip().lower() in ("1", "yes", "on", "true")
+
+
 def _second_stream(device: Any) -> torch.cuda.Stream | None:
-    """None: shrink stays in the first one (no GPU, or DOP_VLLM_BESIDE=0)."""
-    if torch.device(device).type != "cuda" or os.environ.get("DOP_VLLM_BESIDE", "1") == "0":
+    """None without a GPU: shrink stays where it is."""
+    if torch.device(device).type != "cuda":
         return None
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -409,7 +418,7 @@ def install() -> None:
 
 def _own_hash(stock: Any) -> Any:
     def compute_hash(config: Any) -> str:
-        return f"{stock(config)}-dop"
+        return f"{stock(config)}-dop{'-beside' * beside_wanted()}"
 
     return compute_hash
 
@@ -422,7 +431,7 @@ def _apply_beside(stock: Any) -> Any:
         if not isinstance(wrapper, DopPunicaWrapper):
             return stock(layer, x, bias)  # type: ignore[no-any-return]
         a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
-        if len(a) == 1:
+        if wrapper._beside is None or len(a) == 1:
             output = layer._get_quant_method().apply(layer.base_layer, x, bias)
             return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
         rows = x.flatten(0, 1) if x.ndim == 3 else x

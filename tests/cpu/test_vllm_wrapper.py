@@ -302,7 +302,11 @@ WAYS = ("_apply_sync", "_apply_async_impl")
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axes", [2, 3])
-def test_shrink_of_packed_projections_leaves_the_stream(wrapper_module, monkeypatch, axes, way):
+@pytest.mark.parametrize("asked", [True, False])
+def test_shrink_of_packed_projections_leaves_the_stream(
+    wrapper_module, monkeypatch, axes, way, asked
+):
+    monkeypatch.setenv("DOP_VLLM_BESIDE", str(int(asked)))
     engine = Engine(wrapper_module)
     engine.adapter(11, rank=8, seed=1)
     engine.adapter(12, rank=3, seed=2)
@@ -323,8 +327,36 @@ def test_shrink_of_packed_projections_leaves_the_stream(wrapper_module, monkeypa
             want = base.reshape(len(ids), -1).float() + engine.expected(name, x, ids)
             close(y.reshape(len(ids), -1), want)
         # The first call of a layer finds out whether it is covered; "o" has one projection.
-        assert len(begun) == 2 * turn
+        assert len(begun) == 2 * turn * asked
     assert engine.wrapper.stock_calls == 0
+
+
+def test_compiled_code_starts_shrink_in_front_of_the_matmul(wrapper_module, monkeypatch):
+    monkeypatch.setenv("DOP_VLLM_BESIDE", "1")
+    engine = Engine(wrapper_module)
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1, 1, 1])
+    layer = engine.layers["qkv"]
+    weight = torch.randn(sum(layer.output_slices), HIDDEN).to(engine.config.lora_dtype)
+    method = SimpleNamespace(apply=lambda base, x, bias: torch.nn.functional.linear(x, weight))
+    layer._get_quant_method = lambda: method
+    x = torch.randn(3, HIDDEN).to(engine.config.lora_dtype)
+    layer._apply_sync(x)
+    order = []
+
+    def backend(graph, inputs):
+        order.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    got = torch.compile(layer._apply_sync, fullgraph=True, backend=backend)(x)
+    want = x.float() @ weight.float().T + engine.expected("qkv", x, [1, 1, 1])
+    close(got, want)
+    begun, finished = (
+        next(i for i, name in enumerate(order) if f"dop_vllm.{half}" in name)
+        for half in ("begin", "finish")
+    )
+    matmul = next(i for i, name in enumerate(order) if "linear" in name)
+    assert begun < matmul < finished
 
 
 def test_where_a_second_stream_pays(wrapper_module):
@@ -340,7 +372,8 @@ def close(y: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module, way):
+def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module, monkeypatch, way):
+    monkeypatch.setenv("DOP_VLLM_BESIDE", "1")
     engine = Engine(wrapper_module)
     engine.adapter(1, rank=8, seed=1)
     layer = engine.layers["qkv"]

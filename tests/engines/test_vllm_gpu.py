@@ -28,9 +28,10 @@ if importlib.util.find_spec("vllm") is None or not torch.cuda.is_available():
 
 HERE = Path(__file__).parent
 SECONDS = 280
-AT_ONCE = max(4, len(os.sched_getaffinity(0)) - 2)
-"""Engines that load side by side. Each is one busy thread; two cores are left for the merged models
-that answers are compared with. One by one, loading alone takes most of a minute each."""
+AT_ONCE = min(9, max(4, len(os.sched_getaffinity(0)) - 2))
+"""Engines that load side by side, a tenth of the GPU's memory each. Each is one busy thread; two
+cores are left for the merged models that answers are compared with. One by one, loading alone takes
+most of a minute each."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "stock": {"eager": False},
@@ -42,12 +43,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock bfloat16": {"eager": False, "dtype": "bfloat16"},
     "dop bfloat16": {"eager": False, "dtype": "bfloat16"},
     "dop dual stream": {"eager": False, "dual": True},
+    "dop beside": {"eager": False, "beside": True},
     "dop after stock": {"eager": False},
 }
 AFTER = {"dop after stock": "stock"}
 """Arms that find the compiled models of another one on disk."""
 
-OTHERS = ("dop after stock", "dop eager", "dop specialize", "dop one slot", "dop dual stream")
+OTHERS = (
+    "dop after stock",
+    "dop eager",
+    "dop specialize",
+    "dop one slot",
+    "dop dual stream",
+    "dop beside",
+)
 """Settings that must give the tokens of "dop"."""
 
 
@@ -73,6 +82,7 @@ def run(folder: Path, arm: str) -> dict:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CACHE_ROOT": str(folder / f"cache-{AFTER.get(arm, short)}"),
         "VLLM_LORA_ENABLE_DUAL_STREAM": str(int("dual" in settings)),
+        "DOP_VLLM_BESIDE": str(int("beside" in settings)),
         "DOP_VLLM": str(int(arm.startswith("dop"))),
         "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE.parents[1]), str(HERE)]),
     }
