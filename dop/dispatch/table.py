@@ -13,8 +13,8 @@ The rule, which exports repeat in their own language:
    limits lie halfway, on a log scale, between measured segment lengths; the last is infinite.
 
 A batch of unknown segments still has a bound: no more adapters than the weight stacks have slots.
-Where that is less than its tokens, segments are long on average, and the kernel that takes least time
-over the batches that are left together serves it (`Bound`).
+Where that is less than its tokens, segments are long on average, and the kernel that takes least
+over the batches that are left, all together, serves it (`Bound`).
 
 Buckets that were not measured lie between the measured ones and beyond them, with rows from
 interpolated times (`dop.dispatch.between`); `dop.dispatch.holdout` measures what that loses.
