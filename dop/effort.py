@@ -70,6 +70,7 @@ class SearchEffort:
         explore: share of the picks without a promise that go where the model knows least; the
             others go to good predictions in doubt.
         hinted: share of a batch that neighbours' winners may take while little is known.
+        adopted: share of a later batch that they may take, whatever the model thinks of them.
         try_out: share of a batch for sketches that came close with few trials.
         trials: measured candidates from which a sketch has had its try.
         spread: penalty, as a share of the score, for every earlier pick of the batch whose
@@ -92,6 +93,7 @@ class SearchEffort:
     epsilon: float = 0.2
     explore: float = 0.5
     hinted: float = 0.5
+    adopted: float = 0.125
     try_out: float = 0.3
     trials: int = 16
     spread: float = 0.1

@@ -19,6 +19,7 @@ from dop.measurement import Measurement
 from dop.scenario import Scenario
 from dop.search.evolutionary import EvolutionaryStrategy
 from dop.search.mutator.base import nearest
+from dop.search.repair import repaired
 from dop.search.strategy import Strategy
 from dop.space.sketch import Candidate, Sketch, Space
 from dop.space.trace import Trace
@@ -212,8 +213,13 @@ def neighbours(family: Family, others: Sequence[Workload]) -> list[Workload]:
     return sorted((o for o in others if o.key != family.workload.key), key=distance)
 
 
-def adapted(space: Space, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Candidates of another workload's space in this one: same sketch, nearest allowed numbers."""
+def adapted(
+    space: Space, candidates: Sequence[Candidate], repair: bool = False
+) -> Iterator[Candidate]:
+    """Candidates of another workload's space in this one: same sketch, nearest allowed numbers.
+
+    Those that break a limit are left out, or changed a little more (`repair`).
+    """
     sketches: dict[str, Sketch] = {s.name: s for s in space.sketches}
     for candidate in candidates:
         sketch = sketches.get(candidate.sketch.name)
@@ -224,5 +230,10 @@ def adapted(space: Space, candidates: Sequence[Candidate]) -> Iterator[Candidate
             d.name: nearest(d, given[d.name]) if d.name in given else d.default
             for d in sketch.domains
         }
-        if sketch.broken_limit(values) is None:
+        if sketch.broken_limit(values) is not None:
+            if not repair:
+                continue
+            rng = random.Random(repr(sorted(values.items())))
+            values = repaired(sketch, values, frozenset(), rng) or {}
+        if values:
             yield Candidate.of(sketch, values)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 
 from dop.database.jsonl import Log, without_collector
@@ -36,7 +36,7 @@ from dop.recorded import (
     same_device,
 )
 from dop.scenario import Scenario
-from dop.search.history import Result
+from dop.search.history import Result, point_key
 from dop.space.early import may_serve, plainly
 from dop.space.sketch import Candidate, Space
 from dop.target import Target
@@ -417,10 +417,14 @@ class _Run:
             other.family.workload: _bests(other) for other in self.states if other is not state
         }
         pools.update(self.foreign)
-        hints: list[Candidate] = []
-        for workload in neighbours(state.family, list(pools)):
-            hints += adapted(state.space, pools[workload])
-        state.strategy.hint(hints[:_HINTS])
+        strategy = state.strategy
+        hints = (
+            candidate
+            for workload in neighbours(state.family, list(pools))
+            for candidate in adapted(state.space, pools[workload], repair=not strategy.is_new)
+            if strategy.is_new or not strategy.history.saw(point_key(candidate))
+        )
+        strategy.hint(list(islice(hints, _HINTS)))
 
     def _finish_recorded(self, state: FamilyState) -> None:
         """Measure what a stopped run left open: the best candidates under missing scenarios."""

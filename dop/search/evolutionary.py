@@ -163,9 +163,13 @@ class EvolutionaryStrategy(Strategy):
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well for a neighbouring workload.
 
-        They are half of what follows the defaults at first; later they join the first
-        generation, where the model judges them like any other.
+        They are half of what follows the defaults at first. Later they join the first generation,
+        where the model judges them like any other, and a few are measured whatever it thinks: of
+        a corner of the space where nothing good was met so far it expects nothing good. What the
+        neighbours have found by then replaces what they had found before.
         """
+        if not self.is_new:
+            self._hints.clear()
         waiting = {point_key(c) for c in self._hints}
         for found in candidates:
             candidate = found if self._of_use(found.annotation) else plainly(found)
@@ -202,8 +206,12 @@ class EvolutionaryStrategy(Strategy):
         return max(_MIN_SIGMA, float(np.sqrt(np.mean(np.square(errors)))))
 
     def _propose(self, n: int) -> list[Candidate]:
-        early = self._early or not self.model.trained
-        chosen = self._take_hints(math.ceil(n * self._effort.hinted)) if early else []
+        early = self.is_new or not self.model.trained
+        chosen: list[Candidate] = []
+        if self._hints:
+            effort = self._effort
+            share = math.ceil(n * effort.hinted) if early else self._rounded(n * effort.adopted)
+            chosen = self._take_hints(share)
         if len(self.history) >= self._warm_until and self.model.trained:
             chosen += self._tried_out(self._effort.try_out * (n - len(chosen)))
             chosen += self._judged(n - len(chosen))
@@ -212,8 +220,8 @@ class EvolutionaryStrategy(Strategy):
         return chosen
 
     @property
-    def _early(self) -> bool:
-        """Whether hints are still measured whatever the model thinks of them."""
+    def is_new(self) -> bool:
+        """Whether half of what is proposed are hints."""
         return len(self.history) < self._warm_until + _HINTED
 
     def _judged(self, n: int) -> list[Candidate]:
@@ -325,7 +333,7 @@ class EvolutionaryStrategy(Strategy):
     def _first_generation(self) -> list[Draft]:
         """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
-        hints, self._hints = self._hints, (self._hints if self._early else [])
+        hints = list(self._hints)
         middle = [candidate for _, best in self._compromises for _, candidate in best]
         known = [*hints, *middle, *self.history.elites(effort.elites)][: effort.population // 2]
         elites = [Draft(c.sketch, c.annotation) for c in known]

@@ -79,6 +79,11 @@ class Strategy(ABC):
         """Draw conclusions from everything told: the slow part of `tell`, if there is one."""
         return
 
+    @property
+    def is_new(self) -> bool:
+        """Whether little is known yet, so that hints of the nearest workloads are what it needs."""
+        return True
+
     def hint(self, candidates: Sequence[Candidate]) -> None:
         """Candidates that did well elsewhere; a strategy may use or ignore them."""
         del candidates

@@ -15,6 +15,7 @@ from dop.cost_model.base import CostModel, NoModel
 from dop.cost_model.gbdt import GbdtModel
 from dop.effort import QUICK
 from dop.errors import ConfigError
+from dop.family import adapted
 from dop.measurement import Measurement
 from dop.scenario import Scenario, named
 from dop.search.evolutionary import Draft, EvolutionaryStrategy
@@ -22,7 +23,7 @@ from dop.search.random import RandomStrategy
 from dop.search.replay import ReplayStrategy
 from dop.search.selection import acquisition, diverse, expected_gain, tournament
 from dop.search.table import SpaceTable, load_table, restricted, save_table
-from dop.space.sketch import Candidate, Space
+from dop.space.sketch import Candidate, Limit, Space
 from dop.space.trace import Trace
 from dop.target import SM_90
 
@@ -110,6 +111,55 @@ def test_hints_are_measured_during_the_warm_up():
     strategy.hint(hints)
     proposed = [c.trace.key for c in drive(strategy, 16)]
     assert {c.trace.key for c in hints} <= set(proposed)
+
+
+class Against(NoModel):
+    """Expects the worst of one candidate, and the same of all others."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.point = candidate.annotation
+
+    @property
+    def trained(self) -> bool:
+        return True
+
+    def predict(self, points, scenarios):
+        bad = [3.0 if point.annotation == self.point else 0.0 for point in points]
+        return np.repeat(np.array(bad)[:, None], len(scenarios), axis=1)
+
+
+@pytest.mark.parametrize("adopted", [QUICK.search.adopted, 0.0])
+def test_what_a_neighbour_finds_later_is_measured_whatever_the_model_thinks(adopted):
+    found = SPACE.sample(random.Random(7))
+    strategy = EvolutionaryStrategy(
+        SPACE, synthetic.WORKLOAD, SM_90, SCENARIOS, random.Random(1), Against(found),
+        replace(QUICK.search, adopted=adopted, epsilon=0.0, explore=0.0),
+    )  # fmt: skip
+    before = drive(strategy, 48)
+    assert found.trace.key not in {c.trace.key for c in before}
+    strategy.hint([SPACE.sample(random.Random(8))])
+    strategy.hint([found])  # instead of the other one
+    behind = {c.trace.key for c in drive(strategy, 40)}
+    assert (found.trace.key in behind) == (adopted > 0)
+
+
+def test_a_neighbours_point_is_repaired_where_it_breaks_a_limit():
+    sketch = synthetic.sketch()
+    space = Space((sketch,))
+    candidates = [space.sample(random.Random(i)) for i in range(40)]
+    narrow = replace(
+        sketch, limits=(*sketch.limits, Limit("split", 4, lambda a: a["shrink.split_k"]))
+    )
+    fits = [c for c in candidates if narrow.broken_limit(c.values) is None]
+    assert [c.annotation for c in adapted(Space((narrow,)), candidates)] == [
+        c.annotation for c in fits
+    ]
+    moved = list(adapted(Space((narrow,)), candidates, repair=True))
+    assert len(fits) < len(moved) <= len(candidates)
+    assert all(narrow.broken_limit(c.values) is None for c in moved)
+    assert [c.annotation for c in moved] == [
+        c.annotation for c in adapted(Space((narrow,)), candidates, repair=True)
+    ]
 
 
 def test_a_small_space_is_proposed_whole_and_then_nothing():
