@@ -9,8 +9,9 @@ decode cases that is the number of slots (the next power of two of the adapters)
 size their grids and choose their plans; in "server" cases, where a graph serves any batch, it is
 nothing; a prefill is launched by a host that counted its segments (csgmv's grid and triton's
 segments are exact there). `DOP_BENCH_HINT=exact` or `never` overrides that, and `DOP_BENCH_SPLIT=1`
-times shrink and expand apart as well. The file stands alone: it is loaded by path, in a process
-whose torch the script chose.
+times the kernels of a call apart as well, launched plainly: without the overlap that they have
+together, they take longer than both at once. The file stands alone: it is loaded by path, in a
+process whose torch the script chose.
 """
 
 from __future__ import annotations
@@ -62,14 +63,43 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
     note = {"adapters_hint": hint, "kernel": _kernel(ops, case, x[0], hint)}
     if os.environ.get("DOP_BENCH_SPLIT") != "1":
         return op_type("vllm", both=both, note=note)
+    if not x[0].is_cuda:
+        return op_type(
+            "vllm",
+            lambda i: ops.sgmv_shrink(x[i], a[i], plan),
+            lambda i, v: ops.sgmv_expand(y[i], v, b[i], plan),
+            both,
+            note=note,
+        )
+    first, last, is_pair = _halves(torch, x, y, a, b, plan)
+    return op_type("vllm", *((first, last) if is_pair else (None, None)), both, note=note)
 
-    def shrink(i: int) -> Any:
-        return ops.sgmv_shrink(x[i], a[i], plan)
 
-    def expand(i: int, v: Any) -> None:
-        ops.sgmv_expand(y[i], v, b[i], plan)
+def _halves(torch: Any, x: Any, y: Any, a: Any, b: Any, plan: Any) -> tuple[Any, Any, bool]:
+    """The chosen kernel's launches but the last, the last one (it takes what the first returned,
+    whose workspace it reads), and whether there are two."""
+    from dop.ops import eager
+    from dop.ops.derived import derived_words
 
-    return op_type("vllm", shrink, expand, both, note=note)
+    def prepared(i: int, block: Any = None) -> tuple[Any, Any, Any, int]:
+        stacks = eager.checked_stacks(x[i], a[i], b[i], plan)
+        block = block or eager.block_for(stacks.shape, plan)
+        facts = eager.call_facts(plan, stacks.shape.rank, 1.0, None)
+        words = derived_words(plan, block.tile_rows, *facts)
+        return block, stacks, words, torch.cuda.current_stream().cuda_stream
+
+    def first(i: int) -> Any:
+        block, stacks, words, stream = prepared(i)
+        code = block.pieces(stream, stream)[0].run(x[i].data_ptr(), 0, stacks.words, words)
+        assert code == 0, f"CUDA error {code}"
+        return block
+
+    def last(i: int, block: Any) -> None:
+        block, stacks, words, stream = prepared(i, block)
+        code = block.pieces(stream, stream)[1].run(0, y[i].data_ptr(), stacks.words, words)
+        assert code == 0, f"CUDA error {code}"
+
+    return first, last, prepared(0)[0].is_pair
 
 
 def _stacks(sets: Any) -> list[list[Any]]:

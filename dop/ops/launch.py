@@ -120,7 +120,7 @@ class Block:
         self.early = any(start.early for start in self.starts)
         self._sizes = (tokens, shape.in_features, shape.total_out)
         self._fixed = tuple(numbers.values())
-        self._pieces: dict[int, tuple[Call, Call]] = {}
+        self._pieces: dict[tuple[int, int], tuple[Call, Call]] = {}
         self.call = self._make_call(stream, self.starts)
 
     @property
@@ -131,18 +131,22 @@ class Block:
         whole = len(self.starts) == len(self.kernel.launches) > 1
         return whole and not {"y", "y_in"} & names and "x" not in last.arguments
 
-    def pieces(self, stream: int) -> tuple[Call, Call]:
-        """All launches but the last on another stream, and the last one on the block's own; plain
-        ones: what they overlap with is not each other.
+    def pieces(self, first: int, last: int | None = None) -> tuple[Call, Call]:
+        """All launches but the last, and the last one; plain ones: what they overlap with is not
+        each other.
 
         Args:
-            stream: CUstream of the first piece.
+            first, last: CUstream of each piece; the last one's is the block's own by default.
         """
-        found = self._pieces.get(stream)
+        streams = (first, self.stream if last is None else last)
+        found = self._pieces.get(streams)
         if found is None:
             plain = [replace(start, dependent=False, early=False) for start in self.starts]
-            found = (self._make_call(stream, plain[:-1]), self._make_call(self.stream, plain[-1:]))
-            self._pieces[stream] = found
+            found = (
+                self._make_call(streams[0], plain[:-1]),
+                self._make_call(streams[1], plain[-1:]),
+            )
+            self._pieces[streams] = found
         return found
 
     def _make_call(self, stream: int, starts: Sequence[Start]) -> Call:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fake_driver
 import pytest
 import torch
 from sgmv_reference import reference, rows, stacks
 
+from benchmarks.peers import dop_ops
 from dop import ops
 from dop.errors import DopError
 from dop.measure.cuda_driver import CudaError
@@ -90,6 +92,27 @@ def test_shrink_runs_beside_and_expand_behind_both(monkeypatch, way, early, tile
         assert case.done == BEGUN + FINISHED
         want = reference(case.y, case.x, case.a, case.b, IDS, scale=scale)
         torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", fake_driver.WAYS)
+def test_the_peers_benchmark_times_the_halves_of_the_chosen_kernel(monkeypatch, way):
+    """benchmarks/peers/dop_ops.py: each on the stream of the moment, expand behind a shrink that
+    ran on another one."""
+    fake_driver.choose_way(monkeypatch, way)
+    case = Case(monkeypatch)
+    stream = [Stream(case, "main", fake_driver.STREAM)]
+    cuda = SimpleNamespace(current_stream=lambda: stream[0])
+    y = case.y.clone()
+    first, last, is_pair = dop_ops._halves(
+        SimpleNamespace(cuda=cuda), [case.x], [y], [case.a], [case.b], case.plan
+    )
+    assert is_pair
+    block = first(0)
+    stream[0] = case.side
+    last(0, block)
+    assert case.done == [("shrink", "main"), ("expand", "side")]
+    want = reference(case.y, case.x, case.a, case.b, IDS)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_rows(monkeypatch):
