@@ -25,6 +25,7 @@ class Cell:
         costs: worst ratio to the best by trace key; of a batch of unknown segments that of the
             times of its cells together.
         slack: what a kernel may lose against the smallest cost, if no cost is near 1.
+        best_s: mean of the scenarios' best times, in seconds.
     """
 
     tokens: int
@@ -32,22 +33,19 @@ class Cell:
     times: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     slack: float = 0.0
+    best_s: float = 0.0
 
     def judge(self) -> None:
-        """Worst ratio to the best over the scenarios, for traces measured under all of them; if
-        there is no such trace, over the scenarios that a trace was measured under."""
+        """Find the best times and the costs: the worst ratio over the scenarios, for traces
+        measured under all of them; if there is no such trace, over the scenarios that a trace was
+        measured under."""
         best = {s: min(times.values()) for s, times in self.times.items()}
+        self.best_s = math.fsum(best.values()) / len(best)
         everywhere = set.intersection(*(set(times) for times in self.times.values()))
         anywhere = {trace for times in self.times.values() for trace in times}
         for trace in sorted(everywhere or anywhere):
             ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
             self.costs[trace] = max(ratios)
-
-    @property
-    def best_s(self) -> float:
-        """Mean of the scenarios' best times, in seconds."""
-        bests = [min(times.values()) for times in self.times.values()]
-        return math.fsum(bests) / len(bests)
 
     def limit(self, max_regret: float) -> float:
         """Largest cost that serves this cell."""

@@ -337,18 +337,6 @@ def _add_lora_linear(
     _WRAPPERS[int(handle.item())].launch(y, x, a, b, scale, add_inputs)
 
 
-def _add_lora_linear_fake(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    handle: torch.Tensor,
-    scale: float,
-    add_inputs: bool,
-) -> None:
-    return
-
-
 def _begin(
     x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], handle: torch.Tensor
 ) -> torch.Tensor:
@@ -356,9 +344,7 @@ def _begin(
     return x.new_empty(1)
 
 
-def _begin_fake(
-    x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], handle: torch.Tensor
-) -> torch.Tensor:
+def _begin_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
     return x.new_empty(1)
 
 
@@ -373,15 +359,8 @@ def _finish(
     _WRAPPERS[int(handle.item())].finish(y, x, a, b)
 
 
-def _finish_fake(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    handle: torch.Tensor,
-    begun: torch.Tensor,
-) -> None:
-    return
+def _nothing(*arguments: Any) -> None:
+    """The fake of what changes y in place."""
 
 
 def install() -> None:
@@ -392,7 +371,7 @@ def install() -> None:
         op_name="add_lora_linear",
         op_func=_add_lora_linear,
         mutates_args=["y"],
-        fake_impl=_add_lora_linear_fake,
+        fake_impl=_nothing,
         target_lib=_LIBRARY,
     )
     direct_register_custom_op(
@@ -402,7 +381,7 @@ def install() -> None:
         op_name="finish",
         op_func=_finish,
         mutates_args=["y"],
-        fake_impl=_finish_fake,
+        fake_impl=_nothing,
         target_lib=_LIBRARY,
     )
     LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
@@ -430,10 +409,10 @@ def _apply_beside(stock: Any) -> Any:
         wrapper = layer.punica_wrapper
         if not isinstance(wrapper, DopPunicaWrapper):
             return stock(layer, x, bias)  # type: ignore[no-any-return]
-        a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
-        if wrapper._beside is None or len(a) == 1:
+        if wrapper._beside is None or len(layer.lora_a_stacked) == 1:
             output = layer._get_quant_method().apply(layer.base_layer, x, bias)
             return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
+        a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
         rows = x.flatten(0, 1) if x.ndim == 3 else x
         begun = torch.ops.dop_vllm.begin(rows, a, b, wrapper._handle)
         output = layer._get_quant_method().apply(layer.base_layer, x, bias)

@@ -333,10 +333,9 @@ class EvolutionaryStrategy(Strategy):
     def _first_generation(self) -> list[Draft]:
         """Elites and hints, their mutants, and newcomers; each point once."""
         effort = self._effort
-        hints = list(self._hints)
         middle = [candidate for _, best in self._compromises for _, candidate in best]
-        known = [*hints, *middle, *self.history.elites(effort.elites)][: effort.population // 2]
-        elites = [Draft(c.sketch, c.annotation) for c in known]
+        known = [*self._hints, *middle, *self.history.elites(effort.elites)]
+        elites = [Draft(c.sketch, c.annotation) for c in known[: effort.population // 2]]
         wanted = int(effort.population * effort.newcomers)
         newcomers = list(self._random_drafts(wanted))
         found = {d.key: d for d in (*elites, *newcomers)}

@@ -28,8 +28,7 @@ def point_key(point: Point) -> PointKey:
 
 @dataclass(slots=True)
 class Entry:
-    """A measured candidate: seconds by scenario key, infinite for a failure, and where its time
-    says nothing."""
+    """A measured candidate: seconds by scenario key, infinite for a failure."""
 
     candidate: Candidate
     seconds: dict[str, float] = field(default_factory=dict)
@@ -78,7 +77,6 @@ class History:
                     self.mark(candidate)
                     entry = self._entries[point] = Entry(candidate)
             if not may_serve(candidate.annotation, scenario.tokens):
-                entry.seconds.setdefault(scenario.key, math.inf)
                 continue
             seconds = measurement.median_s if measurement.ok else math.inf
             sample = Sample(candidate, scenario, seconds)

@@ -359,6 +359,14 @@ def test_compiled_code_starts_shrink_in_front_of_the_matmul(wrapper_module, monk
     assert begun < matmul < finished
 
 
+def test_models_compiled_for_one_stream_are_not_loaded_for_two(wrapper_module, monkeypatch):
+    keys = set()
+    for asked in ("0", "1"):
+        monkeypatch.setenv("DOP_VLLM_BESIDE", asked)
+        keys.add(fake_vllm.LoRAConfig().compute_hash())
+    assert len(keys) == 2
+
+
 def test_where_a_second_stream_pays(wrapper_module):
     pays = wrapper_module.pays_beside
     qkv, gate_up = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
