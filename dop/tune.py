@@ -56,6 +56,9 @@ host has slow spells longer than a timing: a candidate that met one lost to a wo
 _RIVALS = 5
 _CLOSE = 1.35
 
+_ALONE = 6
+"""Likewise, of calls beside the base layer's matmul, for those of each batch without it."""
+
 _TWINS = 4
 """Fastest early kernels of each batch in the log that is too large for them (space/early.py), of
 which the plain twins are measured first."""
@@ -205,12 +208,17 @@ class _Run:
         for family in families:
             space = self.build(family.workload, family.target)
             self.states.append(FamilyState.start(family, space, self.effort, self.seed))
+        target = families[0].target
         by_workload: dict[str, list[Entry]] = {}
         for entry in self.log.entries:
             by_workload.setdefault(entry.workload_key, []).append(entry)
         with without_collector():
             for state in self.states:
                 self._resume(state, by_workload.get(state.family.workload.key, []))
+                if state.family.workload.beside:
+                    alone = replace(state.family.workload, beside=False)
+                    mine = (e for e in by_workload.get(alone.key, []) if same_device(e, target))
+                    _offer(state, mine, _ALONE)
                 if state is self.states[0]:
                     self._learn(state)  # beside the other families' records
         for state in self.states[1:]:
@@ -221,28 +229,11 @@ class _Run:
 
     def try_first(self, entries: Iterable[Entry]) -> None:
         """Offer every family what was fastest for its workload on another device."""
-        by_task: dict[tuple[str, str], list[Entry]] = {}
+        by_workload: dict[str, list[Entry]] = {}
         for entry in entries:
-            if entry.ok:
-                by_task.setdefault((entry.workload_key, entry.scenario_key), []).append(entry)
+            by_workload.setdefault(entry.workload_key, []).append(entry)
         for state in self.states:
-            winners: dict[str, Entry] = {}
-            for (workload_key, _), tried in by_task.items():
-                if workload_key == state.family.workload.key:
-                    tried.sort(key=lambda e: e.median_s)
-                    winners.update((e.trace_key, e) for e in tried[:_LIKE])
-            found = [
-                (alike(state.space, e), Scenario.parse(e.scenario_key)) for e in winners.values()
-            ]
-            state.strategy.first(
-                [
-                    candidate
-                    if may_serve(candidate.annotation, scenario.tokens)
-                    else plainly(candidate)
-                    for candidate, scenario in found
-                    if candidate is not None
-                ]
-            )
+            _offer(state, by_workload.get(state.family.workload.key, []), _LIKE)
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -579,3 +570,22 @@ def _bests(state: FamilyState) -> list[Candidate]:
             if candidate is not None:
                 found[best.trace.key] = candidate
     return list(found.values())
+
+
+def _offer(state: FamilyState, entries: Iterable[Entry], most: int) -> None:
+    """The `most` fastest candidates of each batch are proposed before a family's search begins."""
+    by_batch: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.ok:
+            by_batch.setdefault(entry.scenario_key, []).append(entry)
+    winners: dict[str, Entry] = {}
+    for tried in by_batch.values():
+        winners.update((e.trace_key, e) for e in nsmallest(most, tried, key=lambda e: e.median_s))
+    found = [(alike(state.space, e), Scenario.parse(e.scenario_key)) for e in winners.values()]
+    state.strategy.first(
+        [
+            candidate if may_serve(candidate.annotation, scenario.tokens) else plainly(candidate)
+            for candidate, scenario in found
+            if candidate is not None
+        ]
+    )

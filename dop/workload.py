@@ -11,6 +11,9 @@ DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 MAX_SLICES = 3
 
+BESIDE = "/beside"
+"""End of the key of a workload whose calls are made in two pieces."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -25,6 +28,8 @@ class Workload:
         out_features: width of each slice (1 to 3 slices per launch).
         rank: rank of the weight stacks.
         dtype: element type of x, y, A and B: "float16", "bfloat16" or "float32".
+        beside: the call is made in two pieces (dop/ops/beside.py): shrink beside the base layer's
+            matmul, which writes y, and expand behind both. Its time is what it adds to the matmul.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Workload:
     out_features: tuple[int, ...]
     rank: int
     dtype: str
+    beside: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -83,7 +89,8 @@ class Workload:
     def key(self) -> str:
         """The workload key written to the log; two workloads with one key share kernels."""
         widths = "+".join(map(str, self.out_features))
-        return f"sgmv/{self.dtype}/r{self.rank}/{self.in_features}->{widths}"
+        call = f"sgmv/{self.dtype}/r{self.rank}/{self.in_features}->{widths}"
+        return call + BESIDE if self.beside else call
 
     @staticmethod
     def parse(key: str, name: str = "") -> Workload:
@@ -93,12 +100,12 @@ class Workload:
             ConfigError: the key is not of the form that `key` writes.
         """
         try:
-            head, dtype, rank, widths = key.split("/")
+            head, dtype, rank, widths = key.removesuffix(BESIDE).split("/")
             left, right = widths.split("->")
             if head != "sgmv" or not rank.startswith("r"):
                 raise ValueError(key)
             outs = tuple(int(w) for w in right.split("+"))
-            return Workload(name or key, int(left), outs, int(rank[1:]), dtype)
+            return Workload(name or key, int(left), outs, int(rank[1:]), dtype, BESIDE in key)
         except ValueError as error:
             raise ConfigError(
                 f"{key!r} is not a workload key.",
@@ -110,7 +117,9 @@ class Workload:
         return 2 * tokens * self.rank * (self.in_features * self.slices + self.total_out)
 
     def min_bytes(self, tokens: int, adapters: int) -> int:
-        """Fewest bytes that must move: x, y in and out, and each active adapter once."""
-        weights = self.rank * (self.in_features * self.slices + self.total_out)
-        rows = self.in_features + 2 * self.total_out
+        """Fewest bytes that must move: x, y in and out, and each active adapter once; beside the
+        base layer's matmul those of expand alone."""
+        first = 0 if self.beside else self.in_features
+        weights = self.rank * (first * self.slices + self.total_out)
+        rows = first + 2 * self.total_out
         return self.element_bytes * (adapters * weights + tokens * rows)

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,9 +136,33 @@ def profile(serve: Callable[[], object], rows: int = 80) -> str:
     for order in ("self_cpu_time_total", *(["self_cuda_time_total"] if len(kinds) > 1 else [])):
         text.write(averages.table(sort_by=order, row_limit=rows, max_name_column_width=60))
         text.write("\n")
+    text.write(timeline(seen.events()))
     if settled := sys.modules.get("dop.ops.settled"):
         text.write(f"early kernels, calls outside of the short path: {settled.seen}\n")
     return text.getvalue()
+
+
+def timeline(events: Iterable[Any], rows: int = 160) -> str:
+    """Kernels from the middle of a watched run in the order of their starts: when (us), how long
+    after the last one's end (negative: beside it), how long, on which stream.
+
+    Args:
+        events: of torch's profiler.
+        rows: kernels that are shown.
+    """
+    from torch.autograd import DeviceType
+
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    shown = kernels[len(kernels) // 2 :][:rows]
+    lines = ["     start    after     took stream kernel\n"]
+    ended = shown[0].time_range.start if shown else 0.0
+    for event in shown:
+        start, end = event.time_range.start, event.time_range.end
+        at, took, stream = start - shown[0].time_range.start, end - start, event.device_resource_id
+        lines.append(f"{at:10.1f} {start - ended:8.1f} {took:8.1f} {stream:6} {event.name[:60]}\n")
+        ended = max(ended, end)
+    return "".join([*lines, "\n"]) if shown else ""
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,9 @@ _ADAPTERS = typer.Option(None, help="Distinct adapters; not given: not known.")
 _SLOTS = typer.Option(None, min=1, help="Adapters that the weight stacks hold at most.")
 _DTYPE = typer.Option("bf16", help="Element type: bf16, fp16 or fp32.")
 _TP = typer.Option(1, help="Shards of the model.")
+_BESIDE = typer.Option(
+    False, "--beside", help="For calls in two pieces beside the base layer's matmul (vLLM)."
+)
 _NAME = typer.Option(None, "--device-name", help='A GPU by name, e.g. "NVIDIA H100".')
 _ARCH = typer.Option(None, help="Its architecture, e.g. sm_90, if its name is not known.")
 _PACK = typer.Option(None, help="Look into this pack only.")
@@ -45,6 +48,7 @@ def explain(
     slots: int | None = _SLOTS,
     dtype: str = _DTYPE,
     tp: int = _TP,
+    beside: bool = _BESIDE,
     device_name: str | None = _NAME,
     arch: str | None = _ARCH,
     pack: Path | None = _PACK,
@@ -55,6 +59,8 @@ def explain(
 ) -> None:
     """Say which tuned kernel serves a batch, and why; or print a dispatch table."""
     chosen = _workloads(model, layer, workload, rank, dtype, tp)
+    if beside:
+        chosen = [replace(w, beside=True) for w in chosen]
     if log is not None:
         _from_log(
             log, device_name, chosen, _Asked(tokens, adapters, slots), table, regret / 100, as_json

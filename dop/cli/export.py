@@ -123,7 +123,8 @@ def pack(
     from dop.export.select import read_measured
 
     _check_pack(output, regret)
-    measured = read_measured(log, device=device, kind="cuda", keep=_keep(model, tp, ranks))
+    keep = _keep(model, tp, ranks, beside=True)
+    measured = read_measured(log, device=device, kind="cuda", keep=keep)
     for warning in measured.warnings:
         note(f"warning: {warning}")
 
@@ -175,21 +176,24 @@ def _check_regret(regret: float) -> None:
         raise ConfigError(f"a regret of {regret} percent.", "Give 0 or more.")
 
 
-def _keep(model: str | None, tp: int, ranks: str | None) -> Callable[[str], bool] | None:
-    """Whether a workload key is asked for, in whatever type it was tuned."""
+def _keep(
+    model: str | None, tp: int, ranks: str | None, *, beside: bool = False
+) -> Callable[[str], bool]:
+    """Whether a workload key is asked for, in whatever type it was tuned; calls in two pieces only
+    if `beside`."""
     from dop.config import model_shape, parse_ranks
     from dop.workload import Workload
 
-    if model is None and ranks is None:
-        return None
     wanted_ranks = set(parse_ranks(ranks)) if ranks is not None else None
     shapes = set(model_shape(model).sharded(tp).values()) if model is not None else None
 
     def keep(key: str) -> bool:
         workload = Workload.parse(key)
         shape = (workload.in_features, workload.out_features)
-        return (shapes is None or shape in shapes) and (
-            wanted_ranks is None or workload.rank in wanted_ranks
+        return (
+            (beside or not workload.beside)
+            and (shapes is None or shape in shapes)
+            and (wanted_ranks is None or workload.rank in wanted_ranks)
         )
 
     return keep
@@ -203,7 +207,8 @@ def _check_file(output: Path) -> None:
 def _select(log: Path, device: str | None, kind: str | None, regret: float) -> Selection:
     from dop.export.select import select
 
-    selection = select(log, device=device, kind=kind, max_regret=regret / 100)
+    keep = _keep(None, 1, None)
+    selection = select(log, device=device, kind=kind, max_regret=regret / 100, keep=keep)
     for warning in selection.warnings:
         note(f"warning: {warning}")
     return selection

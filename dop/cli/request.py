@@ -49,6 +49,7 @@ class Request:
     dtype: str | None = None
     tokens: str | None = None
     mix: str | None = None
+    beside: bool = False
 
     def families(self, target: Target) -> list[Family]:
         """One family per distinct workload of the model, ranks and adapters.
@@ -60,6 +61,13 @@ class Request:
         ranks, targets = self._adapters(shape)
         dtype = self.dtype or ("float32" if target.kind == "cpu" else "bfloat16")
         found = workloads_of(shape, ranks=ranks, tp=self.tp, dtype=dtype, targets=targets)
+        if self.beside:
+            if target.kind == "cpu":
+                raise ConfigError(
+                    "--beside tunes for a second stream of a GPU, and this is a CPU.",
+                    "Leave it out, or run on a machine with a GPU.",
+                )
+            found = [replace(workload, beside=True) for workload in found]
         scenarios = self.scenarios(target)
         return [Family(workload, target, scenarios) for workload in _merged(found)]
 

@@ -48,6 +48,14 @@ def tune(
     dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
     tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,
     mix: Annotated[str | None, Option(help="Some of distinct,uniform,skewed,identical.")] = None,
+    beside: Annotated[
+        bool,
+        Option(
+            "--beside",
+            help="Tune calls in two pieces: shrink beside the base layer's matmul, as the vLLM "
+            "plugin's CUDA graphs have it. Needs a GPU.",
+        ),
+    ] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     as_json: Annotated[bool, Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> int:
@@ -69,7 +77,7 @@ def tune(
         if budget is None:
             profile = replace(profile, budget_s=float("inf"))
     target = find_target(device)
-    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix)
+    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix, beside)
     families = request.families(target)
     stand_ins = request.left_out(families[0].scenarios)
     for line in left_out_lines(stand_ins, families[0].scenarios):

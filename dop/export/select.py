@@ -76,7 +76,8 @@ class Selection:
 def workload_name(workload: Workload) -> str:
     """A workload as an identifier, e.g. bf16_r16_4096_4096_1024_1024."""
     widths = "_".join(map(str, workload.out_features))
-    return f"{_SHORT[workload.dtype]}_r{workload.rank}_{workload.in_features}_{widths}"
+    name = f"{_SHORT[workload.dtype]}_r{workload.rank}_{workload.in_features}_{widths}"
+    return f"{name}_beside" if workload.beside else name
 
 
 @dataclass(frozen=True, slots=True)

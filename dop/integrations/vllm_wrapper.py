@@ -1,14 +1,17 @@
 """The LoRA wrapper that vLLM's layers call: linears through dop.ops, the rest as vLLM has it.
 
-Importing this module patches vLLM in four more places (`install`), so it is imported only when
+Importing this module patches vLLM in a few more places (`install`), so it is imported only when
 vLLM asks for the wrapper class:
 
 - vLLM 0.24 sends packed projections (qkv, gate_up) to the kernels for fully sharded LoRA even
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
-- With DOP_VLLM_BESIDE=1, where it may pay (`pays_beside`), a layer's shrink runs on a second stream
-  beside the base layer's matmul, and expand adds to its output behind both. With
+- With DOP_VLLM_BESIDE=1, in CUDA graphs of few tokens (`pays_beside`), a layer's shrink runs on a
+  second stream beside the base layer's matmul, and expand adds to its output behind both. Matmul
+  and LoRA are then one opaque op: compilers reorder what they see, and put shrink's start behind
+  the matmul. The op finds its layer by the address of its stacks; layers are noted when vLLM gives
+  them the wrapper, as code that was compiled before is not traced. With
   VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all of LoRA on a second stream into zeros that it then
   adds; here that changes nothing.
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
@@ -28,10 +31,11 @@ import torch
 import vllm
 from torch.library import Library
 from vllm.config.lora import LoRAConfig
-from vllm.lora.layers import base_linear, column_parallel_linear
+from vllm.lora.layers import base, base_linear, column_parallel_linear
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from dop import ops
@@ -46,6 +50,9 @@ _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValu
 _HANDLES = itertools.count()
 _MAX_SLICES = 3
 _DTYPES = (torch.float16, torch.bfloat16)
+
+BESIDE_TOKENS = 128
+"""Most rows of a batch whose shrink runs beside the base layer's matmul."""
 
 EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
 """Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
@@ -94,7 +101,9 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
         self._beside = Beside(_second_stream(device)) if beside_wanted() else None
-        self._pending: dict[int, Pending] = {}
+        self._linears: weakref.WeakSet[Any] = weakref.WeakSet()
+        # By address of their first stack.
+        self._linear_at: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
             LOG.info(SPECIALIZE)
 
@@ -214,39 +223,71 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         if reason:
             self._launch_stock(y, x, a, b, scale, add_inputs)
 
-    def begin(
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: list[torch.Tensor],
+        b: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """What the opaque op of a layer does: the base layer's matmul, and LoRA added to it."""
+        layer = self._layer_of(b[0])
+        rows = x.flatten(0, 1) if x.ndim == 3 else x
+        pending = self._begin(rows, a, b)
+        y: torch.Tensor = layer._get_quant_method().apply(layer.base_layer, x, bias)
+        target = y.flatten(0, 1) if y.ndim == 3 else y
+        if pending is None:
+            self.launch(target, rows, a, b, 1.0, True)
+        else:
+            assert self._beside is not None
+            self._beside.finish(pending, target)
+        return y if target is y else target.view(y.shape)
+
+    def note_linear(self, layer: Any) -> None:
+        """A layer of vLLM's that calls this wrapper."""
+        self._linears.add(layer)
+
+    def _layer_of(self, stack: torch.Tensor) -> Any:
+        """The layer whose first stack of B this is.
+
+        Raises:
+            DopError: none of the layers that were noted.
+        """
+        address = stack.data_ptr()
+        layer = self._linear_at.get(address)
+        if layer is None or _address_of(layer) != address:
+            # Stacks may be made, or made again, after the layer was noted.
+            self._linear_at = weakref.WeakValueDictionary(
+                {at: each for each in self._linears if (at := _address_of(each)) is not None}
+            )
+            layer = self._linear_at.get(address)
+        if layer is None:
+            raise DopError(
+                f"None of the {len(self._linears)} LoRA layers that vLLM gave this wrapper "
+                f"(set_mapping) has the stack {tuple(stack.shape)} that its compiled model calls.",
+                "Set DOP_VLLM_BESIDE=0, and report this with the version of vLLM.",
+            )
+        return layer
+
+    def _begin(
         self,
         x: torch.Tensor,
         a: Sequence[torch.Tensor],
         b: Sequence[torch.Tensor],
-    ) -> None:
-        """Start a layer's shrink on a second stream, if that pays.
+    ) -> Pending | None:
+        """In front of a layer's matmul: from here on its shrink may run, if that pays.
 
-        Not in the first call of a layer: that finds out whether Dop covers it.
+        Not in the first call of a layer: that finds out whether Dop covers it. Only while a graph
+        is captured: replayed, a fork and a join cost the host nothing.
         """
-        layer = b[0].data_ptr()
-        self._pending.pop(layer, None)
-        if self._layers.get(layer) != "" or self._no_adapter or x.shape[0] < self._plans.tokens:
-            return
-        assert self._beside is not None
-        if pays_beside(x.shape[0], x.shape[-1], [part.shape[-2] for part in b]):
+        if self._beside is None or self._layers.get(b[0].data_ptr()) != "":
+            return None
+        if self._no_adapter or x.shape[0] < self._plans.tokens:
+            return None
+        if pays_beside(x.shape[0]) and capturing(self._plans.device):
             with contextlib.suppress(DopError):  # launch meets it again, and says so
-                self._pending[layer] = self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
-
-    def finish(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: list[torch.Tensor],
-        b: list[torch.Tensor],
-    ) -> None:
-        """Expand behind `begin` and whatever made y; everything if nothing was begun."""
-        pending = self._pending.pop(b[0].data_ptr(), None)
-        if pending is None:
-            self.launch(y, x, a, b, 1.0, True)
-        else:
-            assert self._beside is not None
-            self._beside.finish(pending, y)
+                return self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
+        return None
 
     def _launch_stock(
         self,
@@ -273,15 +314,13 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             LOG.info("dop: serves LoRA of %s", shape)
 
 
-def pays_beside(tokens: int, width: int, outs: Sequence[int]) -> bool:
+def pays_beside(tokens: int) -> bool:
     """Whether shrink beside the base layer's matmul saves more than a fork and a join take.
 
-    Measured behind matmuls in a CUDA graph: they take about 2 us, since the pieces are plain
-    launches; a layer of several projections gains more if its matmul is long enough to hide shrink.
-    A prefill's matmul leaves no multiprocessor idle. In vLLM the gain did not show
-    (docs/performance.md 31 and 32), so this is off unless it is asked for.
+    A matmul of few rows leaves some multiprocessors idle, and waits for memory on the others; that
+    of a prefill leaves none (docs/performance.md 34).
     """
-    return len(outs) > 1 and tokens <= (128 if sum(outs) > 4 * width else 32)
+    return tokens <= BESIDE_TOKENS
 
 
 def beside_wanted() -> bool:
@@ -294,6 +333,12 @@ def _second_stream(device: Any) -> torch.cuda.Stream | None:
     if torch.device(device).type != "cuda":
         return None
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _address_of(layer: Any) -> int | None:
+    """Where a layer's first stack of B is; None before it has any."""
+    stacks = getattr(layer, "lora_b_stacked", ())
+    return int(stacks[0].data_ptr()) if stacks else None
 
 
 def captured_tokens() -> int:
@@ -337,26 +382,24 @@ def _add_lora_linear(
     _WRAPPERS[int(handle.item())].launch(y, x, a, b, scale, add_inputs)
 
 
-def _begin(
-    x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], handle: torch.Tensor
-) -> torch.Tensor:
-    _WRAPPERS[int(handle.item())].begin(x, a, b)
-    return x.new_empty(1)
-
-
-def _begin_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    return x.new_empty(1)
-
-
-def _finish(
-    y: torch.Tensor,
+def _linear(
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
     handle: torch.Tensor,
-    begun: torch.Tensor,
-) -> None:
-    _WRAPPERS[int(handle.item())].finish(y, x, a, b)
+) -> torch.Tensor:
+    return _WRAPPERS[int(handle.item())].linear(x, bias, a, b)
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    handle: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], sum(part.shape[-2] for part in b)))
 
 
 def _nothing(*arguments: Any) -> None:
@@ -364,7 +407,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def install() -> None:
-    """Patch packed projections, adapter activation and the hash (module docstring); once."""
+    """Patch linears, `set_mapping`, adapter activation and the hash (module docstring); once."""
     if hasattr(LoRAModelManager.activate_adapter, "stock"):
         return
     direct_register_custom_op(
@@ -375,17 +418,15 @@ def install() -> None:
         target_lib=_LIBRARY,
     )
     direct_register_custom_op(
-        op_name="begin", op_func=_begin, fake_impl=_begin_fake, target_lib=_LIBRARY
-    )
-    direct_register_custom_op(
-        op_name="finish",
-        op_func=_finish,
-        mutates_args=["y"],
-        fake_impl=_nothing,
+        op_name="linear",
+        op_func=_linear,
+        mutates_args=[],
+        fake_impl=_linear_fake,
         target_lib=_LIBRARY,
     )
     LoRAModelManager.activate_adapter = _activation(LoRAModelManager.activate_adapter)
     LoRAConfig.compute_hash = _own_hash(LoRAConfig.compute_hash)
+    base.BaseLayerWithLoRA.set_mapping = _mapping(base.BaseLayerWithLoRA.set_mapping)
     linear = base_linear.BaseLinearLayerWithLoRA
     for name in ("_apply_sync", "_apply_async_impl"):
         if hasattr(linear, name):
@@ -397,30 +438,43 @@ def install() -> None:
 
 def _own_hash(stock: Any) -> Any:
     def compute_hash(config: Any) -> str:
-        return f"{stock(config)}-dop{'-beside' * beside_wanted()}"
+        return f"{stock(config)}-dop{'-linear' * beside_wanted()}"
 
     return compute_hash
 
 
+def _mapping(stock: Any) -> Any:
+    def set_mapping(layer: Any, punica_wrapper: Any) -> None:
+        stock(layer, punica_wrapper)
+        if isinstance(punica_wrapper, DopPunicaWrapper) and isinstance(
+            layer, base_linear.BaseLinearLayerWithLoRA
+        ):
+            punica_wrapper.note_linear(layer)
+
+    return set_mapping
+
+
 def _apply_beside(stock: Any) -> Any:
-    """vLLM's `_apply_sync` or `_apply_async_impl`, with shrink in front of the layer's matmul."""
+    """vLLM's `_apply_sync` or `_apply_async_impl`: one op with two streams, else LoRA behind."""
 
     def apply(layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
         wrapper = layer.punica_wrapper
         if not isinstance(wrapper, DopPunicaWrapper):
             return stock(layer, x, bias)  # type: ignore[no-any-return]
-        if wrapper._beside is None or len(layer.lora_a_stacked) == 1:
+        if wrapper._beside is None or not is_plain(layer):
             output = layer._get_quant_method().apply(layer.base_layer, x, bias)
             return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
-        a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
-        rows = x.flatten(0, 1) if x.ndim == 3 else x
-        begun = torch.ops.dop_vllm.begin(rows, a, b, wrapper._handle)
-        output = layer._get_quant_method().apply(layer.base_layer, x, bias)
-        target = output.flatten(0, 1) if output.ndim == 3 else output
-        torch.ops.dop_vllm.finish(target, rows, a, b, wrapper._handle, begun)
-        return output  # type: ignore[no-any-return]
+        return torch.ops.dop_vllm.linear(  # type: ignore[no-any-return]
+            x, bias, list(layer.lora_a_stacked), list(layer.lora_b_stacked), wrapper._handle
+        )
 
     return apply
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer's base is a matmul without quantization. Others stay visible to vLLM's
+    compiler, which fuses quantization with what is in front of it."""
+    return isinstance(layer._get_quant_method(), UnquantizedLinearMethod)
 
 
 def _packed_apply(stock: Any) -> Any:

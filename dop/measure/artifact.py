@@ -46,6 +46,13 @@ class Launch:
         return self.block[0] * self.block[1] * self.block[2]
 
 
+def is_pair(launches: Sequence[Launch]) -> bool:
+    """Whether y is touched by the last of several launches only, and x by the others only."""
+    *before, last = launches
+    names = {name for one in before for name in one.arguments}
+    return bool(before) and not {"y", "y_in"} & names and "x" not in last.arguments
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A workspace: `elements` is an expression over tokens and tiles."""

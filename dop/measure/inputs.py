@@ -9,6 +9,7 @@ while x, y and the small tables stay in the cache, as they do behind the layer b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ AWKWARD_BARE = 7
 
 def adapter_bytes(workload: Workload) -> int:
     """Bytes of one adapter's weights, all slices."""
-    return workload.min_bytes(0, 1)
+    return replace(workload, beside=False).min_bytes(0, 1)
 
 
 def windows(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int) -> int:

@@ -7,15 +7,17 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dop.errors import Failure, MissingDependencyError
 from dop.measure import cuda_driver as cuda
 from dop.measure.accuracy import judge
-from dop.measure.artifact import Artifact, Launch, evaluate, shift_of
+from dop.measure.artifact import Artifact, Launch, evaluate, is_pair, shift_of
+from dop.measure.base_layer import BaseLayers
 from dop.measure.inputs import awkward
 from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
 from dop.measure.tensors_cuda import DEVICE, Batch, TensorCache, Weights
@@ -87,6 +89,7 @@ class CudaRunner:
         self._begin, self._end = cuda.Event(), cuda.Event()
         l2_bytes = config.target.l2_bytes
         self._tensors = TensorCache(l2_bytes)
+        self._base = BaseLayers(l2_bytes)
         self._flush = torch.zeros(FLUSH_FACTOR * l2_bytes // 4, device=DEVICE)
         self._sum = torch.zeros((), device=DEVICE)
         self.bandwidth = self._measure_bandwidth()
@@ -194,7 +197,8 @@ class CudaRunner:
         if hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
             seconds: tuple[float, ...] = (cold_s,)
         else:
-            seconds = self._time(loaded, batch, best_s, cold_s)
+            timed = self._time_beside if task.workload.beside else self._time
+            seconds = timed(loaded, batch, task.workload, best_s, cold_s)
         return Measurement(
             seconds,
             accuracy=accuracy,
@@ -204,7 +208,7 @@ class CudaRunner:
         )
 
     def _time(
-        self, loaded: Loaded, batch: Batch, best_s: float | None, cold_s: float
+        self, loaded: Loaded, batch: Batch, _: Workload, best_s: float | None, cold_s: float
     ) -> tuple[float, ...]:
         """Seconds per call: a graph of back-to-back calls, each on the next window of weights."""
         calls = calls_of(len(batch.rows), cold_s)
@@ -221,6 +225,37 @@ class CudaRunner:
                 return collect(sample, calls, self._config.timer, best_s)
             finally:
                 graph.close()
+
+    def _time_beside(
+        self, loaded: Loaded, batch: Batch, workload: Workload, best_s: float | None, _: float
+    ) -> tuple[float, ...]:
+        """Seconds that a call adds to the base layer's matmul, shrink beside it."""
+        if batch.matmuls is None:
+            batch.matmuls = self._base.matmuls(workload, batch.x, batch.y)
+        matmuls, graph = batch.matmuls, cuda.Graph()
+        self._base.prepare(matmuls, self.stream, self._replay)
+        count = min(len(batch.rows), matmuls.calls)
+        with loaded.workspaces(batch) as spaces:
+            windows = loaded.calls(batch, count, spaces)
+            with graph.capture(self.stream):
+                for call in range(matmuls.calls):
+                    self._launch_beside(partial(matmuls.launch, call), windows[call % count])
+            try:
+                self._warm_up(graph)
+                sample = lambda: matmuls.added_s(graph, self._replay)  # noqa: E731
+                return collect(sample, matmuls.calls, self._config.timer, best_s)
+            finally:
+                graph.close()
+
+    def _launch_beside(self, matmul: Callable[[], None], kernels: list[_Kernel]) -> None:
+        """A call that cannot be split follows the matmul, as `Beside` has it."""
+        if not is_pair([kernel.launch for kernel in kernels]):
+            matmul()
+            _launch(kernels, self.stream)
+            return
+        shrink = partial(_launch, kernels[:-1], plainly=True)
+        expand = partial(_launch, kernels[-1:], self.stream, plainly=True)
+        self._base.beside(matmul, shrink, expand)
 
     def _warm_up(self, graph: cuda.Graph) -> None:
         begin = time.perf_counter()
@@ -245,11 +280,12 @@ def _is_poisoned(stream: int) -> str:
     return ""
 
 
-def _launch(kernels: list[_Kernel], stream: int) -> None:
+def _launch(kernels: list[_Kernel], stream: int, plainly: bool = False) -> None:
     for k in kernels:
         if 0 not in k.grid:
             # Weights and tables were made, and waited for, before the candidate's first launch.
-            smem, dependent = k.launch.dynamic_smem_bytes, k.launch.dependent or k.launch.early
+            smem, may = k.launch.dynamic_smem_bytes, k.launch.dependent or k.launch.early
+            dependent = may and not plainly
             k.function.launch(k.grid, k.launch.block, smem, stream, k.parameters, dependent)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dop.measure import tensor_cache
 from dop.measure.accuracy import Errors
+from dop.measure.base_layer import Matmuls
 from dop.measure.inputs import window_slots
 from dop.measure.plan import PLAN_ADAPTERS, Plan, SlotFacts, Table, make_plan
 from dop.scenario import NO_ADAPTER, Scenario
@@ -67,6 +68,7 @@ class Batch:
         want: y after it, [tokens, out], computed in float64, stored as float32.
         used: rows with an adapter, or None if all are.
         facts: ranks and scales of the slots; None for full ranks and scale 1.
+        matmuls: of the base layer, once the batch was timed beside them.
     """
 
     scenario: Scenario
@@ -81,6 +83,12 @@ class Batch:
     scale: float
     facts: SlotFacts | None
     plans: dict[int, WindowTables] = field(default_factory=dict)
+    matmuls: Matmuls | None = None
+
+    @property
+    def y(self) -> torch.Tensor:
+        """y without its guards, [tokens, out]."""
+        return self.guarded[GUARD:-GUARD].view(self.want.shape)
 
     @property
     def y_pointer(self) -> int:
@@ -112,8 +120,7 @@ class Batch:
         """What a call made of y, against the reference."""
         changed = self.guarded.view(self.bits) != self.before.view(self.bits)
         guards = changed[:GUARD].any() | changed[-GUARD:].any()
-        got = self.guarded[GUARD:-GUARD].view(self.want.shape).float()
-        error = got - self.want
+        error = self.y.float() - self.want
         bare = guards.new_zeros(())
         if self.used is not None:
             bare = changed[GUARD:-GUARD].view(self.want.shape)[~self.used].any()

@@ -1,9 +1,13 @@
 """A call in two pieces: shrink on a second stream, beside whatever makes y, expand behind both.
 
     beside = Beside(torch.cuda.Stream())
-    pending = beside.begin(x, a, b, plan)     # shrink starts
-    y = base_layer(x)                         # meanwhile
+    pending = beside.begin(x, a, b, plan)     # x is ready: shrink may start from here on
+    y = base_layer(x)
     beside.finish(pending, y)                 # y += ...
+
+Shrink waits for what `begin` found in the stream, not for the base layer, but it is launched behind
+it: a matmul of few rows puts a block on nearly every multiprocessor, and would wait for those that
+a shrink before it has taken (1 to 3 us a call); behind it, shrink runs on what is left over.
 
 Both pieces are launched plainly: their neighbours are not those that tuning saw, and expand may not
 ask for y before the kernel that makes it has ended. Works while a CUDA graph is captured (a fork
@@ -37,10 +41,10 @@ def _current_stream() -> torch.cuda.Stream:
 
 @dataclass(frozen=True)
 class Pending:
-    """A call whose shrink was started; it keeps what that reads and writes.
+    """A call whose x is ready; it keeps what shrink reads and writes.
 
     Attributes:
-        last: launches expand; None: nothing was started.
+        pieces: launch shrink and expand; None: there are no two pieces.
     """
 
     x: Tensor
@@ -51,7 +55,7 @@ class Pending:
     ranks: Ranks
     stacks: Stacks
     block: Block | None = None
-    last: Call | None = None
+    pieces: tuple[Call, Call] | None = None
     words: bytes = b""
 
 
@@ -77,9 +81,11 @@ class Beside:
         scale: Scale = 1.0,
         ranks: Ranks = None,
     ) -> Pending:
-        """Start shrink behind everything in the current stream; arguments and errors as `add_lora`.
+        """Shrink may start behind what is in the current stream now; arguments and errors as
+        `add_lora`.
 
-        x, the stacks and the plan's tables must stay as they are until `finish`.
+        x, the stacks and the plan's tables must stay as they are until `finish`, and a stream has
+        one call between its `begin` and its `finish` at a time.
         """
         eager.check_tensors(x=x)
         stacks = eager.checked_stacks(x, a, b, plan)
@@ -89,35 +95,38 @@ class Beside:
             return whole
         facts = eager.call_facts(plan, shape.rank, scale, ranks)
         with eager.device_guard(shape.device):
-            block = eager.block_for(shape, plan)
+            block = eager.block_for(shape, plan, beside=True)
             if not block.is_pair:
                 return whole
             words = derived_words(plan, block.tile_rows, *facts)
             x = eager.dense(x)
-            first, last = block.pieces(self._stream.cuda_stream)
             self._forked.record(_current_stream())
-            self._stream.wait_event(self._forked)
-            code = first.run(x.data_ptr(), 0, stacks.words, words)
-            cuda_driver.check("cuLaunchKernelEx", code)
-            self._joined.record(self._stream)
-        return replace(whole, x=x, block=block, last=last, words=words)
+        pieces = block.pieces(self._stream.cuda_stream)
+        return replace(whole, x=x, block=block, pieces=pieces, words=words)
 
     def finish(self, pending: Pending, y: Tensor) -> Tensor:
         """y += scale * (x A^T) B^T per row's adapter, in place, in the stream of `begin`; errors as
         `add_lora`."""
-        if pending.last is None:
+        if pending.pieces is None:
             return eager.add_lora(
                 y, pending.x, pending.a, pending.b, pending.plan, pending.scale, pending.ranks
             )
         eager.check_tensors(y=y)
-        stacks, plan = pending.stacks, pending.plan
-        with eager.device_guard(stacks.shape.device):
-            # Joined whatever comes next: a capture that is left unjoined cannot end.
-            _current_stream().wait_event(self._joined)
-            checks.check_rows("y", y, plan.tokens, stacks.shape.total_out, stacks.shape)
-            checks.check_no_gradient("add_lora", y)
+        shape = pending.stacks.shape
+        checks.check_rows("y", y, pending.plan.tokens, shape.total_out, shape)
+        checks.check_no_gradient("add_lora", y)
+        shrink, expand = pending.pieces
+        words = pending.stacks.words, pending.words
+        assert self._stream is not None
+        with eager.device_guard(shape.device):
             target = eager.dense(y)
-            code = pending.last.run(0, target.data_ptr(), stacks.words, pending.words)
+            self._stream.wait_event(self._forked)
+            code = shrink.run(pending.x.data_ptr(), 0, *words)
+            # Joined whatever comes next: a capture that is left unjoined cannot end.
+            self._joined.record(self._stream)
+            _current_stream().wait_event(self._joined)
+            cuda_driver.check("cuLaunchKernelEx", code)
+            code = expand.run(0, target.data_ptr(), *words)
             cuda_driver.check("cuLaunchKernelEx", code)
             if target is not y:
                 y.copy_(target)

@@ -28,6 +28,7 @@ from dop.ops.plan import (
 from dop.ops.shapes import ALIGN_BYTES, Shape
 from dop.ops.stacks import Stacks, stacks_of
 from dop.ops.switches import CHECKED
+from dop.workload import BESIDE
 
 Stack = Tensor | Sequence[Tensor]
 Scale = float | Tensor | Sequence[float]
@@ -226,8 +227,9 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGN_BYTES == 0 else tensor.clone()
 
 
-def block_for(shape: Shape, plan: SegmentPlan) -> Block:
-    """Launches for a call site and a plan on the current stream.
+def block_for(shape: Shape, plan: SegmentPlan, beside: bool = False) -> Block:
+    """Launches for a call site and a plan on the current stream; `beside`: in two pieces, of which
+    the first runs beside the base layer's matmul.
 
     Blocks are kept, but for those made while a graph is captured: their workspace belongs to the
     graph's memory.
@@ -235,11 +237,13 @@ def block_for(shape: Shape, plan: SegmentPlan) -> Block:
     if plan.batch == UNNUMBERED:
         plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
     stream = stream_of(shape.device)
-    key = (shape.number, plan.batch, stream)
+    key: tuple[object, ...] = (shape.number, plan.batch, stream)
+    if beside:
+        key += (BESIDE,)
     captured = is_captured(stream)
     found = None if captured else LOCAL.blocks.get(key)
     if found is None:
-        choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters)
+        choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters, beside)
         assert choice.kernel is not None
         batch = (plan.tokens, plan.slots)
         found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured)

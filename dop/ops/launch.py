@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dop.errors import ExportError, MissingKernelError
 from dop.measure import cuda_driver
-from dop.measure.artifact import Buffer, Launch, evaluate
+from dop.measure.artifact import Buffer, Launch, evaluate, is_pair
 from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Call, Start, make_call
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
 from dop.ops.shapes import Shape
@@ -125,11 +125,9 @@ class Block:
 
     @property
     def is_pair(self) -> bool:
-        """Whether y is touched by the last of several launches only, and x by the others only."""
-        *before, last = self.kernel.launches
-        names = {name for one in before for name in one.arguments}
-        whole = len(self.starts) == len(self.kernel.launches) > 1
-        return whole and not {"y", "y_in"} & names and "x" not in last.arguments
+        """Whether shrink and expand can be launched apart: see `artifact.is_pair`."""
+        launches = self.kernel.launches
+        return len(self.starts) == len(launches) and is_pair(launches)
 
     def pieces(self, first: int, last: int | None = None) -> tuple[Call, Call]:
         """All launches but the last, and the last one; plain ones: what they overlap with is not

@@ -199,9 +199,8 @@ def kernel(search: Search) -> DeviceKernel | None:
     from dop.ops.plan import TILE_SIZES
     from dop.ops.sources import gpu
 
-    name, arch = gpu(search.shape.device)
-    key = search.shape.key
-    for match in packs.find(name, arch, key):
+    arch = gpu(search.shape.device)[1]
+    for key, match in search.matches():
         if match.how != packs.Match.SOURCE:
             continue
         library = match.library()

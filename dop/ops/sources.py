@@ -30,6 +30,7 @@ from dop.ops.launch import DeviceKernel
 from dop.ops.plan import TILE_SIZES
 from dop.ops.shapes import Shape, device_name
 from dop.ops.switches import JIT
+from dop.workload import BESIDE
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,26 @@ class Choice:
 
 @dataclass
 class Search:
-    """A search for a kernel: what is wanted, and why sources could not give it."""
+    """A search for a kernel: what is wanted, and why sources could not give it.
+
+    Attributes:
+        beside: the call is made in two pieces, see beside.py.
+    """
 
     shape: Shape
     tokens: int
     slots: int
     adapters: int | None
+    beside: bool = False
     misses: list[str] = field(default_factory=list)
+
+    def matches(self) -> list[tuple[str, packs.Match]]:
+        """Packs that hold the call, with the workload's key, best first: if it is made beside the
+        base layer's matmul, those that were tuned so come before the others."""
+        name, arch = gpu(self.shape.device)
+        key = self.shape.key
+        keys = [key + BESIDE, key] if self.beside else [key]
+        return [(key, match) for key in keys for match in packs.find(name, arch, key)]
 
 
 Source = Callable[[Search], "DeviceKernel | None"]
@@ -91,19 +105,21 @@ _LOCK = threading.Lock()
 _CHOICE_LIMIT = 65536
 
 
-def choose(shape: Shape, tokens: int, slots: int, adapters: int | None) -> Choice:
-    """The choice for a call on a GPU; remembered.
+def choose(
+    shape: Shape, tokens: int, slots: int, adapters: int | None, beside: bool = False
+) -> Choice:
+    """The choice for a call on a GPU, made in two pieces if `beside`; remembered.
 
     Raises:
         MissingKernelError: no source has a kernel.
     """
-    key = (shape, tokens, slots, adapters, bool(JIT))
+    key = (shape, tokens, slots, adapters, beside, bool(JIT))
     found = _CHOICES.get(key)
     if found is None:
         with _LOCK:
             if len(_CHOICES) >= _CHOICE_LIMIT:
                 _CHOICES.clear()
-            found = _CHOICES[key] = _search(Search(shape, tokens, slots, adapters))
+            found = _CHOICES[key] = _search(Search(shape, tokens, slots, adapters, beside))
     return found
 
 
@@ -146,10 +162,9 @@ def gpu(device: int) -> tuple[str, str]:
 
 def from_packs(search: Search) -> DeviceKernel | None:
     """Sources 1 and 2."""
-    name, arch = gpu(search.shape.device)
-    key = search.shape.key
-    for match in packs.find(name, arch, key):
+    for key, match in search.matches():
         if match.how == packs.Match.SOURCE:
+            arch = gpu(search.shape.device)[1]
             search.misses.append(f"{match.entry.path} has no binaries for {arch}")
             continue
         library = match.library()
@@ -196,12 +211,7 @@ def from_nvrtc(search: Search) -> DeviceKernel | None:
     Raises:
         MissingKernelError: a kernel could be built, but that is forbidden.
     """
-    shape = search.shape
-    carriers = [
-        match
-        for match in packs.find(*gpu(shape.device), shape.key)
-        if match.how == packs.Match.SOURCE
-    ]
+    carriers = [match for _, match in search.matches() if match.how == packs.Match.SOURCE]
     if not carriers:
         return None
     if not JIT:

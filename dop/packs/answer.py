@@ -140,7 +140,12 @@ def explain(batch: Batch, pack: Path | None = None) -> Answer:
             return without_pack(batch, [f"{pack} does not hold {key}"])
         return _tuned(batch, library, "pack", [])
     passed: list[str] = []
-    for match in find(batch.device_name, batch.arch, key):
+    found = find(batch.device_name, batch.arch, key)
+    if batch.workload.beside and not found:
+        alone = explain(replace(batch, workload=replace(batch.workload, beside=False)))
+        note = f"no pack holds {key}: what serves it alone serves it beside the base layer, too"
+        return replace(alone, reasons=(*alone.reasons, note))
+    for match in found:
         library = match.library()
         info = library.choose(key, batch.tokens, batch.adapters, batch.slots)
         if match.how != Match.SOURCE:

@@ -59,6 +59,13 @@ class KernelMeta:
         self.num_active_loras_cpu[0] = above[0] if above else len(found)
 
 
+class UnquantizedLinearMethod:
+    """vLLM's way to multiply by a weight as it is."""
+
+    def __init__(self, apply: Any) -> None:
+        self.apply = apply
+
+
 class PunicaWrapperGPU:
     """vLLM's wrapper; `stock_calls` counts the launches of its own kernels."""
 
@@ -122,11 +129,22 @@ class PunicaWrapperGPU:
         self.logits_calls += 1
 
 
-class BaseLinearLayerWithLoRA:
+class BaseLayerWithLoRA:
+    """Any layer; the manager gives it its wrapper."""
+
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        self.punica_wrapper = punica_wrapper
+
+
+class BaseLinearLayerWithLoRA(BaseLayerWithLoRA):
     """What a layer holds: stacks per slice, a wrapper, and `apply`."""
 
-    def __init__(self, wrapper: Any, config: Any, widths: tuple[int, ...], hidden: int) -> None:
-        self.punica_wrapper, self.lora_config, self.output_slices = wrapper, config, widths
+    def __init__(self, config: Any, widths: tuple[int, ...], hidden: int) -> None:
+        self.lora_config, self.output_slices = config, widths
+        self.create_lora_weights(hidden)
+
+    def create_lora_weights(self, hidden: int) -> None:
+        config, widths = self.lora_config, self.output_slices
         slots, rank = config.max_loras, config.max_lora_rank
         kind = config.lora_dtype
         self.lora_a_stacked = tuple(torch.zeros(slots, 1, rank, hidden, dtype=kind) for _ in widths)
@@ -155,9 +173,10 @@ class BaseLinearLayerWithLoRA:
     def _get_quant_method(self) -> Any:
         def apply(layer: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
             total = sum(self.output_slices)
-            return x.sum(-1, keepdim=True).expand(*x.shape[:-1], total).contiguous()
+            y = x.sum(-1, keepdim=True).expand(*x.shape[:-1], total).contiguous()
+            return y if bias is None else y + bias
 
-        return SimpleNamespace(apply=apply)
+        return UnquantizedLinearMethod(apply)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         shape = output.shape
@@ -174,7 +193,7 @@ class BaseLinearLayerWithLoRA:
     _apply_async_impl = _apply_sync
 
 
-class LogitsProcessorWithLoRA:
+class LogitsProcessorWithLoRA(BaseLayerWithLoRA):
     """The output head."""
 
     def set_lora(self, slot: int, a: Any, b: Any) -> None:
@@ -194,6 +213,8 @@ class LoRAModelManager:
         self._registered_adapters: dict[int, Any] = {}
         self._active_adapters: dict[int, None] = {}
         self._last_mapping: Any = None
+        for module in modules.values():
+            module.set_mapping(wrapper)
 
     def _get_lora_layer_weights(self, model: Any, name: str) -> Any:
         return model.get(name)
@@ -276,9 +297,13 @@ def modules() -> dict[str, ModuleType]:
         vars(made).update(content)
         return made
 
-    base = module("vllm.lora.layers.base_linear", BaseLinearLayerWithLoRA=BaseLinearLayerWithLoRA)
+    linears = "vllm.model_executor.layers.linear"
+    base = module("vllm.lora.layers.base", BaseLayerWithLoRA=BaseLayerWithLoRA)
+    linear = module("vllm.lora.layers.base_linear", BaseLinearLayerWithLoRA=BaseLinearLayerWithLoRA)
     column = module("vllm.lora.layers.column_parallel_linear", _mcp_apply=_mcp_apply)
-    layers = module("vllm.lora.layers", base_linear=base, column_parallel_linear=column)
+    layers = module(
+        "vllm.lora.layers", base=base, base_linear=linear, column_parallel_linear=column
+    )
     logits = "vllm.lora.layers.logits_processor"
     punica = "vllm.lora.punica_wrapper.punica_gpu"
     manager = "vllm.lora.model_manager"
@@ -286,12 +311,14 @@ def modules() -> dict[str, ModuleType]:
     made = [
         module("vllm"), module("vllm.lora"), module("vllm.lora.punica_wrapper"),
         module("vllm.config"), module("vllm.config.lora", LoRAConfig=LoRAConfig),
-        module("vllm.utils"), base, column, layers,
+        module("vllm.utils"), base, linear, column, layers,
         module(logits, LogitsProcessorWithLoRA=LogitsProcessorWithLoRA),
         module(punica, PunicaWrapperGPU=PunicaWrapperGPU),
         module(manager, LoRAModelManager=LoRAModelManager),
         module(utils, direct_register_custom_op=direct_register_custom_op),
         module("vllm.platforms", current_platform=Platform()),
+        module("vllm.model_executor"), module("vllm.model_executor.layers"),
+        module(linears, UnquantizedLinearMethod=UnquantizedLinearMethod),
     ]  # fmt: skip
     return {m.__name__: m for m in made}
 

@@ -38,11 +38,13 @@ class Case:
         launch = self.driver.launch
 
         def noted(config, function, parameters, extra):
-            code = launch(config, function, parameters, extra)
+            if code := launch(config, function, parameters, extra):
+                self.done.append(("refused",))
+                return code
             name, _, stream, dependent = self.driver.launches[-1]
             self.done.append((name, {SIDE: "side", fake_driver.STREAM: "main"}[stream]))
             assert not dependent
-            return code
+            return 0
 
         monkeypatch.setattr(self.driver, "launch", noted)
         self.side = Stream(self, "side", SIDE)
@@ -67,13 +69,10 @@ class Event:
         self.case.done.append(("record", self.name, stream.name))
 
 
-BEGUN = [
-    ("record", "fork", "main"),
-    ("wait", "fork", "side"),
-    ("shrink", "side"),
-    ("record", "join", "side"),
-]
-FINISHED = [("wait", "join", "main"), ("expand", "main")]
+BEGUN = [("record", "fork", "main")]
+FORKED = [("wait", "fork", "side"), ("shrink", "side")]
+JOINED = [("record", "join", "side"), ("wait", "join", "main")]
+FINISHED = [*FORKED, *JOINED, ("expand", "main")]
 
 
 @pytest.mark.parametrize("way", fake_driver.WAYS)
@@ -153,7 +152,7 @@ def test_without_a_second_stream_or_a_gpu_it_is_add_lora():
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_refusals_name_the_argument_and_leave_nothing_unjoined(monkeypatch):
+def test_refusals_name_the_argument_and_launch_nothing(monkeypatch):
     case = Case(monkeypatch)
     both = Beside(case.side)
     with pytest.raises(DopError, match="x"):
@@ -162,9 +161,28 @@ def test_refusals_name_the_argument_and_leave_nothing_unjoined(monkeypatch):
         both.begin(case.x.clone().requires_grad_(), case.a, case.b, case.plan)
     assert case.done == []
     pending = both.begin(case.x, case.a, case.b, case.plan)
-    with pytest.raises(DopError, match="y"):
+    with pytest.raises(DopError, match="y has shape"):
         both.finish(pending, case.y[:, 1:])
-    assert case.done == [*BEGUN, FINISHED[0]]
+    with pytest.raises(DopError, match="no gradient"):
+        both.finish(pending, case.y.clone().requires_grad_())
+    assert case.done == BEGUN
+    before = case.y.clone()
+    both.finish(pending, case.y)
+    assert case.done == BEGUN + FINISHED
+    want = reference(before, case.x, case.a, case.b, IDS)
+    torch.testing.assert_close(case.y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", fake_driver.WAYS)
+def test_a_shrink_that_fails_is_joined_all_the_same(monkeypatch, way):
+    """A capture that is left unjoined cannot end."""
+    fake_driver.choose_way(monkeypatch, way)
+    case = Case(monkeypatch)
+    both = Beside(case.side)
+    pending = both.begin(case.x, case.a, case.b, case.plan)
     case.driver.code = 700
+    before = case.y.clone()
     with pytest.raises(CudaError):
-        both.begin(case.x, case.a, case.b, case.plan)
+        both.finish(pending, case.y)
+    assert case.done == [*BEGUN, FORKED[0], ("refused",), *JOINED]
+    assert torch.equal(case.y, before)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.bench_textgen_lora import _warm, main, parse, watch
 from benchmarks.textgen import load
@@ -24,6 +25,7 @@ from benchmarks.textgen.results import (
 )
 from benchmarks.textgen.timing import Run, Stats, Timing, percentile, step_ms, summarise
 from benchmarks.textgen.vllm_arms import VllmOptions, environment, llm_arguments, load_arms
+from benchmarks.textgen.vllm_worker import timeline
 from benchmarks.textgen.workload import Case, Job, punica_lengths, waves
 from dop.errors import ConfigError, DopError, MissingDependencyError
 
@@ -248,6 +250,9 @@ def test_switches_are_any_arms_and_compared_with_stock_of_the_same(tmp_path):
     assert dual.pop("VLLM_CACHE_ROOT") not in (plain, switched)
     assert dual == {**plain, "VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
     assert split("dop+dual") == ("dop", {})
+    beside = environment("dop+beside", given)
+    del beside["VLLM_CACHE_ROOT"]
+    assert beside == {**plain, "DOP_VLLM_BESIDE": "1"}
 
 
 FAKE_VLLM = {
@@ -350,6 +355,36 @@ def test_a_switch_reaches_vllm_and_an_arm_tells_where_its_time_goes(tmp_path, fa
         arms["dop+specialize"].close()
     assert "cumulative" in text
     assert "'specialize_active_lora': True" in (tmp_path / "work/dop+specialize.log").read_text()
+
+
+def test_a_timeline_shows_the_kernels_of_the_middle_in_order():
+    def event(name, start, end, stream=7, kind=DeviceType.CUDA):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, time_range=span, device_resource_id=stream, device_type=kind
+        )
+
+    kernels = [
+        event("expand", 131.0, 133.5),
+        event("early", 10.0, 11.0),
+        event("shrink", 105.0, 108.0, stream=13),
+        event("matmul", 100.0, 130.0),
+        event("earlier", 1.0, 2.0),
+        event("copy" * 40, 140.0, 141.0),
+        event("too early", 50.0, 60.0),
+    ]
+    others = [event("aten::mm", 100.0, 150.0, kind=DeviceType.CPU)] * 9
+    lines = timeline([*others, *kernels], rows=3).splitlines()
+    assert [line.split() for line in lines] == [
+        ["start", "after", "took", "stream", "kernel"],
+        ["0.0", "0.0", "30.0", "7", "matmul"],
+        ["5.0", "-25.0", "3.0", "13", "shrink"],  # beside the matmul
+        ["31.0", "1.0", "2.5", "7", "expand"],
+        [],
+    ]
+    assert timeline(kernels).splitlines()[-2].endswith(" " + "copy" * 15)
+    assert timeline(others) == ""
+    assert timeline([]) == ""
 
 
 def test_adapters_that_come_and_go_are_read_every_time(tmp_path, fake_vllm):

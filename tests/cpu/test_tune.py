@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,24 @@ def test_what_was_fast_on_another_device_is_tried_first(tmp_path):
     without = tmp_path / "without.jsonl"
     run(without, defaults + 12)
     assert winner.trace_key not in [e.trace_key for e in read_log(without).entries]
+
+
+def test_beside_a_matmul_what_is_fast_alone_is_tried_first(tmp_path):
+    path = tmp_path / "log.jsonl"
+    run(path, 60)
+    entries = read_log(path).entries
+    winners = {
+        min((e for e in entries if e.scenario_key == s.key), key=lambda e: e.median_s).trace_key
+        for s in SCENARIOS
+    }
+    beside = replace(FAMILY, workload=replace(FAMILY.workload, beside=True))
+    count = len(SPACE.defaults()) + 6 * len(SCENARIOS)
+    run(path, count, families=[beside])
+    tried = {e.trace_key for e in read_log(path).entries if e.workload_key == beside.workload.key}
+    assert winners <= tried
+    without = tmp_path / "without.jsonl"
+    run(without, count, families=[beside])
+    assert not winners <= {e.trace_key for e in read_log(without).entries}
 
 
 def test_a_line_of_an_older_form_gives_what_is_most_like_it(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import itertools
 import logging
 import sys
+import weakref
 from types import SimpleNamespace
 
 import fake_vllm
@@ -14,7 +16,7 @@ import pytest
 import torch
 from fake_vllm import BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, Mapping
 
-from dop.errors import MissingKernelError
+from dop.errors import DopError, MissingKernelError
 from dop.integrations import vllm as plugin
 from dop.ops.beside import Beside
 
@@ -35,6 +37,12 @@ def wrapper_module():
         sys.modules.pop("dop.integrations.vllm_wrapper", None)
 
 
+@pytest.fixture(autouse=True)
+def second_stream(monkeypatch):
+    """There is one unless a test says otherwise: it takes the longer way."""
+    monkeypatch.setenv("DOP_VLLM_BESIDE", "1")
+
+
 class Engine:
     """A wrapper, three layers and a manager, as the engine's worker builds them."""
 
@@ -42,7 +50,7 @@ class Engine:
         self.config = fake_vllm.config(**changes)
         self.wrapper = module.DopPunicaWrapper(tokens, 8, "cpu", lora_config=self.config)
         self.layers = {
-            name: BaseLinearLayerWithLoRA(self.wrapper, self.config, widths, HIDDEN)
+            name: BaseLinearLayerWithLoRA(self.config, widths, HIDDEN)
             for name, widths in (("qkv", (48, 16, 16)), ("gate_up", (64, 64)), ("o", (32,)))
         }
         modules = {**self.layers, "lm_head": LogitsProcessorWithLoRA()}
@@ -300,79 +308,265 @@ def test_packed_projections_of_0_24_reach_add_lora_linear(wrapper_module):
 WAYS = ("_apply_sync", "_apply_async_impl")
 
 
+def capture(monkeypatch, module) -> list[str]:
+    """As if a CUDA graph were captured; notes what is done with the second stream."""
+    monkeypatch.setattr(module, "capturing", lambda device: True)
+    return watch_beside(monkeypatch)
+
+
+def watch_beside(monkeypatch) -> list[str]:
+    done: list[str] = []
+    for half in ("begin", "finish"):
+        stock = getattr(Beside, half)
+
+        def noted(self, *call, half=half, stock=stock):
+            done.append(half)
+            return stock(self, *call)
+
+        monkeypatch.setattr(Beside, half, noted)
+    return done
+
+
+def rows_of(engine: Engine, count: int) -> torch.Tensor:
+    return torch.randn(count, HIDDEN).to(engine.config.lora_dtype)
+
+
+def set_base(layer, seed: int, done: list[str] | None = None) -> torch.Tensor:
+    """Give a layer a matmul of its own; returns the weight."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(sum(layer.output_slices), HIDDEN, generator=rng)
+    weight = weight.to(layer.lora_config.lora_dtype)
+
+    def apply(base, x, bias):
+        if done is not None:
+            done.append("matmul")
+        return torch.nn.functional.linear(x, weight, bias)
+
+    method = fake_vllm.UnquantizedLinearMethod(apply)
+    layer._get_quant_method = lambda: method
+    return weight
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axes", [2, 3])
-@pytest.mark.parametrize("asked", [True, False])
-def test_shrink_of_packed_projections_leaves_the_stream(
-    wrapper_module, monkeypatch, axes, way, asked
+@pytest.mark.parametrize("asked", ["1", "0"])
+@pytest.mark.parametrize("captured", [True, False])
+def test_shrink_runs_beside_the_matmul_in_cuda_graphs(
+    wrapper_module, monkeypatch, axes, way, asked, captured
 ):
-    monkeypatch.setenv("DOP_VLLM_BESIDE", str(int(asked)))
+    monkeypatch.setenv("DOP_VLLM_BESIDE", asked)
     engine = Engine(wrapper_module)
     engine.adapter(11, rank=8, seed=1)
     engine.adapter(12, rank=3, seed=2)
     ids = [11, 0, 12, 12, 11]
     engine.step(ids)
-    begun = []
-    begin = Beside.begin
-    monkeypatch.setattr(
-        Beside, "begin", lambda self, *call, **more: begun.append(1) or begin(self, *call, **more)
-    )
+    done = capture(monkeypatch, wrapper_module) if captured else watch_beside(monkeypatch)
     for turn in range(3):
-        for name, layer in engine.layers.items():
-            x = torch.randn(len(ids), HIDDEN).to(engine.config.lora_dtype)
-            rows = x if axes == 2 else x[None]
-            base = layer._get_quant_method().apply(None, rows, None)
-            y = getattr(layer, way)(rows)
-            assert y.shape == base.shape
-            want = base.reshape(len(ids), -1).float() + engine.expected(name, x, ids)
-            close(y.reshape(len(ids), -1), want)
-        # The first call of a layer finds out whether it is covered; "o" has one projection.
-        assert len(begun) == 2 * turn * asked
+        for seed, (name, layer) in enumerate(engine.layers.items()):
+            weight = set_base(layer, seed, done)
+            x = rows_of(engine, len(ids))
+            bias = torch.randn(len(weight)).to(x.dtype) if turn else None
+            done.clear()
+            y = getattr(layer, way)(x if axes == 2 else x[None], bias)
+            assert y.shape == ((), (1,))[axes - 2] + (len(ids), len(weight))
+            want = x.float() @ weight.float().T + engine.expected(name, x, ids)
+            close(y.reshape(len(ids), -1), want if bias is None else want + bias.float())
+            # The first call of a layer finds out whether it is covered.
+            beside = turn > 0 and asked == "1" and captured
+            assert done == (["begin", "matmul", "finish"] if beside else ["matmul"])
     assert engine.wrapper.stock_calls == 0
 
 
-def test_compiled_code_starts_shrink_in_front_of_the_matmul(wrapper_module, monkeypatch):
-    monkeypatch.setenv("DOP_VLLM_BESIDE", "1")
+def test_batches_of_many_tokens_stay_on_one_stream(wrapper_module, monkeypatch):
+    engine = Engine(wrapper_module, tokens=512)
+    engine.adapter(1, rank=8, seed=1)
+    layer = engine.layers["qkv"]
+    done = capture(monkeypatch, wrapper_module)
+    for tokens, want in ((129, []), (128, ["begin", "finish"]), (129, [])):
+        engine.step([1] * tokens)
+        x = rows_of(engine, tokens)
+        layer._apply_sync(x)
+        done.clear()
+        y = layer._apply_sync(x)
+        assert done == want
+        base = layer._get_quant_method().apply(None, x, None)
+        close(y, base.float() + engine.expected("qkv", x, [1] * tokens))
+    pays = wrapper_module.pays_beside
+    assert [n for n in (1, 32, 128, 129, 8192) if pays(n)] == [1, 32, 128]
+
+
+def test_compiled_code_sees_one_op_so_that_nothing_moves_between_the_halves(
+    wrapper_module, monkeypatch
+):
     engine = Engine(wrapper_module)
     engine.adapter(1, rank=8, seed=1)
     engine.step([1, 1, 1])
     layer = engine.layers["qkv"]
-    weight = torch.randn(sum(layer.output_slices), HIDDEN).to(engine.config.lora_dtype)
-    method = SimpleNamespace(apply=lambda base, x, bias: torch.nn.functional.linear(x, weight))
-    layer._get_quant_method = lambda: method
-    x = torch.randn(3, HIDDEN).to(engine.config.lora_dtype)
+    done = capture(monkeypatch, wrapper_module)
+    x = rows_of(engine, 3)
+    weight = set_base(layer, 0, done)
     layer._apply_sync(x)
-    order = []
+    graphs = []
 
     def backend(graph, inputs):
-        order.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op.startswith("call")])
         return graph.forward
 
+    done.clear()
     got = torch.compile(layer._apply_sync, fullgraph=True, backend=backend)(x)
-    want = x.float() @ weight.float().T + engine.expected("qkv", x, [1, 1, 1])
-    close(got, want)
-    begun, finished = (
-        next(i for i, name in enumerate(order) if f"dop_vllm.{half}" in name)
-        for half in ("begin", "finish")
-    )
-    matmul = next(i for i, name in enumerate(order) if "linear" in name)
-    assert begun < matmul < finished
+    close(got, x.float() @ weight.float().T + engine.expected("qkv", x, [1, 1, 1]))
+    assert graphs == [["dop_vllm.linear"]]
+    assert done == ["begin", "matmul", "finish"]
 
 
-def test_models_compiled_for_one_stream_are_not_loaded_for_two(wrapper_module, monkeypatch):
-    keys = set()
+def test_code_that_was_compiled_before_finds_each_layer_by_its_stacks(wrapper_module):
+    """One graph serves all layers of a shape; nothing is traced where it is loaded from disk."""
+    engine = Engine(wrapper_module)
+    twin = BaseLinearLayerWithLoRA(engine.config, (32,), HIDDEN)
+    engine.layers["twin"] = engine.manager.modules["twin"] = twin
+    twin.set_mapping(engine.wrapper)
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1, 1])
+    x = rows_of(engine, 2)
+
+    def check() -> None:
+        for name, layer in (("o", engine.layers["o"]), ("twin", twin)):
+            stacks = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+            y = torch.ops.dop_vllm.linear(x, None, *stacks, engine.wrapper._handle)
+            close(y, x.float() @ weights[name].float().T + engine.expected(name, x, [1, 1]))
+
+    weights = {name: set_base(engine.layers[name], seed) for seed, name in enumerate(("o", "twin"))}
+    check()
+    # Stacks that are made anew, at addresses that were another layer's.
+    other = engine.layers["o"]
+    twin.lora_b_stacked, other.lora_b_stacked = other.lora_b_stacked, twin.lora_b_stacked
+    twin.lora_a_stacked, other.lora_a_stacked = other.lora_a_stacked, twin.lora_a_stacked
+    engine.manager.remove_adapter(1)
+    engine.adapter(1, rank=4, seed=2)
+    engine.step([1, 1])
+    check()
+
+
+def test_stacks_may_be_made_after_the_layer_got_its_wrapper(wrapper_module):
+    engine = Engine(wrapper_module)
+    layer = engine.layers["o"]
+    bare = BaseLinearLayerWithLoRA(engine.config, (32,), HIDDEN)
+    del bare.lora_a_stacked, bare.lora_b_stacked
+    bare.set_mapping(engine.wrapper)  # is passed over as long as it has none
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1])
+    x = rows_of(engine, 1)
+    base = layer._get_quant_method().apply(None, x, None)
+    close(layer._apply_sync(x), base.float() + engine.expected("o", x, [1]))
+    before = layer.lora_a_stacked, layer.lora_b_stacked  # keeps their addresses taken
+    layer.create_lora_weights(HIDDEN)
+    assert torch.equal(layer._apply_sync(x), base)
+    engine.manager.remove_adapter(1)
+    engine.adapter(1, rank=4, seed=2)
+    engine.step([1])
+    close(layer._apply_sync(x), base.float() + engine.expected("o", x, [1]))
+    with pytest.raises(DopError):
+        engine.wrapper._layer_of(before[1][0])
+    bare.create_lora_weights(HIDDEN)
+    assert engine.wrapper._layer_of(bare.lora_b_stacked[0]) is bare
+
+
+def test_stacks_of_no_known_layer_are_an_error_that_says_so(wrapper_module):
+    engine, other = Engine(wrapper_module), Engine(wrapper_module)
+    layer = other.layers["o"]
+    stacks = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+    x = rows_of(engine, 1)
+    with pytest.raises(DopError, match=r"None of the 3 .*set_mapping.*32, 8.*DOP_VLLM_BESIDE=0"):
+        torch.ops.dop_vllm.linear(x, None, *stacks, engine.wrapper._handle)
+    assert other.wrapper._layer_of(stacks[1][0]) is layer
+    head = LogitsProcessorWithLoRA()
+    head.set_mapping(engine.wrapper)
+    layer.set_mapping(object())
+    assert set(engine.wrapper._linears) == set(engine.layers.values())
+    assert type(layer.punica_wrapper) is object
+    assert head.punica_wrapper is engine.wrapper
+
+
+def test_neither_layers_nor_wrappers_outlive_their_engine(wrapper_module):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1])
+    layer = engine.layers.pop("o")
+    layer._apply_sync(rows_of(engine, 1))
+    stack, gone = layer.lora_b_stacked[0], weakref.ref(layer)
+    del engine.manager.modules["o"], layer
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(DopError):
+        engine.wrapper._layer_of(stack)
+    handle = int(engine.wrapper._handle)
+    assert wrapper_module._WRAPPERS[handle] is engine.wrapper
+    del engine
+    gc.collect()
+    assert handle not in wrapper_module._WRAPPERS
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("name", ["qkv", "o"])
+def test_opcheck_of_the_whole_layer(wrapper_module, monkeypatch, name, with_bias, axes):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1, 0, 1])
+    layer = engine.layers[name]
+    weight = set_base(layer, 0)
+    # What is checked are copies of the stacks, elsewhere.
+    monkeypatch.setattr(engine.wrapper, "_layer_of", lambda stack: layer)
+    x, bias = rows_of(engine, 3), weight[:, 0].clone() if with_bias else None
+    stacks = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+    arguments = (x if axes == 2 else x[None], bias, *stacks, engine.wrapper._handle)
+    results = torch.library.opcheck(torch.ops.dop_vllm.linear.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_a_quantized_base_stays_visible_to_the_compiler(wrapper_module):
+    engine = Engine(wrapper_module)
+    engine.adapter(1, rank=8, seed=1)
+    engine.step([1, 1, 1])
+    layer = engine.layers["qkv"]
+    plain, found = layer._get_quant_method(), {}
+    for method in (plain, SimpleNamespace(apply=plain.apply)):
+        layer._get_quant_method = lambda method=method: method
+        names: list[str] = []
+
+        def backend(graph, inputs, names=names):
+            names.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+            return graph.forward
+
+        torch._dynamo.reset()
+        x = torch.ones(3, HIDDEN).to(engine.config.lora_dtype)
+        found[method is plain] = torch.compile(layer._apply_sync, backend=backend)(x), names
+    assert any("dop_vllm.linear" in name for name in found[True][1])
+    assert not any("dop_vllm.linear" in name for name in found[False][1])
+    assert any("dop_vllm.add_lora_linear" in name for name in found[False][1])
+    assert torch.equal(found[True][0], found[False][0])
+
+
+def test_models_compiled_for_other_ops_are_not_loaded(wrapper_module, monkeypatch):
+    keys = {}
     for asked in ("0", "1"):
         monkeypatch.setenv("DOP_VLLM_BESIDE", asked)
-        keys.add(fake_vllm.LoRAConfig().compute_hash())
-    assert len(keys) == 2
+        keys[asked] = fake_vllm.LoRAConfig().compute_hash()
+    assert keys["1"] != keys["0"]
+    assert "stock" not in keys.values()
+    assert "stock-dop-beside" not in keys.values()  # of ops that are no more
+    monkeypatch.delenv("DOP_VLLM_BESIDE")
+    assert fake_vllm.LoRAConfig().compute_hash() == keys["0"]
 
 
-def test_where_a_second_stream_pays(wrapper_module):
-    pays = wrapper_module.pays_beside
-    qkv, gate_up = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
-    assert [n for n in (1, 32, 64, 128, 129) if pays(n, *qkv)] == [1, 32]
-    assert [n for n in (1, 32, 64, 128, 129) if pays(n, *gate_up)] == [1, 32, 64, 128]
-    assert not any(pays(n, 14336, (4096,)) for n in (1, 32, 64, 128))
+def test_who_asks_for_the_second_stream(wrapper_module, monkeypatch):
+    wanted = wrapper_module.beside_wanted
+    for value in ("0", "no", " Off", "FALSE", "", "2"):
+        monkeypatch.setenv("DOP_VLLM_BESIDE", value)
+        assert not wanted(), value
+    for value in ("1", "yes", " On", "TRUE"):
+        monkeypatch.setenv("DOP_VLLM_BESIDE", value)
+        assert wanted(), value
 
 
 def close(y: torch.Tensor, want: torch.Tensor) -> None:
@@ -381,15 +575,15 @@ def close(y: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module, monkeypatch, way):
-    monkeypatch.setenv("DOP_VLLM_BESIDE", "1")
     engine = Engine(wrapper_module)
     engine.adapter(1, rank=8, seed=1)
     layer = engine.layers["qkv"]
     call = getattr(layer, way)
-    x = torch.randn(3, HIDDEN).to(engine.config.lora_dtype)
+    x = rows_of(engine, 3)
     base = layer._get_quant_method().apply(None, x, None)
     engine.step([1, 1, 1])
     call(x)
+    done = capture(monkeypatch, wrapper_module)
     engine.step([0, 0, 0])
     assert torch.equal(call(x), base)
     engine.step([1, 1, 1])
@@ -398,6 +592,13 @@ def test_with_two_streams_what_dop_does_not_serve_is_as_without(wrapper_module, 
     pooled = call(x[:2])  # fewer rows than the step has tokens
     assert engine.wrapper.stock_calls == 1
     close(pooled, base[:2].float() + engine.expected("qkv", x, [1, 1, 1])[:2])
+    assert done == []
+    engine.step([1, 1])
+    mixed = call(x[:2].float())  # begin refuses it, and launch says so
+    assert (engine.wrapper.stock_calls, done) == (2, ["begin"])
+    close(mixed, pooled.float())
+    call(x[:2].float())
+    assert (engine.wrapper.stock_calls, done) == (3, ["begin"])
     layer.punica_wrapper = object()
     assert (call(x) == 12345.0).all()  # another wrapper keeps vLLM's own
 

@@ -24,7 +24,10 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.utils import torch_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,16 +52,25 @@ def metadata(monkeypatch):
         monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", module.LoRAKernelMeta, raising=False)
 
 
+@pytest.fixture(params=["0", "1"], autouse=True)
+def streams(monkeypatch, request):
+    """Without the second stream, and with it."""
+    monkeypatch.setenv("DOP_VLLM_BESIDE", request.param)
+    return request.param
+
+
 def plain_layer(kind, wrapper, widths):
     """A layer of vLLM's class without its parallel base layer: the base adds nothing."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer._enable_aux_cuda_stream = False
-    layer.lora_config, layer.punica_wrapper = CONFIG, wrapper
+    layer.lora_config = CONFIG
+    layer.set_mapping(wrapper)
     layer.tp_size, layer.tp_rank, layer.n_slices = 1, 0, len(widths)
     layer.output_slices = widths
     total = sum(widths)
-    quant = SimpleNamespace(apply=lambda _, x, bias: x.new_zeros(x.shape[0], total))
+    quant = UnquantizedLinearMethod()
+    quant.apply = lambda _, x, bias: x.new_zeros(x.shape[0], total)
     # Its forward decides which way packed projections take.
     layer.base_layer = MergedColumnParallelLinear.__new__(MergedColumnParallelLinear)
     nn.Module.__init__(layer.base_layer)
@@ -212,13 +224,13 @@ def test_the_indices_that_vllms_embeddings_read_are_the_same():
             assert torch.equal(stock, mine), name
 
 
-def test_models_compiled_without_the_plugin_are_not_loaded_from_disk():
+def test_models_compiled_without_the_plugin_are_not_loaded_from_disk(streams):
     from vllm.config.lora import LoRAConfig
 
     import dop.integrations.vllm_wrapper  # noqa: F401 - patches the hash
 
     config = LoRAConfig(max_lora_rank=8)
-    assert config.compute_hash().endswith("-dop")
+    assert config.compute_hash().endswith("-dop-linear" if streams == "1" else "-dop")
     assert config.compute_hash() != LoRAConfig(max_lora_rank=16).compute_hash()
 
 

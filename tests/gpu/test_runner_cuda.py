@@ -3,6 +3,8 @@
 The code generator is a plain one (fake_cuda); candidates of TVM take the same path.
 """
 
+from dataclasses import replace
+
 import fake_cuda
 import pytest
 
@@ -89,3 +91,22 @@ def test_repeated_timings_agree(gpu_target):
     with LocalMeasurer(gpu_target, **options) as measurer:
         times = [m.median_s for _ in range(5) for _, _, m in measurer.measure([job])]
     assert max(times) / min(times) < 1.1
+
+
+def test_beside_a_matmul_a_call_is_checked_alike_and_costs_less_than_behind_it(gpu_target):
+    """What the two pieces add to the base layer's matmul."""
+    alone = Workload("o", 4096, (4096,), 16, "bfloat16")
+    scenarios = (named("identical", 64), named("distinct", 8))
+    found = {}
+    options = {"generate": "fake_cuda:generate", "limits": LIMITS, "builders": 2}
+    with LocalMeasurer(gpu_target, **options) as measurer:
+        for workload in (alone, replace(alone, beside=True)):
+            jobs = [Job(fake_cuda.trace(*w), workload, scenarios) for w in (SOUND[0], ("wrong", 0))]
+            for job, scenario, m in measurer.measure(jobs):
+                found[workload.beside, job.trace.steps[0].name, scenario] = m
+    for scenario in scenarios:
+        behind, beside = (found[two, "tile_rows", scenario] for two in (False, True))
+        assert beside.ok, beside.message
+        assert beside.accuracy == behind.accuracy
+        assert 1e-7 < beside.median_s < behind.median_s + 5e-6
+        assert found[True, "wrong", scenario].failure is Failure.CORRECTNESS

@@ -1,0 +1,130 @@
+"""The base layer's matmul, beside and behind which calls in two pieces are timed (CUDA).
+
+As in a CUDA graph of an engine (dop/ops/beside.py): the matmul is launched, shrink on a second
+stream beside it, expand behind both. What counts is what the call adds to the matmul.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dop.measure import cuda_driver as cuda
+from dop.workload import Workload
+
+GRAPH_S = 1e-3
+"""About how long a graph of matmuls takes; it has 4 to 16 of them."""
+CACHE_FACTOR = 2
+"""Bytes of weights over which calls rotate, in units of the L2 cache."""
+REPLAYS = 3
+LEAST_S = 1e-8
+"""What a call adds at least: the difference of two noisy times may be below zero."""
+LAYERS = 8
+"""Layers whose weights are kept."""
+
+
+@dataclass
+class Matmuls:
+    """The matmuls of one batch: y = x W^T for each of the layer's weights in turn.
+
+    Attributes:
+        calls: matmuls of a graph.
+        graph: only matmuls; None before `BaseLayers.prepare`.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    weights: Sequence[torch.Tensor]
+    calls: int = 4
+    graph: cuda.Graph | None = None
+
+    def launch(self, call: int) -> None:
+        """Matmul number `call`, on torch's current stream; it overwrites y."""
+        torch.mm(self.x, self.weights[call % len(self.weights)].t(), out=self.y)
+
+    def added_s(self, graph: cuda.Graph, replay: Callable[[cuda.Graph], float]) -> float:
+        """What a graph takes beyond its matmuls, which are replayed right behind it: within a
+        second a matmul of 85 us came to take 2 us more or less.
+
+        Args:
+            graph: `calls` matmuls with what is timed.
+            replay: seconds of a replay.
+        """
+        assert self.graph is not None
+        together_s = replay(graph)
+        return max(together_s - replay(self.graph), self.calls * LEAST_S)
+
+
+class BaseLayers:
+    """Weights of base layers, and the second stream.
+
+    Args:
+        l2_bytes: of the GPU.
+    """
+
+    def __init__(self, l2_bytes: int) -> None:
+        self._l2_bytes = l2_bytes
+        self._weights: dict[tuple[object, ...], list[torch.Tensor]] = {}
+        self.side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._fork = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._join = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def matmuls(self, workload: Workload, x: torch.Tensor, y: torch.Tensor) -> Matmuls:
+        """Those of a batch; x [tokens, in], y [tokens, out]."""
+        key = (workload.in_features, workload.total_out, x.dtype)
+        if key not in self._weights:
+            while len(self._weights) >= LAYERS:
+                self._weights.pop(next(iter(self._weights)))
+            size = workload.total_out * workload.in_features * workload.element_bytes
+            count = max(2, math.ceil(CACHE_FACTOR * self._l2_bytes / size))
+            shape = (workload.total_out, workload.in_features)
+            self._weights[key] = [
+                torch.empty(shape, dtype=x.dtype, device=x.device).normal_(0.0, shape[1] ** -0.5)
+                for _ in range(count)
+            ]
+        return Matmuls(x, y, self._weights[key])
+
+    def prepare(self, matmuls: Matmuls, stream: int, replay: Callable[[cuda.Graph], float]) -> None:
+        """Captures the matmuls alone, as many as take about GRAPH_S.
+
+        Args:
+            matmuls: of the batch that is about to be timed.
+            stream: CUstream; torch's current one.
+            replay: seconds of a replay.
+        """
+        if matmuls.graph is not None:
+            return
+        for call in range(len(matmuls.weights)):
+            matmuls.launch(call)  # what is loaded lazily cannot be loaded while capturing
+        cuda.synchronize(stream)
+        graph = capture(matmuls, stream)
+        once_s = min(replay(graph) for _ in range(REPLAYS)) / matmuls.calls
+        graph.close()
+        matmuls.calls = min(16, max(4, math.ceil(GRAPH_S / once_s)))
+        matmuls.graph = capture(matmuls, stream)
+        replay(matmuls.graph)
+
+    def beside(
+        self, matmul: Callable[[], None], shrink: Callable[[int], None], expand: Callable[[], None]
+    ) -> None:
+        """One call, launched as `Beside` does it: `shrink` gets the second stream's CUstream."""
+        main = torch.cuda.current_stream()
+        self._fork.record(main)
+        matmul()
+        self.side.wait_event(self._fork)
+        shrink(int(self.side.cuda_stream))
+        self._join.record(self.side)
+        main.wait_event(self._join)
+        expand()
+
+
+def capture(matmuls: Matmuls, stream: int) -> cuda.Graph:
+    """A graph of the matmuls alone."""
+    graph = cuda.Graph()
+    with graph.capture(stream):
+        for call in range(matmuls.calls):
+            matmuls.launch(call)
+    return graph
