@@ -32,8 +32,8 @@ FLUSH_FACTOR = 4
 needs to queue the graph behind it, so that the first event is not waited for."""
 HOPELESS = 8
 HOPELESS_S = 100e-6
-"""A first, cold call this many times slower than the best known, and so much more, is not repeated:
-plain cores under a large prefill would otherwise take most of a tuning run."""
+"""A first, cold call this many times slower than the best known, and so much more, is repeated once
+and not timed: plain cores under a large prefill would otherwise take most of a tuning run."""
 GRAPH_S = 1e-3
 """A graph holds no more calls than take about this long, by the first, cold call: 32 calls of a
 large prefill took 60 ms a candidate and said no more than eight."""
@@ -193,8 +193,10 @@ class CudaRunner:
             spent = time.perf_counter() - begin
             return Measurement((), Failure.CORRECTNESS, wrong, accuracy=accuracy, cost_s=spent)
         best_s = task.best_of(position)
-        hopeless = best_s is not None and cold_s > HOPELESS * best_s + HOPELESS_S
-        if hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
+        hopeless = math.inf if best_s is None else HOPELESS * best_s + HOPELESS_S
+        if cold_s > hopeless:  # by chance, perhaps
+            cold_s = min(cold_s, self._check(loaded, batch, task.workload.dtype)[2])
+        if cold_s > hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
             seconds: tuple[float, ...] = (cold_s,)
         else:
             timed = self._time_beside if task.workload.beside else self._time
