@@ -104,12 +104,12 @@ def pack(
     sources: bool = typer.Option(
         True, help="Ship the CUDA sources too, from which other architectures are served."
     ),
-    early: int = typer.Option(
-        16,
+    early: int | None = typer.Option(
+        None,
         min=0,
         metavar="TOKENS",
         help="Up to so many tokens kernels may be shipped that read weights before they wait for "
-        "the kernel before them; 0: none.",
+        "the kernel before them; 0: none. Default: up to where dop tune measures them.",
     ),
     reuse: Path | None = _REUSE,
     rebuild: bool = typer.Option(False, "--rebuild", help="Build every kernel anew."),
@@ -121,6 +121,7 @@ def pack(
     from dop.export.dtypes import parse_dtypes
     from dop.export.make_pack import make_pack
     from dop.export.select import read_measured
+    from dop.space.early import EARLY_TOKENS
 
     _check_pack(output, regret)
     keep = _keep(model, tp, ranks, beside=True)
@@ -139,7 +140,7 @@ def pack(
         max_regret=regret / 100,
         processes=jobs or default_processes(),
         sources=sources,
-        early=early,
+        early=EARLY_TOKENS if early is None else early,
         reuse=None if rebuild else reuse or output,
         progress=progress,
     )

@@ -53,6 +53,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 BESIDE_TOKENS = 128
 """Most rows of a batch whose shrink runs beside the base layer's matmul."""
+UNTUNED_TOKENS = 32
+"""Likewise, if the kernels were tuned for one stream."""
 
 EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
 """Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
@@ -101,6 +103,8 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
         self._beside = Beside(_second_stream(device)) if beside_wanted() else None
+        # Layers, by address of their first stack, and batch sizes whose kernels are loaded.
+        self._warm: set[tuple[int, int]] = set()
         self._linears: weakref.WeakSet[Any] = weakref.WeakSet()
         # By address of their first stack.
         self._linear_at: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -278,15 +282,23 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         """In front of a layer's matmul: from here on its shrink may run, if that pays.
 
         Not in the first call of a layer: that finds out whether Dop covers it. Only while a graph
-        is captured: replayed, a fork and a join cost the host nothing.
+        is captured: replayed, a fork and a join cost the host nothing. Before, in the engine's
+        own runs of each size, kernels are loaded.
         """
         if self._beside is None or self._layers.get(b[0].data_ptr()) != "":
             return None
         if self._no_adapter or x.shape[0] < self._plans.tokens:
             return None
-        if pays_beside(x.shape[0]) and capturing(self._plans.device):
-            with contextlib.suppress(DopError):  # launch meets it again, and says so
-                return self._beside.begin(x, a, b, self._plans.plan(x.shape[0]))
+        tokens = x.shape[0]
+        if not pays_beside(tokens, tuned=True):
+            return None
+        with contextlib.suppress(DopError):  # launch meets it again, and says so
+            if capturing(self._plans.device):
+                pending = self._beside.begin(x, a, b, self._plans.plan(tokens))
+                return pending if pays_beside(tokens, pending.tuned) else None
+            if (b[0].data_ptr(), tokens) not in self._warm:
+                self._warm.add((b[0].data_ptr(), tokens))
+                self._beside.warm(x, a, b, self._plans.plan(tokens))
         return None
 
     def _launch_stock(
@@ -314,13 +326,14 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             LOG.info("dop: serves LoRA of %s", shape)
 
 
-def pays_beside(tokens: int) -> bool:
+def pays_beside(tokens: int, tuned: bool) -> bool:
     """Whether shrink beside the base layer's matmul saves more than a fork and a join take.
 
     A matmul of few rows leaves some multiprocessors idle, and waits for memory on the others; that
-    of a prefill leaves none (docs/performance.md 34).
+    of a prefill leaves none. Kernels that were tuned for one stream lose at rank 64 from 64 rows on
+    (docs/performance.md 34).
     """
-    return tokens <= BESIDE_TOKENS
+    return tokens <= (BESIDE_TOKENS if tuned else UNTUNED_TOKENS)
 
 
 def beside_wanted() -> bool:

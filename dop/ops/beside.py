@@ -58,6 +58,11 @@ class Pending:
     pieces: tuple[Call, Call] | None = None
     words: bytes = b""
 
+    @property
+    def tuned(self) -> bool:
+        """Whether its kernels were tuned for two pieces."""
+        return self.block is not None and self.block.kernel.beside
+
 
 class Beside:
     """A second stream, for calls that one thread makes one after the other.
@@ -70,6 +75,14 @@ class Beside:
         self._stream = stream
         if stream is not None:
             self._forked, self._joined = _new_event(), _new_event()
+
+    def warm(self, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> None:
+        """Loads what a call needs, so that nothing is loaded while a graph is captured; arguments
+        and errors as `add_lora`."""
+        shape = eager.checked_stacks(x, a, b, plan).shape
+        if self._stream is not None and plan.tokens > 0 and eager.on_gpu(shape.device):
+            with eager.device_guard(shape.device):
+                eager.block_for(shape, plan, beside=True)
 
     def begin(
         self,

@@ -51,6 +51,7 @@ class DeviceKernel:
         image: gives the cubin (or fatbin).
         constants: further int32 arguments by name, e.g. widths of a kernel for any shape.
         image_key: name of the binary if many kernels share it: it is then read once only.
+        beside: it was tuned for calls in two pieces, see beside.py.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DeviceKernel:
     image: Callable[[], bytes]
     constants: Mapping[str, int] = field(default_factory=dict)
     image_key: str = ""
+    beside: bool = False
 
 
 class Block:

@@ -128,7 +128,7 @@ def _search(search: Search) -> Choice:
         kernel = source(search)
         if kernel is not None:
             return Choice(
-                search.shape.key,
+                search.shape.key + BESIDE if search.beside else search.shape.key,
                 f"{device_name(search.shape.device)} ({gpu(search.shape.device)[0]})",
                 search.tokens,
                 search.adapters,
@@ -201,6 +201,7 @@ def pack_kernel(
             info.launches,
             info.workspaces,
             lambda: library.binary(info),
+            beside=info.workload.beside,
         )
     return _KERNELS[key]
 

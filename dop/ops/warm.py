@@ -129,7 +129,7 @@ def explain_choice(
     """Which kernel serves a batch, and why; `str()` of the answer is for people.
 
     Args:
-        workload: shapes, or their key.
+        workload: shapes, or their key; `beside`: a call in two pieces (beside.py).
         tokens: rows of the batch.
         adapters: the hint of the plan; None if there is none.
         slots: slots of the plan.
@@ -145,7 +145,7 @@ def explain_choice(
     shape = _shape(found, index)
     if not eager.on_gpu(index):
         return _on_cpu(shape, tokens, adapters)
-    return sources.choose(shape, tokens, slots, adapters)
+    return sources.choose(shape, tokens, slots, adapters, found.beside)
 
 
 def _on_cpu(shape: Shape, tokens: int, adapters: int | None) -> Choice:

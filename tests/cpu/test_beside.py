@@ -111,6 +111,7 @@ def test_a_pack_ships_them_and_they_decide_where_they_are_there(shipped, monkeyp
     alone, beside = (sources.choose(shape, 8, 64, 8, two) for two in (False, True))
     assert TRACES["a"].key in alone.name
     assert TRACES["b"].key in beside.name
+    assert (alone.kernel.beside, beside.kernel.beside) == (False, True)
     assert sources.choose(shape, 8, 64, 8) is alone
     assert sources.choose(shape, 8, 64, 8, beside=True) is beside
     answer = explain(Batch(BESIDE, 8, 8, "NVIDIA H200", "sm_90"))

@@ -186,3 +186,20 @@ def test_a_shrink_that_fails_is_joined_all_the_same(monkeypatch, way):
         both.finish(pending, case.y)
     assert case.done == [*BEGUN, FORKED[0], ("refused",), *JOINED]
     assert torch.equal(case.y, before)
+
+
+def test_warming_loads_what_the_call_in_two_pieces_needs_and_launches_nothing(monkeypatch):
+    case = Case(monkeypatch)
+    asked = []
+    real = eager.block_for
+
+    def block_for(shape, plan, beside=False):
+        asked.append(beside)
+        return real(shape, plan, beside)
+
+    monkeypatch.setattr(eager, "block_for", block_for)
+    Beside(case.side).warm(case.x, case.a, case.b, case.plan)
+    assert asked == [True]
+    Beside(None).warm(case.x, case.a, case.b, case.plan)
+    assert asked == [True]
+    assert case.done == []

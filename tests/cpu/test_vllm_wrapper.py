@@ -18,7 +18,7 @@ from fake_vllm import BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, Mapping
 
 from dop.errors import DopError, MissingKernelError
 from dop.integrations import vllm as plugin
-from dop.ops.beside import Beside
+from dop.ops.beside import Beside, Pending
 
 HIDDEN = 32
 
@@ -377,22 +377,43 @@ def test_shrink_runs_beside_the_matmul_in_cuda_graphs(
     assert engine.wrapper.stock_calls == 0
 
 
-def test_batches_of_many_tokens_stay_on_one_stream(wrapper_module, monkeypatch):
+def test_kernels_are_loaded_before_a_capture_once_for_each_layer_and_size(
+    wrapper_module, monkeypatch
+):
+    engine = Engine(wrapper_module, tokens=256)
+    engine.adapter(1, rank=8, seed=1)
+    warmed = []
+    monkeypatch.setattr(Beside, "warm", lambda self, x, a, b, plan: warmed.append(len(x)))
+    layer = engine.layers["qkv"]
+    for tokens in (5, 5, 5, 7, 7, 200, 5):
+        engine.step([1] * tokens)
+        layer._apply_sync(rows_of(engine, tokens))
+    assert warmed == [5, 7]  # the very first call finds out whether the layer is covered
+    capture(monkeypatch, wrapper_module)
+    engine.step([1] * 9)
+    layer._apply_sync(rows_of(engine, 9))
+    assert warmed == [5, 7]
+
+
+@pytest.mark.parametrize(("tuned", "most"), [(True, 128), (False, 32)])
+def test_batches_of_many_tokens_stay_on_one_stream(wrapper_module, monkeypatch, tuned, most):
+    monkeypatch.setattr(Pending, "tuned", tuned)
     engine = Engine(wrapper_module, tokens=512)
     engine.adapter(1, rank=8, seed=1)
     layer = engine.layers["qkv"]
     done = capture(monkeypatch, wrapper_module)
-    for tokens, want in ((129, []), (128, ["begin", "finish"]), (129, [])):
+    for tokens, finished in ((most + 1, False), (most, True), (most + 1, False)):
         engine.step([1] * tokens)
         x = rows_of(engine, tokens)
         layer._apply_sync(x)
         done.clear()
         y = layer._apply_sync(x)
-        assert done == want
+        assert ("finish" in done) is finished
+        assert tokens <= 128 or not done
         base = layer._get_quant_method().apply(None, x, None)
         close(y, base.float() + engine.expected("qkv", x, [1] * tokens))
     pays = wrapper_module.pays_beside
-    assert [n for n in (1, 32, 128, 129, 8192) if pays(n)] == [1, 32, 128]
+    assert [n for n in (1, 32, 33, 128, 129) if pays(n, tuned)] == [1, 32, *[33, 128] * tuned]
 
 
 def test_compiled_code_sees_one_op_so_that_nothing_moves_between_the_halves(
