@@ -269,7 +269,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             raise DopError(
                 f"None of the {len(self._linears)} LoRA layers that vLLM gave this wrapper "
                 f"(set_mapping) has the stack {tuple(stack.shape)} that its compiled model calls.",
-                "Set DOP_VLLM_BESIDE=0, and report this with the version of vLLM.",
+                "Leave DOP_VLLM_BESIDE out, and report this with the version of vLLM.",
             )
         return layer
 

@@ -5,9 +5,9 @@ A trace that tensorizes `accumulate` with register_update and `shrink_rf` with p
 or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf), and
-those of batches of few rows: workers (of accumulate), cluster_blocks and rank_blocks (of
-shrink_rf).
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster and tile_pairs (of
+shrink_rf), and those of batches of few rows: workers (of accumulate), cluster_blocks and
+rank_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def read_tiles(app: Application) -> TileKernels:
         rank_blocks=rank_blocks,
         workers=workers,
         early=app.dependent_launch == EARLY,
+        pairs=bool(hints.get(("shrink_rf", "tile_pairs"), 0)),
     )
+    if shrink.pairs and workers:
+        raise TraceError("tile_pairs wants a grid of all tiles, so no workers.")
     if shrink.early and not workers:
         raise TraceError("dependent_launch 3 wants workers: else A comes step by step with x.")
     if shrink.warpgroups and (tiles[0] != 1 or rows % 64 or k_tiles != 4):

@@ -497,7 +497,7 @@ def test_stacks_of_no_known_layer_are_an_error_that_says_so(wrapper_module):
     layer = other.layers["o"]
     stacks = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
     x = rows_of(engine, 1)
-    with pytest.raises(DopError, match=r"None of the 3 .*set_mapping.*32, 8.*DOP_VLLM_BESIDE=0"):
+    with pytest.raises(DopError, match=r"None of the 3 .*set_mapping.*32, 8.*DOP_VLLM_BESIDE"):
         torch.ops.dop_vllm.linear(x, None, *stacks, engine.wrapper._handle)
     assert other.wrapper._layer_of(stacks[1][0]) is layer
     head = LogitsProcessorWithLoRA()
