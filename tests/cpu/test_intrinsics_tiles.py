@@ -191,14 +191,26 @@ def test_pairs_of_tiles_of_one_adapter_of_two_and_with_an_empty_one(
     check_shrink(tmp_path, k, np.array(rows, np.int32), np.array(slots, np.int32), ranks)
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_adapter_with_a_nan_does_not_reach_its_neighbours_rows(
+    tmp_path: Path, broken: int
+) -> None:
+    w = Workload("two", 512, (128, 64), 16, "bfloat16")
+    k = PipelinedShrink(*(w, 16, 2, 64, 3, 1, 2), pairs=True)
+    slots, ranks = np.array([0, 1, 0], np.int32), np.array([16, 13, 16], np.int32)
+    check_shrink(tmp_path, k, ROWS + np.array([0, 0, 3], np.int32), slots, ranks, broken)
+
+
 def check_shrink(
     tmp_path: Path,
     k: PipelinedShrink,
     tile_rows: NDArray[np.int32],
     slots: NDArray[np.int32],
     ranks: NDArray[np.int32],
+    broken: int | None = None,
 ) -> None:
-    """v of three tiles; x's rows of a tile begin where those of the last one end, or two later."""
+    """v of three tiles; x's rows of a tile begin where those of the last one end, or two later.
+    `broken`: a slot whose adapter has a NaN; nobody else's rows may show it."""
     split, rank = k.split_k, k.workload.rank
     rank_blocks, workers, early = k.rank_blocks, k.workers, k.early
     row0 = np.array([2, 2 + tile_rows[0], 3], np.int32)
@@ -208,6 +220,8 @@ def check_shrink(
     a = [_bf16(rng.standard_normal((2, rank, 512), np.float32)) for _ in range(2)]
     for stack in a:
         stack[1, rank - 3 :] = 0x7FC0
+    if broken is not None:
+        a[0][broken, 0, 100] = 0x7FC0
     v = np.full((k.parts, 2, TILES, 16, k.padded_rank), 0x7FC0, np.uint16)
     kernel = k.source("kernel")
     block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
@@ -240,4 +254,7 @@ def check_shrink(
             stack = _float(a[s])[slots[tile], : ranks[tile]]
             want[:, : ranks[tile]] = _float(x)[rows] @ stack.T
             got = _float(v)[:, s, tile, : tile_rows[tile]].sum(0)
+            if (s, slots[tile]) == (0, broken):
+                assert np.isnan(got[:, 0]).all()
+                got, want = got[:, 1:], want[:, 1:]
             np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1 * k.parts)
