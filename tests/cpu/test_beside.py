@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from dop.cli.request import Request
 from dop.errors import ConfigError
 from dop.export.load import load_cuda
 from dop.export.select import workload_name
-from dop.measure import base_layer
+from dop.measure import base_layer, runner_cuda
 from dop.measure.artifact import Launch, is_pair
 from dop.measure.base_layer import LEAST_S, BaseLayers, Matmuls
 from dop.measure.inputs import windows
+from dop.measure.runner_cuda import CudaRunner
+from dop.measure.timer import TimerSettings
 from dop.ops import sources
 from dop.ops.shapes import shape_of
 from dop.packs.answer import Batch, explain
@@ -210,3 +214,85 @@ def test_shrink_is_launched_behind_the_matmul_and_waits_for_what_is_before_it(mo
         "main waits for join",
         "expand",
     ]
+
+
+class FakeGraph:
+    """Notes what is captured; replays are looked up."""
+
+    made: ClassVar[list[FakeGraph]] = []
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self.open = False
+        FakeGraph.made.append(self)
+
+    @contextmanager
+    def capture(self, stream):
+        self.open = True
+        yield
+        self.open = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def note(what: str) -> None:
+    (graph,) = [g for g in FakeGraph.made if g.open]
+    graph.launched.append(what)
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypatch, pair):
+    """Without a GPU: which launches a graph holds, and what is made of its replays."""
+    monkeypatch.setattr(FakeGraph, "made", [])
+    monkeypatch.setattr(runner_cuda.cuda, "Graph", FakeGraph)
+    runner = CudaRunner.__new__(CudaRunner)
+    runner.stream, alone = 5, FakeGraph()
+    matmuls = Matmuls(torch.ones(1), torch.ones(1), [], 3, alone)
+    monkeypatch.setattr(matmuls, "launch", lambda call: note(f"matmul {call}"), raising=False)
+
+    class Base:
+        def matmuls(self, workload, x, y):
+            return matmuls
+
+        def prepare(self, matmuls, stream, replay):
+            assert stream == 5
+
+        def beside(self, matmul, shrink, expand):
+            matmul()
+            shrink(9)
+            expand()
+
+    runner._base = Base()
+    runner._config = SimpleNamespace(timer=TimerSettings(repeats=3, min_sample_s=0.0))
+    runner._warm_up = lambda graph: None
+    runner._replay = lambda graph: 30e-6 if graph is alone else 48e-6
+    grid = ("1", "1", "1")
+    arguments = [("x", "v"), ("v", "y")] if pair else [("x", "y")]
+    launches = [Launch(f"k{i}", grid, (1, 1, 1), 0, a, True) for i, a in enumerate(arguments)]
+
+    def function(name, window):
+        def launch(grid, block, smem, stream, parameters, dependent):
+            note(f"{name} of {window} on {stream}{' early' * dependent}")
+
+        return SimpleNamespace(launch=launch)
+
+    def calls(batch, count, spaces):
+        return [
+            [runner_cuda._Kernel(function(k.name, w), (1, 1, 1), k, None) for k in launches]
+            for w in range(count)
+        ]
+
+    loaded = SimpleNamespace(workspaces=lambda batch: nullcontext({}), calls=calls)
+    batch = SimpleNamespace(matmuls=None, x=None, y=None, rows=[0, 1])
+    seconds = runner._time_beside(loaded, batch, BESIDE, None, 0.0)
+    assert seconds == pytest.approx((6e-6,) * 3)
+    assert batch.matmuls is matmuls
+    graph = FakeGraph.made[-1]
+    assert graph.closed
+    of = [0, 1, 0]  # two windows, three calls
+    if pair:
+        want = [(f"matmul {i}", f"k0 of {w} on 9", f"k1 of {w} on 5") for i, w in enumerate(of)]
+    else:
+        want = [(f"matmul {i}", f"k0 of {w} on 5 early") for i, w in enumerate(of)]
+    assert graph.launched == [line for call in want for line in call]
