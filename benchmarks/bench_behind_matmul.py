@@ -34,6 +34,7 @@ from dop.workload import Workload
 LAYERS = 6
 """Of a graph; their matmuls read more than L2 holds."""
 SLOTS = 64
+DEVICE = "cuda"
 REPLAYS = 9
 FLUSH_BYTES = 200 << 20
 TOKENS = "1,8,16,32,64,128"
@@ -83,20 +84,20 @@ def bench(workload: Workload, scenarios: Sequence[Scenario]) -> Iterator[Row]:
     kind = getattr(torch, workload.dtype)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=kind) / shape[-1] ** 0.5
+        return torch.randn(*shape, device=DEVICE, dtype=kind) / shape[-1] ** 0.5
 
     width, rank = workload.in_features, workload.rank
     weights = [normal(workload.total_out, width) for _ in range(LAYERS)]
     a = [[normal(SLOTS, rank, width) for _ in workload.out_features] for _ in range(LAYERS)]
     b = [[normal(SLOTS, n, rank) for n in workload.out_features] for _ in range(LAYERS)]
     stream, beside = torch.cuda.Stream(), Beside(torch.cuda.Stream())
-    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, device=DEVICE)
     with torch.cuda.stream(stream):
         for scenario in scenarios:
             source = normal(scenario.tokens, width)
             x, seen = torch.empty_like(source), normal(scenario.tokens, 64)
             y = normal(scenario.tokens, workload.total_out)
-            slots = torch.tensor(scenario.token_to_adapter(0), dtype=torch.int32, device="cuda")
+            slots = torch.tensor(scenario.token_to_adapter(0), dtype=torch.int32, device=DEVICE)
             plan = ops.segment_plan(slots, slots=SLOTS)
             ops.add_lora(y, x, a[0], b[0], plan)  # loads what cannot be loaded while capturing
 
