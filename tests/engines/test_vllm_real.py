@@ -165,6 +165,24 @@ def test_reloaded_under_the_same_mapping(monkeypatch):
     check(manager, ids)
 
 
+def test_compiled_by_inductor_nothing_of_a_step_stays_in_the_code():
+    manager, _ = build()
+    adapter(manager, 1, 8, 1)
+    adapter(manager, 2, 3, 2)
+    layers = list(manager.modules.values())
+
+    def forward(x):
+        return [layer.apply(2 * x) for layer in layers]
+
+    compiled = torch.compile(forward, fullgraph=True)
+    for ids in ((1, 2, 2, 0), (2, 1, 0, 0), (0, 0, 0, 0), (2, 2, 2, 1)):
+        manager.set_adapter_mapping(LoRAMapping(ids, ids))
+        x = torch.randn(len(ids), HIDDEN).half().to(DEVICE)
+        for got, want in zip(compiled(x), forward(x), strict=True):
+            assert torch.equal(got, want)
+            assert bool(want.any()) == any(ids)
+
+
 def rows_by_slot(meta, tokens):
     """What vLLM's kernels find in the tables: slot -> its tokens, in the tables' order."""
     found = {}
