@@ -106,8 +106,9 @@ def read_tiles(app: Application) -> TileKernels:
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
-    if not workers and cluster != part:
-        raise TraceError("clusters of some parts want workers.")
+    pairs = bool(hints.get(("shrink_rf", "tile_pairs"), 0))
+    if not (workers or pairs) and cluster != part:
+        raise TraceError("clusters of some parts want workers or pairs of tiles.")
     shrink = PipelinedShrink(
         workload,
         rows,
@@ -121,9 +122,9 @@ def read_tiles(app: Application) -> TileKernels:
         rank_blocks=rank_blocks,
         workers=workers,
         early=app.dependent_launch == EARLY,
-        pairs=bool(hints.get(("shrink_rf", "tile_pairs"), 0)),
+        pairs=pairs,
     )
-    if shrink.pairs and workers:
+    if pairs and workers:
         raise TraceError("tile_pairs wants a grid of all tiles, so no workers.")
     if shrink.early and not workers:
         raise TraceError("dependent_launch 3 wants workers: else A comes step by step with x.")

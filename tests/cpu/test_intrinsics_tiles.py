@@ -72,6 +72,7 @@ SLOT = np.array([1, 0, 0], np.int32)
         (64, False, 1, 2),
         (64, True, 2, 1),
         (64, True, 1, 2),
+        (64, True, 2, 0),
     ],
 )
 def test_register_expand(tmp_path: Path, rank: int, shared: bool, parts: int, workers: int) -> None:
@@ -164,7 +165,10 @@ def test_pipelined_shrink(
     check_shrink(tmp_path, k, ROWS, SLOT, np.array([rank - 3, rank, 0], np.int32))
 
 
-@pytest.mark.parametrize(("rank", "split", "rank_blocks"), [(16, 1, 1), (32, 2, 1), (32, 4, 2)])
+@pytest.mark.parametrize(
+    ("rank", "split", "cluster", "rank_blocks"),
+    [(16, 1, 0, 1), (32, 2, 0, 1), (32, 4, 0, 2), (32, 4, 2, 2), (16, 2, 1, 1)],
+)
 @pytest.mark.parametrize(
     ("rows", "slots"),
     [
@@ -179,14 +183,18 @@ def test_pairs_of_tiles_of_one_adapter_of_two_and_with_an_empty_one(
     tmp_path: Path,
     rank: int,
     split: int,
+    cluster: int,
     rank_blocks: int,
     rows: tuple[int, ...],
     slots: tuple[int, ...],
 ) -> None:
     """Slot 1 is of a lower rank, with NaN behind it. The last pair has no second tile."""
     w = Workload("two", 512, (128, 64), rank, "bfloat16")
-    k = PipelinedShrink(*(w, 16, split, 64, 3, 1, 2), rank_blocks=rank_blocks, pairs=True)
+    k = PipelinedShrink(
+        *(w, 16, split, 64, 3, 1, 2), cluster=cluster, rank_blocks=rank_blocks, pairs=True
+    )
     assert k.block == (32, 2, 2)
+    assert k.parts == (split // cluster if cluster else 1)
     ranks = np.array([rank - 3 * slot for slot in slots], np.int32)
     check_shrink(tmp_path, k, np.array(rows, np.int32), np.array(slots, np.int32), ranks)
 

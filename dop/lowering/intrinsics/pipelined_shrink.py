@@ -15,6 +15,7 @@ tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there 
 With `pairs` a block has two neighbouring tiles and reads A once for both of them, if they are of
 one adapter: beside many ranks, what limits a long prefill is what multiprocessors read from L2. If
 they are of two, it goes through k twice, and the warps of the other tile have nothing to multiply.
+Tiles may have several clusters along k then, too, since there are half as many blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PipelinedShrink:
         row_warps, rank_warps: warps along rows and along ranks of all slices.
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
-        cluster: parts of a cluster; 0: all of them.
+        cluster: parts of a cluster; 0: all of them. Fewer want `workers` or `pairs`.
         rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
@@ -148,10 +149,10 @@ class PipelinedShrink:
             "NAME": name,
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
-            "SHARE": "share" if self.workers else "part",
+            "SHARE": "share" if self.workers else self._of_part("%", "part"),
             "ROW": "(first_rank + row)" if shared else "row",
             "R": "(first_rank + r)" if shared else "r",
-            "V_SLICE": f"(outer * {w.slices} + slice)" if self.workers else "slice",
+            "V_SLICE": self._v_slice(),
             "PARTS": self.parts,
             "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
@@ -185,6 +186,14 @@ class PipelinedShrink:
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
         return text
+
+    def _of_part(self, operator: str, alone: str) -> str:
+        """Place in the cluster (%) or number of the cluster (/) of a block whose tile has all."""
+        return f"part {operator} {self.cluster_blocks}" if self.parts > 1 else alone
+
+    def _v_slice(self) -> str:
+        outer = "outer" if self.workers else self._of_part("/", "")
+        return f"({outer} * {self.workload.slices} + slice)" if outer else "slice"
 
     def _wgmma(self) -> str:
         """wgmma of 64 rows, 16 of k and the warpgroup's ranks, as a macro of two descriptors."""

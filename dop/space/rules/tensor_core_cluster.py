@@ -30,6 +30,9 @@ CLUSTER = 8
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
 
+PAIR_PARTS = 4
+"""Likewise, of blocks with two tiles."""
+
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
@@ -76,6 +79,11 @@ class ClusterSplitK:
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
+        elif self.pairs:
+            counts = sorted({n * c for n in (1, 2, PAIR_PARTS) for c in parts})
+            new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, counts), most)
+            new.param(CLUSTER_BLOCKS.name, "split_k", parts, most)
+            _sums_of_clusters(new, PAIR_PARTS)
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -125,7 +133,7 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
-        if "few" in new.notes:
+        if "few" in new.notes or self.pairs:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
@@ -154,9 +162,14 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     spare = 3 * new.target.units // (enough[0] * wide) - 1
     workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
-    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
-    new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
+    _sums_of_clusters(new, MAX_PARTS)
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
+
+
+def _sums_of_clusters(new: SketchState, most: int) -> None:
+    """Several clusters along k, whose sums expand adds up."""
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
+    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
     new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a["shrink.cluster"])
 
 
