@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.torch_cuda import replay_ms
 from dop import collect_env, ops
 from dop.cli.request import Request
 from dop.errors import DopError, MissingDependencyError
@@ -114,7 +115,7 @@ def bench(workload: Workload, scenarios: Sequence[Scenario]) -> Iterator[Row]:
 
             torch.cuda.synchronize()
             graphs = {way: _captured(stream, lambda way=way: layers(way)) for way in WAYS}
-            yield row_of(workload, scenario, _timed(stream, graphs, flush))
+            yield row_of(workload, scenario, _timed(graphs, flush))
 
 
 def _captured(stream: Any, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -125,21 +126,14 @@ def _captured(stream: Any, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def _timed(
-    stream: Any, graphs: dict[str, torch.cuda.CUDAGraph], flush: torch.Tensor
+    graphs: dict[str, torch.cuda.CUDAGraph], flush: torch.Tensor
 ) -> dict[str, Sequence[float]]:
     """Seconds per layer of every replay but the first."""
-    found: dict[str, list[float]] = {way: [] for way in graphs}
-    for replay in range(REPLAYS + 1):
-        for way, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.sum()
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            if replay:
-                found[way].append(begin.elapsed_time(end) * 1e-3 / LAYERS)
-    return {way: tuple(times) for way, times in found.items()}
+    turns = [
+        {way: replay_ms(graph, flush) * 1e-3 / LAYERS for way, graph in graphs.items()}
+        for _ in range(REPLAYS + 1)
+    ]
+    return {way: tuple(turn[way] for turn in turns[1:]) for way in graphs}
 
 
 def text_of(rows: Sequence[Row]) -> str:

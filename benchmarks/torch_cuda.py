@@ -94,12 +94,12 @@ def _time(calls: Sequence[Call], flush: torch.Tensor) -> float:
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
-        samples = [_replay(graph, flush) for _ in range(REPLAYS)]
+        samples = [replay_ms(graph, flush) for _ in range(REPLAYS)]
     return statistics.median(samples[2:]) * 1e3 / len(calls)
 
 
-def _replay(graph: torch.cuda.CUDAGraph, flush: torch.Tensor) -> float:
-    """Milliseconds of one replay."""
+def replay_ms(graph: torch.cuda.CUDAGraph, flush: torch.Tensor) -> float:
+    """Milliseconds of one replay on a flushed cache, on the current stream."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.sum()
     begin.record()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dop.measure import cuda_driver as cuda
+from dop.measure.side_stream import SideStream
 from dop.workload import Workload
 
 GRAPH_S = 1e-3
@@ -68,9 +70,7 @@ class BaseLayers:
     def __init__(self, l2_bytes: int) -> None:
         self._l2_bytes = l2_bytes
         self._weights: dict[tuple[object, ...], list[torch.Tensor]] = {}
-        self.side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._fork = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._join = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._side = SideStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
     def matmuls(self, workload: Workload, x: torch.Tensor, y: torch.Tensor) -> Matmuls:
         """Those of a batch; x [tokens, in], y [tokens, out]."""
@@ -111,13 +111,9 @@ class BaseLayers:
         self, matmul: Callable[[], None], shrink: Callable[[int], None], expand: Callable[[], None]
     ) -> None:
         """One call, launched as `Beside` does it: `shrink` gets the second stream's CUstream."""
-        main = torch.cuda.current_stream()
-        self._fork.record(main)
+        self._side.mark()
         matmul()
-        self.side.wait_event(self._fork)
-        shrink(int(self.side.cuda_stream))
-        self._join.record(self.side)
-        main.wait_event(self._join)
+        self._side.run(partial(shrink, self._side.number))
         expand()
 
 

@@ -199,8 +199,11 @@ class CudaRunner:
         if cold_s > hopeless or cold_s > self._config.timer.budget_s / MIN_CALLS:
             seconds: tuple[float, ...] = (cold_s,)
         else:
-            timed = self._time_beside if task.workload.beside else self._time
-            seconds = timed(loaded, batch, task.workload, best_s, cold_s)
+            seconds = (
+                self._time_beside(loaded, batch, task.workload, best_s)
+                if task.workload.beside
+                else self._time(loaded, batch, best_s, cold_s)
+            )
         return Measurement(
             seconds,
             accuracy=accuracy,
@@ -210,42 +213,56 @@ class CudaRunner:
         )
 
     def _time(
-        self, loaded: Loaded, batch: Batch, _: Workload, best_s: float | None, cold_s: float
+        self, loaded: Loaded, batch: Batch, best_s: float | None, cold_s: float
     ) -> tuple[float, ...]:
         """Seconds per call: a graph of back-to-back calls, each on the next window of weights."""
         calls = calls_of(len(batch.rows), cold_s)
+
+        def launch(call: int, kernels: list[_Kernel]) -> None:
+            _launch(kernels, self.stream)
+
+        return self._time_graph(loaded, batch, calls, launch, self._replay, best_s)
+
+    def _time_beside(
+        self, loaded: Loaded, batch: Batch, workload: Workload, best_s: float | None
+    ) -> tuple[float, ...]:
+        """Seconds that a call adds to the base layer's matmul, shrink beside it."""
+        if batch.matmuls is None:
+            batch.matmuls = self._base.matmuls(workload, batch.x, batch.y)
+        matmuls = batch.matmuls
+        self._base.prepare(matmuls, self.stream, self._replay)
+
+        def launch(call: int, kernels: list[_Kernel]) -> None:
+            self._launch_beside(partial(matmuls.launch, call), kernels)
+
+        added_s = partial(matmuls.added_s, replay=self._replay)
+        return self._time_graph(loaded, batch, matmuls.calls, launch, added_s, best_s)
+
+    def _time_graph(
+        self,
+        loaded: Loaded,
+        batch: Batch,
+        calls: int,
+        launch: Callable[[int, list[_Kernel]], None],
+        sample: Callable[[cuda.Graph], float],
+        best_s: float | None,
+    ) -> tuple[float, ...]:
+        """Seconds per call of a graph of `calls`, each on the next window of weights.
+
+        Args:
+            launch: one call, given its number and its kernels.
+            sample: seconds that count of one replay.
+        """
         count = min(len(batch.rows), calls)
         graph = cuda.Graph()
         with loaded.workspaces(batch) as spaces:
             windows = loaded.calls(batch, count, spaces)
             with graph.capture(self.stream):
                 for call in range(calls):
-                    _launch(windows[call % count], self.stream)
+                    launch(call, windows[call % count])
             try:
                 self._warm_up(graph)
-                sample = lambda: self._replay(graph)  # noqa: E731
-                return collect(sample, calls, self._config.timer, best_s)
-            finally:
-                graph.close()
-
-    def _time_beside(
-        self, loaded: Loaded, batch: Batch, workload: Workload, best_s: float | None, _: float
-    ) -> tuple[float, ...]:
-        """Seconds that a call adds to the base layer's matmul, shrink beside it."""
-        if batch.matmuls is None:
-            batch.matmuls = self._base.matmuls(workload, batch.x, batch.y)
-        matmuls, graph = batch.matmuls, cuda.Graph()
-        self._base.prepare(matmuls, self.stream, self._replay)
-        count = min(len(batch.rows), matmuls.calls)
-        with loaded.workspaces(batch) as spaces:
-            windows = loaded.calls(batch, count, spaces)
-            with graph.capture(self.stream):
-                for call in range(matmuls.calls):
-                    self._launch_beside(partial(matmuls.launch, call), windows[call % count])
-            try:
-                self._warm_up(graph)
-                sample = lambda: matmuls.added_s(graph, self._replay)  # noqa: E731
-                return collect(sample, matmuls.calls, self._config.timer, best_s)
+                return collect(partial(sample, graph), calls, self._config.timer, best_s)
             finally:
                 graph.close()
 

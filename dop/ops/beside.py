@@ -6,8 +6,7 @@
     beside.finish(pending, y)                 # y += ...
 
 Shrink waits for what `begin` found in the stream, not for the base layer, but it is launched behind
-it: a matmul of few rows puts a block on nearly every multiprocessor, and would wait for those that
-a shrink before it has taken (1 to 3 us a call); behind it, shrink runs on what is left over.
+it (dop/measure/side_stream.py says why).
 
 Both pieces are launched plainly: their neighbours are not those that tuning saw, and expand may not
 ask for y before the kernel that makes it has ended. Works while a CUDA graph is captured (a fork
@@ -17,26 +16,21 @@ and a join in it). Where a call is one kernel, or on a CPU, `finish` does all of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dop.measure import cuda_driver
+from dop.measure.side_stream import SideStream
 from dop.ops import checks, eager
 from dop.ops.calls import Call
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack
 from dop.ops.launch import Block
 from dop.ops.plan import SegmentPlan
+from dop.ops.shapes import Shape
 from dop.ops.stacks import Stacks
-
-
-def _new_event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _current_stream() -> torch.cuda.Stream:
-    return torch.cuda.current_stream()
 
 
 @dataclass(frozen=True)
@@ -72,17 +66,19 @@ class Beside:
     """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        if stream is not None:
-            self._forked, self._joined = _new_event(), _new_event()
+        self._side = None if stream is None else SideStream(stream)
 
     def warm(self, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> None:
         """Loads what a call needs, so that nothing is loaded while a graph is captured; arguments
         and errors as `add_lora`."""
-        shape = eager.checked_stacks(x, a, b, plan).shape
-        if self._stream is not None and plan.tokens > 0 and eager.on_gpu(shape.device):
-            with eager.device_guard(shape.device):
-                eager.block_for(shape, plan, beside=True)
+        self._block(eager.checked_stacks(x, a, b, plan).shape, plan)
+
+    def _block(self, shape: Shape, plan: SegmentPlan) -> Block | None:
+        """The launches of a call; None where nothing runs on a second stream."""
+        if self._side is None or plan.tokens == 0 or not eager.on_gpu(shape.device):
+            return None
+        with eager.device_guard(shape.device):
+            return eager.block_for(shape, plan, beside=True)
 
     def begin(
         self,
@@ -104,17 +100,16 @@ class Beside:
         stacks = eager.checked_stacks(x, a, b, plan)
         shape = stacks.shape
         whole = Pending(x, a, b, plan, scale, ranks, stacks)
-        if self._stream is None or plan.tokens == 0 or not eager.on_gpu(shape.device):
+        block = self._block(shape, plan)
+        if block is None or not block.is_pair:
             return whole
         facts = eager.call_facts(plan, shape.rank, scale, ranks)
+        assert self._side is not None
         with eager.device_guard(shape.device):
-            block = eager.block_for(shape, plan, beside=True)
-            if not block.is_pair:
-                return whole
             words = derived_words(plan, block.tile_rows, *facts)
             x = eager.dense(x)
-            self._forked.record(_current_stream())
-        pieces = block.pieces(self._stream.cuda_stream)
+            self._side.mark()
+        pieces = block.pieces(self._side.number)
         return replace(whole, x=x, block=block, pieces=pieces, words=words)
 
     def finish(self, pending: Pending, y: Tensor) -> Tensor:
@@ -130,14 +125,10 @@ class Beside:
         checks.check_no_gradient("add_lora", y)
         shrink, expand = pending.pieces
         words = pending.stacks.words, pending.words
-        assert self._stream is not None
+        assert self._side is not None
         with eager.device_guard(shape.device):
             target = eager.dense(y)
-            self._stream.wait_event(self._forked)
-            code = shrink.run(pending.x.data_ptr(), 0, *words)
-            # Joined whatever comes next: a capture that is left unjoined cannot end.
-            self._joined.record(self._stream)
-            _current_stream().wait_event(self._joined)
+            code = self._side.run(partial(shrink.run, pending.x.data_ptr(), 0, *words))
             cuda_driver.check("cuLaunchKernelEx", code)
             code = expand.run(0, target.data_ptr(), *words)
             cuda_driver.check("cuLaunchKernelEx", code)

@@ -89,13 +89,14 @@ class Search:
     beside: bool = False
     misses: list[str] = field(default_factory=list)
 
-    def matches(self) -> list[tuple[str, packs.Match]]:
-        """Packs that hold the call, with the workload's key, best first: if it is made beside the
-        base layer's matmul, those that were tuned so come before the others."""
-        name, arch = gpu(self.shape.device)
-        key = self.shape.key
-        keys = [key + BESIDE, key] if self.beside else [key]
-        return [(key, match) for key in keys for match in packs.find(name, arch, key)]
+    @property
+    def key(self) -> str:
+        """As `Workload.key` writes it."""
+        return self.shape.key + BESIDE if self.beside else self.shape.key
+
+    def matches(self) -> tuple[tuple[str, packs.Match], ...]:
+        """Packs that hold the call, best first, each with the key of its table."""
+        return packs.find_call(*gpu(self.shape.device), self.key)
 
 
 Source = Callable[[Search], "DeviceKernel | None"]
@@ -128,7 +129,7 @@ def _search(search: Search) -> Choice:
         kernel = source(search)
         if kernel is not None:
             return Choice(
-                search.shape.key + BESIDE if search.beside else search.shape.key,
+                search.key,
                 f"{device_name(search.shape.device)} ({gpu(search.shape.device)[0]})",
                 search.tokens,
                 search.adapters,
@@ -145,7 +146,7 @@ def missing(search: Search, why: str = "") -> MissingKernelError:
     folders = ", ".join(str(folder) for folder in packs.folders())
     reasons = "; ".join([*search.misses, *([why] if why else [])])
     return MissingKernelError(
-        f"no ready kernel for {search.shape.key} on {device_name(device)} "
+        f"no ready kernel for {search.key} on {device_name(device)} "
         f"({', '.join(gpu(device))}), {search.tokens} tokens; folders searched: {folders}; "
         f"{reasons}.",
         "Install a pack for this GPU or set DOP_PACK_PATH"

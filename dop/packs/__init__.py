@@ -21,6 +21,7 @@ from typing import ClassVar
 from dop.export.index import arch_number, runs_on
 from dop.export.load import CudaLibrary, load_cuda
 from dop.packs.catalog import PackEntry, read_catalog, scan
+from dop.workload import BESIDE
 
 __all__ = ["PATH_VARIABLE", "Match", "find", "folders", "known_packs", "refresh", "shipped"]
 
@@ -86,6 +87,13 @@ def find(device_name: str, arch: str, workload_key: str) -> tuple[Match, ...]:
     found.sort(key=lambda item: item[1].entry.newest, reverse=True)
     found.sort(key=lambda item: item[0])
     return tuple(match for _, match in found)
+
+
+def find_call(device_name: str, arch: str, workload_key: str) -> tuple[tuple[str, Match], ...]:
+    """As `find`, with the key that each pack's table has the call under: for a call in two pieces,
+    packs that were tuned so come before those that hold the call alone."""
+    keys = dict.fromkeys((workload_key, workload_key.removesuffix(BESIDE)))
+    return tuple((key, match) for key in keys for match in find(device_name, arch, key))
 
 
 def _match(entry: PackEntry, device_name: str, arch: str, workload_key: str) -> Match | None:

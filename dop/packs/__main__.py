@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--beside", action="store_true", help="for calls in two pieces")
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--adapters", type=int, help="not given: not known")
     parser.add_argument("--slots", type=int, help="adapters that the weight stacks hold at most")
@@ -63,6 +64,11 @@ def _answers(options: argparse.Namespace) -> list[Answer]:
 
 
 def _workloads(options: argparse.Namespace) -> list[Workload]:
+    found = _layers(options)
+    return [dataclasses.replace(w, beside=True) for w in found] if options.beside else found
+
+
+def _layers(options: argparse.Namespace) -> list[Workload]:
     if options.workload is not None:
         return [Workload.parse(options.workload)]
     if options.model is None:

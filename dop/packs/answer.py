@@ -13,7 +13,7 @@ from dop.errors import ConfigError
 from dop.export.choice import Library
 from dop.export.index import KernelInfo, arch_number
 from dop.export.load import load_cuda
-from dop.packs import Match, find
+from dop.packs import Match, find, find_call
 from dop.packs.fallback import without_pack
 from dop.scenario import Scenario
 from dop.workload import Workload
@@ -140,18 +140,17 @@ def explain(batch: Batch, pack: Path | None = None) -> Answer:
             return without_pack(batch, [f"{pack} does not hold {key}"])
         return _tuned(batch, library, "pack", [])
     passed: list[str] = []
-    found = find(batch.device_name, batch.arch, key)
-    if batch.workload.beside and not found:
-        alone = explain(replace(batch, workload=replace(batch.workload, beside=False)))
-        note = f"no pack holds {key}: what serves it alone serves it beside the base layer, too"
-        return replace(alone, reasons=(*alone.reasons, note))
-    for match in found:
+    for held, match in find_call(batch.device_name, batch.arch, key):
+        served = replace(batch, workload=Workload.parse(held, batch.workload.name))
+        notes = [match.note] if match.note else []
+        if held != key:
+            notes.append(f"no pack serves {key}: what serves it alone does so beside a matmul, too")
         library = match.library()
-        info = library.choose(key, batch.tokens, batch.adapters, batch.slots)
+        info = library.choose(held, batch.tokens, batch.adapters, batch.slots)
         if match.how != Match.SOURCE:
-            return _tuned(batch, library, "pack", [match.note] if match.note else [])
+            return _tuned(served, library, "pack", notes)
         if info.source and info.min_arch <= arch_number(batch.arch)[0]:
-            return _tuned(batch, library, "nvrtc", [match.note])
+            return _tuned(served, library, "nvrtc", notes)
         needs = f"needs sm_{info.min_arch} or newer" if info.source else "is of its GPU alone"
         passed.append(f"{match.entry.path.name} holds {info.name}, whose source {needs}")
     return without_pack(batch, passed)

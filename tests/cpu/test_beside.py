@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,7 @@ from dop.measure.runner_cuda import CudaRunner
 from dop.measure.timer import TimerSettings
 from dop.ops import sources
 from dop.ops.shapes import shape_of
+from dop.packs.__main__ import main as packs_main
 from dop.packs.answer import Batch, explain
 from dop.packs.catalog import write_catalog
 from dop.scenario import named
@@ -148,16 +150,19 @@ def test_headers_and_libraries_leave_them_out(tmp_path, capsys):
         assert not (tmp_path / verb).exists()
 
 
+MORE = ([], ["--beside"])
+
+
 def test_explain_asks_for_them(shipped, monkeypatch, capsys):
     ship(shipped, monkeypatch, both=True)
     asked = ["explain", "--workload", WORKLOAD.key, "--tokens", "8", "--adapters", "8"]
     asked += ["--device-name", "NVIDIA H200", "--arch", "sm_90", "--json"]
     found = []
-    for more in ([], ["--beside"]):
-        assert main([*asked, *more]) == 0
+    for ask, more in itertools.product((main, lambda words: packs_main(words[1:])), MORE):
+        assert ask([*asked, *more]) == 0
         (answer,) = json.loads(capsys.readouterr().out)
         found.append(answer["trace"])
-    assert found == [TRACES["a"].key, TRACES["b"].key]
+    assert found == [TRACES["a"].key, TRACES["b"].key] * 2
 
 
 def test_a_call_costs_what_it_adds_to_the_matmuls():
@@ -285,7 +290,7 @@ def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypat
 
     loaded = SimpleNamespace(workspaces=lambda batch: nullcontext({}), calls=calls)
     batch = SimpleNamespace(matmuls=None, x=None, y=None, rows=[0, 1])
-    seconds = runner._time_beside(loaded, batch, BESIDE, None, 0.0)
+    seconds = runner._time_beside(loaded, batch, BESIDE, None)
     assert seconds == pytest.approx((6e-6,) * 3)
     assert batch.matmuls is matmuls
     graph = FakeGraph.made[-1]

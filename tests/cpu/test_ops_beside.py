@@ -13,8 +13,9 @@ from sgmv_reference import reference, rows, stacks
 from benchmarks.peers import dop_ops
 from dop import ops
 from dop.errors import DopError
+from dop.measure import side_stream
 from dop.measure.cuda_driver import CudaError
-from dop.ops import beside, eager, sources
+from dop.ops import eager, sources
 from dop.ops.beside import Beside
 from dop.ops.plan import fill_by_torch
 from dop.ops.sources import Choice
@@ -33,8 +34,8 @@ class Case:
         self.driver = fake_driver.install(monkeypatch, sizes, tile_rows, early)
         self.done: list[tuple[str, ...]] = []
         count = iter(("fork", "join"))
-        monkeypatch.setattr(beside, "_new_event", lambda: Event(self, next(count)))
-        monkeypatch.setattr(beside, "_current_stream", lambda: Stream(self, "main", 0))
+        monkeypatch.setattr(side_stream, "_new_event", lambda: Event(self, next(count)))
+        monkeypatch.setattr(side_stream, "_current_stream", lambda: Stream(self, "main", 0))
         launch = self.driver.launch
 
         def noted(config, function, parameters, extra):

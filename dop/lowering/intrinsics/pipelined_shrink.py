@@ -130,13 +130,16 @@ class PipelinedShrink:
         pieces = self.depth // 8
         at_once = self.workers > 0 and self.stages * self.depth * self.split_k == w.in_features
         shared = self.workers > 0 or self.rank_blocks > 1
+        # Place in the cluster, and which cluster of the tile's.
+        share, outer = ("share", "outer") if self.workers else ("part", "")
+        if not self.workers and self.parts > 1:
+            share, outer = f"part % {cluster}", f"part / {cluster}"
         shape = f"{cluster}, 1, 1" if self.workers else f"1, {cluster}, 1"
         close = (
             few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
         )
         values = {
-            "OPEN": few_rows.SHRINK_OPEN if self.workers else _open_tile(self.pairs),
-            **(_PAIR if self.pairs else _SINGLE),
+            **(_FEW if self.workers else _PAIR if self.pairs else _SINGLE),
             "WHERE": _RANK_BLOCK if self.rank_blocks > 1 else _WHOLE_TILE,
             "PER_BLOCK": " * 2" if self.pairs else "",
             "RANK_BLOCKS": self.rank_blocks,
@@ -149,10 +152,10 @@ class PipelinedShrink:
             "NAME": name,
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
-            "SHARE": "share" if self.workers else self._of_part("%", "part"),
+            "SHARE": share,
             "ROW": "(first_rank + row)" if shared else "row",
             "R": "(first_rank + r)" if shared else "r",
-            "V_SLICE": self._v_slice(),
+            "V_SLICE": f"({outer} * {w.slices} + slice)" if outer else "slice",
             "PARTS": self.parts,
             "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
@@ -186,14 +189,6 @@ class PipelinedShrink:
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
         return text
-
-    def _of_part(self, operator: str, alone: str) -> str:
-        """Place in the cluster (%) or number of the cluster (/) of a block whose tile has all."""
-        return f"part {operator} {self.cluster_blocks}" if self.parts > 1 else alone
-
-    def _v_slice(self) -> str:
-        outer = "outer" if self.workers else self._of_part("/", "")
-        return f"({outer} * {self.workload.slices} + slice)" if outer else "slice"
 
     def _wgmma(self) -> str:
         """wgmma of 64 rows, 16 of k and the warpgroup's ranks, as a macro of two descriptors."""
@@ -251,11 +246,6 @@ _OPEN_PAIR = """\
   const bool apart = min(rows_a, rows_b) > 0 && (slot_a != slot_b || given_a != given_b);
 """
 
-
-def _open_tile(pairs: bool) -> str:
-    return _OPEN_PAIR if pairs else _OPEN_TILE
-
-
 _RANK = "  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;\n"
 
 _SUMS = """\
@@ -271,6 +261,7 @@ _SUMS = """\
 """
 
 _SINGLE = {
+    "OPEN": _OPEN_TILE,
     "RANK_FIRST": _RANK,
     "SUMS_FIRST": "",
     "SUMS": _SUMS,
@@ -286,7 +277,11 @@ _SINGLE = {
 }
 """What a block of one tile has in the places where one of two differs."""
 
+_FEW = {**_SINGLE, "OPEN": few_rows.SHRINK_OPEN}
+"""Likewise a block that goes on from tile to tile."""
+
 _PAIR = {
+    "OPEN": _OPEN_PAIR,
     "RANK_FIRST": "",
     "SUMS_FIRST": _SUMS
     + """\
