@@ -143,8 +143,9 @@ def profile(serve: Callable[[], object], rows: int = 80) -> str:
 
 
 def timeline(events: Iterable[Any], rows: int = 160) -> str:
-    """Kernels from the middle of a watched run in the order of their starts: when (us), how long
-    after the last one's end (negative: beside it), how long, on which stream.
+    """Kernels from past the middle of a watched run in the order of their starts: when (us), how
+    long after the last one's end (negative: beside it), how long, on which stream. In the middle
+    itself a batch ends and the next one's prompts are read.
 
     Args:
         events: of torch's profiler.
@@ -154,7 +155,7 @@ def timeline(events: Iterable[Any], rows: int = 160) -> str:
 
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     kernels.sort(key=lambda event: event.time_range.start)
-    shown = kernels[len(kernels) // 2 :][:rows]
+    shown = kernels[len(kernels) * 16 // 25 :][:rows]
     lines = ["     start    after     took stream kernel\n"]
     ended = shown[0].time_range.start if shown else 0.0
     for event in shown:

@@ -67,6 +67,48 @@ SPECIALIZE = (
 """Said when an engine loads; what it costs (graphs, time to start) is the user's to decide."""
 
 
+class Linears:
+    """This process's LoRA layers on dop, found by where their first stack of B is: compiled code
+    that is cached on disk knows no layer."""
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._at: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __contains__(self, layer: Any) -> bool:
+        return layer in self._layers
+
+    def note(self, layer: Any) -> None:
+        """A layer that calls a wrapper of dop's from now on."""
+        self._layers.add(layer)
+
+    def forget(self, layer: Any) -> None:
+        """A layer that calls another wrapper from now on."""
+        self._layers.discard(layer)
+
+    def of(self, stack: torch.Tensor) -> Any:
+        """The layer whose first stack of B this is.
+
+        Raises:
+            DopError: none of the layers that were noted.
+        """
+        address = stack.data_ptr()
+        layer = self._at.get(address)
+        if layer not in self._layers or _address_of(layer) != address:
+            # Stacks may be made, or made again, after the layer was noted.
+            self._at = weakref.WeakValueDictionary(
+                {at: each for each in self._layers if (at := _address_of(each)) is not None}
+            )
+            layer = self._at.get(address)
+        if layer is None:
+            raise DopError(
+                f"None of the {len(self._layers)} LoRA layers that vLLM gave dop (set_mapping) "
+                f"has the stack {tuple(stack.shape)} that its compiled model calls.",
+                "Leave DOP_VLLM_BESIDE out, and report this with the version of vLLM.",
+            )
+        return layer
+
+
 class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     """PunicaWrapperGPU whose `add_lora_linear` runs on dop.ops where dop covers the layer."""
 
@@ -105,9 +147,6 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._beside = Beside(_second_stream(device)) if beside_wanted() else None
         # Layers, by address of their first stack, and batch sizes whose kernels are loaded.
         self._warm: set[tuple[int, int]] = set()
-        self._linears: weakref.WeakSet[Any] = weakref.WeakSet()
-        # By address of their first stack.
-        self._linear_at: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
             LOG.info(SPECIALIZE)
 
@@ -229,13 +268,13 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     def linear(
         self,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
         a: list[torch.Tensor],
         b: list[torch.Tensor],
     ) -> torch.Tensor:
         """What the opaque op of a layer does: the base layer's matmul, and LoRA added to it."""
-        layer = self._layer_of(b[0])
         rows = x.flatten(0, 1) if x.ndim == 3 else x
         pending = self._begin(rows, a, b)
         y: torch.Tensor = layer._get_quant_method().apply(layer.base_layer, x, bias)
@@ -246,32 +285,6 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             assert self._beside is not None
             self._beside.finish(pending, target)
         return y if target is y else target.view(y.shape)
-
-    def note_linear(self, layer: Any) -> None:
-        """A layer of vLLM's that calls this wrapper."""
-        self._linears.add(layer)
-
-    def _layer_of(self, stack: torch.Tensor) -> Any:
-        """The layer whose first stack of B this is.
-
-        Raises:
-            DopError: none of the layers that were noted.
-        """
-        address = stack.data_ptr()
-        layer = self._linear_at.get(address)
-        if layer is None or _address_of(layer) != address:
-            # Stacks may be made, or made again, after the layer was noted.
-            self._linear_at = weakref.WeakValueDictionary(
-                {at: each for each in self._linears if (at := _address_of(each)) is not None}
-            )
-            layer = self._linear_at.get(address)
-        if layer is None:
-            raise DopError(
-                f"None of the {len(self._linears)} LoRA layers that vLLM gave this wrapper "
-                f"(set_mapping) has the stack {tuple(stack.shape)} that its compiled model calls.",
-                "Leave DOP_VLLM_BESIDE out, and report this with the version of vLLM.",
-            )
-        return layer
 
     def _begin(
         self,
@@ -354,6 +367,9 @@ def _address_of(layer: Any) -> int | None:
     return int(stacks[0].data_ptr()) if stacks else None
 
 
+_LINEARS = Linears()
+
+
 def captured_tokens() -> int:
     """Most tokens of a CUDA graph of the engine being built; 0 if it captures none."""
     try:
@@ -400,9 +416,12 @@ def _linear(
     bias: torch.Tensor | None,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
-    handle: torch.Tensor,
 ) -> torch.Tensor:
-    return _WRAPPERS[int(handle.item())].linear(x, bias, a, b)
+    # No handle: a tensor of the CPU among the arguments, and Inductor takes the result for one
+    # whose address is no multiple of 16, so that what reads it does so by single elements.
+    layer = _LINEARS.of(b[0])
+    y: torch.Tensor = layer.punica_wrapper.linear(layer, x, bias, a, b)
+    return y
 
 
 def _linear_fake(
@@ -410,7 +429,6 @@ def _linear_fake(
     bias: torch.Tensor | None,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
-    handle: torch.Tensor,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], sum(part.shape[-2] for part in b)))
 
@@ -451,7 +469,7 @@ def install() -> None:
 
 def _own_hash(stock: Any) -> Any:
     def compute_hash(config: Any) -> str:
-        return f"{stock(config)}-dop{'-linear' * beside_wanted()}"
+        return f"{stock(config)}-dop{'-layer' * beside_wanted()}"
 
     return compute_hash
 
@@ -459,10 +477,12 @@ def _own_hash(stock: Any) -> Any:
 def _mapping(stock: Any) -> Any:
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         stock(layer, punica_wrapper)
-        if isinstance(punica_wrapper, DopPunicaWrapper) and isinstance(
-            layer, base_linear.BaseLinearLayerWithLoRA
-        ):
-            punica_wrapper.note_linear(layer)
+        if not isinstance(layer, base_linear.BaseLinearLayerWithLoRA):
+            return
+        if isinstance(punica_wrapper, DopPunicaWrapper):
+            _LINEARS.note(layer)
+        else:
+            _LINEARS.forget(layer)
 
     return set_mapping
 
@@ -478,7 +498,7 @@ def _apply_beside(stock: Any) -> Any:
             output = layer._get_quant_method().apply(layer.base_layer, x, bias)
             return layer._apply_lora_to_output(x, output)  # type: ignore[no-any-return]
         return torch.ops.dop_vllm.linear(  # type: ignore[no-any-return]
-            x, bias, list(layer.lora_a_stacked), list(layer.lora_b_stacked), wrapper._handle
+            x, bias, list(layer.lora_a_stacked), list(layer.lora_b_stacked)
         )
 
     return apply

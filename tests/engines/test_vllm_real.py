@@ -248,7 +248,7 @@ def test_models_compiled_without_the_plugin_are_not_loaded_from_disk(streams):
     import dop.integrations.vllm_wrapper  # noqa: F401 - patches the hash
 
     config = LoRAConfig(max_lora_rank=8)
-    assert config.compute_hash().endswith("-dop-linear" if streams == "1" else "-dop")
+    assert config.compute_hash().endswith("-dop-layer" if streams == "1" else "-dop")
     assert config.compute_hash() != LoRAConfig(max_lora_rank=16).compute_hash()
 
 
