@@ -104,6 +104,7 @@ def read_tiles(app: Application) -> TileKernels:
     workers = hints.get(("accumulate", "workers"), 0)
     cluster = hints.get(("shrink_rf", "cluster_blocks"), part)
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
+    tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
     pairs = bool(hints.get(("shrink_rf", "tile_pairs"), 0))
@@ -121,11 +122,14 @@ def read_tiles(app: Application) -> TileKernels:
         cluster=cluster,
         rank_blocks=rank_blocks,
         workers=workers,
+        tile_blocks=tile_blocks,
         early=app.dependent_launch == EARLY,
         pairs=pairs,
     )
     if pairs and workers:
         raise TraceError("tile_pairs wants a grid of all tiles, so no workers.")
+    if tile_blocks < 0 or (tile_blocks and not workers):
+        raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:
         raise TraceError("dependent_launch 3 wants workers: else A comes step by step with x.")
     if shrink.warpgroups and (tiles[0] != 1 or rows % 64 or k_tiles != 4):

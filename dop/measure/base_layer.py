@@ -1,7 +1,8 @@
 """The base layer's matmul, beside and behind which calls in two pieces are timed (CUDA).
 
-As in a CUDA graph of an engine (dop/ops/beside.py): the matmul is launched, shrink on a second
-stream beside it, expand behind both. What counts is what the call adds to the matmul.
+As in a CUDA graph of an engine (dop/ops/beside.py): a small kernel writes x, the matmul is
+launched, shrink on a second stream beside it, expand behind both, and a small kernel reads y. What
+counts is what the call adds to the same graph without it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Matmuls:
     """The matmuls of one batch: y = x W^T for each of the layer's weights in turn.
 
     Attributes:
+        x, y: [tokens, in] and [tokens, out].
         calls: matmuls of a graph.
         graph: only matmuls; None before `BaseLayers.prepare`.
     """
@@ -43,6 +45,17 @@ class Matmuls:
     calls: int = 4
     graph: cuda.Graph | None = None
 
+    def __post_init__(self) -> None:
+        self._source, self._seen = self.x.clone(), torch.empty_like(self.y)
+
+    def feed(self) -> None:
+        """The kernel in front of a matmul: it writes x, what it was before."""
+        torch.mul(self._source, 1.0, out=self.x)
+
+    def read(self) -> None:
+        """The kernel behind: it reads y."""
+        torch.mul(self.y, 1.0, out=self._seen)
+
     def launch(self, call: int) -> None:
         """Matmul number `call`, on torch's current stream; it overwrites y."""
         torch.mm(self.x, self.weights[call % len(self.weights)].t(), out=self.y)
@@ -52,7 +65,7 @@ class Matmuls:
         second a matmul of 85 us came to take 2 us more or less.
 
         Args:
-            graph: `calls` matmuls with what is timed.
+            graph: `calls` times `feed`, `launch` with what is timed, `read`.
             replay: seconds of a replay.
         """
         assert self.graph is not None
@@ -97,8 +110,10 @@ class BaseLayers:
         """
         if matmuls.graph is not None:
             return
+        matmuls.feed()  # what is loaded lazily cannot be loaded while capturing
         for call in range(len(matmuls.weights)):
-            matmuls.launch(call)  # what is loaded lazily cannot be loaded while capturing
+            matmuls.launch(call)
+        matmuls.read()
         cuda.synchronize(stream)
         graph = capture(matmuls, stream)
         once_s = min(replay(graph) for _ in range(REPLAYS)) / matmuls.calls
@@ -122,5 +137,7 @@ def capture(matmuls: Matmuls, stream: int) -> cuda.Graph:
     graph = cuda.Graph()
     with graph.capture(stream):
         for call in range(matmuls.calls):
+            matmuls.feed()
             matmuls.launch(call)
+            matmuls.read()
     return graph

@@ -233,7 +233,9 @@ class CudaRunner:
         self._base.prepare(matmuls, self.stream, self._replay)
 
         def launch(call: int, kernels: list[_Kernel]) -> None:
+            matmuls.feed()
             self._launch_beside(partial(matmuls.launch, call), kernels)
+            matmuls.read()
 
         added_s = partial(matmuls.added_s, replay=self._replay)
         return self._time_graph(loaded, batch, matmuls.calls, launch, added_s, best_s)

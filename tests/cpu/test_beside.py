@@ -171,6 +171,12 @@ def test_a_call_costs_what_it_adds_to_the_matmuls():
     assert (matmuls.y == 3).all()
     matmuls.launch(3)
     assert (matmuls.y == 6).all()
+    matmuls.x.zero_()
+    matmuls.feed()
+    matmuls.launch(0)
+    matmuls.read()
+    assert (matmuls.y == 3).all()
+    assert (matmuls._seen == 3).all()
     matmuls.calls, matmuls.graph = 10, "alone"
     times = {"alone": 41e-6, "together": 61e-6, "by chance": 30e-6}
     replayed: list[str] = []
@@ -255,6 +261,8 @@ def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypat
     runner.stream, alone = 5, FakeGraph()
     matmuls = Matmuls(torch.ones(1), torch.ones(1), [], 3, alone)
     monkeypatch.setattr(matmuls, "launch", lambda call: note(f"matmul {call}"), raising=False)
+    monkeypatch.setattr(matmuls, "feed", lambda: note("write x"), raising=False)
+    monkeypatch.setattr(matmuls, "read", lambda: note("read y"), raising=False)
 
     class Base:
         def matmuls(self, workload, x, y):
@@ -300,4 +308,4 @@ def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypat
         want = [(f"matmul {i}", f"k0 of {w} on 9", f"k1 of {w} on 5") for i, w in enumerate(of)]
     else:
         want = [(f"matmul {i}", f"k0 of {w} on 5 early") for i, w in enumerate(of)]
-    assert graph.launched == [line for call in want for line in call]
+    assert graph.launched == [line for call in want for line in ("write x", *call, "read y")]

@@ -222,6 +222,26 @@ def test_few_rows_are_spread_over_clusters_and_blocks_of_ranks() -> None:
     assert code.source.endswith("  dop_wait_for_v();\n}\n")  # blocks without a tile wait too
 
 
+def test_beside_a_matmul_a_few_blocks_of_shrink_go_through_all_tiles() -> None:
+    """And both kernels are launched plainly."""
+    beside = replace(QKV_64, beside=True)
+    for blocks, grid in ((0, 7), (2, 2)):
+        code = build_few(
+            *(beside, "shared_b"),
+            tokens__tile_rows=16,
+            tokens__workers=3,
+            shrink__row_warps=1,
+            shrink__tile_blocks=blocks,
+        )
+        shrink, expand = code.kernels
+        assert evaluate(shrink.grid[1], tokens=64, tiles=64) == grid
+        assert evaluate(expand.grid[0], tokens=64, tiles=64) % 7 == 0
+        assert "for (int base = blockIdx.y; base < tiles; base += 32 * workers)" in code.source
+        assert not any(kernel.dependent for kernel in code.kernels)
+    names = {name for s in build_space(QKV_64, SM_90).sketches for name in s.default()}
+    assert "shrink.tile_blocks" not in names
+
+
 def test_few_rows_ask_for_all_of_b_before_they_wait() -> None:
     source = build_few(O_16, "register_b", expand__steps=2).source
     waited = source.rindex("  dop_wait_for_v();\n  unsigned vw")
@@ -231,19 +251,24 @@ def test_few_rows_ask_for_all_of_b_before_they_wait() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("cluster_blocks", 3, "fit"), ("rank_blocks", 5, "fit"), ("workers", 0, "want workers")],
+    [
+        ("cluster_blocks", 3, "fit"),
+        ("rank_blocks", 5, "fit"),
+        ("workers", 0, "want workers"),
+        ("tile_blocks", -1, "tile_blocks wants"),
+    ],
 )
 def test_clusters_and_blocks_that_leave_something_over_are_refused(
     name: str, value: int, message: str
 ) -> None:
-    sketches = build_space(O_16, SM_90).sketches
-    sketch = next(s for s in sketches if s.name.startswith(FEW))
+    beside = replace(O_16, beside=True)
+    sketch = next(s for s in build_space(beside, SM_90).sketches if s.name.startswith(FEW))
     steps = [
         replace(step, value=value) if isinstance(step, PragmaStep) and step.name == name else step
         for step in sketch.bind(sketch.default()).steps
     ]
     with pytest.raises(TraceError, match=message):
-        generate(O_16, Trace(tuple(steps)), SM_90)
+        generate(beside, Trace(tuple(steps)), SM_90)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

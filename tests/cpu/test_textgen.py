@@ -357,7 +357,7 @@ def test_a_switch_reaches_vllm_and_an_arm_tells_where_its_time_goes(tmp_path, fa
     assert "'specialize_active_lora': True" in (tmp_path / "work/dop+specialize.log").read_text()
 
 
-def test_a_timeline_shows_the_kernels_of_the_middle_in_order():
+def test_a_timeline_shows_kernels_past_the_middle_in_order():
     def event(name, start, end, stream=7, kind=DeviceType.CUDA):
         span = SimpleNamespace(start=start, end=end)
         return SimpleNamespace(
@@ -372,6 +372,8 @@ def test_a_timeline_shows_the_kernels_of_the_middle_in_order():
         event("earlier", 1.0, 2.0),
         event("copy" * 40, 140.0, 141.0),
         event("too early", 50.0, 60.0),
+        event("too early as well", 60.0, 70.0),
+        event("and this", 80.0, 90.0),
     ]
     others = [event("aten::mm", 100.0, 150.0, kind=DeviceType.CPU)] * 9
     lines = timeline([*others, *kernels], rows=3).splitlines()

@@ -10,7 +10,9 @@ With `workers` the kernel is for batches of few rows, where a tile or two must o
 and where most tiles of the bound are empty: more parts than a cluster holds (each cluster writes a
 v of its own, v[part, slice, tile, row, rank], which expand adds up), ranks spread over blocks,
 all of A asked for before x, whose rows are found through one more table, and a grid of
-tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more.
+tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more. Beside a
+matmul that leaves four multiprocessors even empty blocks queue up, so that the grid may have only
+`tile_blocks` tiles, however many rows there are.
 
 With `pairs` a block has two neighbouring tiles and reads A once for both of them, if they are of
 one adapter: beside many ranks, what limits a long prefill is what multiprocessors read from L2. If
@@ -41,6 +43,7 @@ class PipelinedShrink:
         cluster: parts of a cluster; 0: all of them. Fewer want `workers` or `pairs`.
         rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
+        tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
         pairs: a block has two tiles, each with `row_warps` of its own (not with workers).
     """
@@ -56,6 +59,7 @@ class PipelinedShrink:
     cluster: int = 0
     rank_blocks: int = 1
     workers: int = 0
+    tile_blocks: int = 0
     early: bool = False
     pairs: bool = False
 
@@ -100,7 +104,8 @@ class PipelinedShrink:
         """Blocks."""
         blocks = str(self.split_k * self.rank_blocks)
         if self.workers:  # tiles with rows come first, all of their blocks
-            return (blocks, f"tokens // {self.tile_rows} + {self.workers}", "1")
+            tiles = f"tokens // {self.tile_rows} + {self.workers}"
+            return (blocks, str(self.tile_blocks or tiles), "1")
         tiles = "(tiles + 1) // 2" if self.pairs else "tiles"
         if self.rank_blocks > 1:  # those of a tile read the same rows of x
             return (f"{tiles} * {self.rank_blocks}", str(self.split_k), "1")

@@ -39,7 +39,7 @@ class BlockColumns:
         new.annotate("accumulate", 3, "threadIdx.x")
         new.annotate("accumulate", 5, "unroll")
         new.notes["one_kernel"] = 1
-        dependent_launch(new, (0, 2))
+        dependent_launch(new, (0, 2), kernels=1)
 
         def columns(a: Annotation) -> int:
             return a["expand.steps"] * a["expand.warps"] * LANES

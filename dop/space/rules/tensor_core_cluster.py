@@ -137,6 +137,10 @@ class ClusterSplitK:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
+        if "few" in new.notes and new.workload.beside:
+            # A base matmul leaves few multiprocessors, on which even empty blocks take their turn.
+            blocks = new.param("shrink.tile_blocks", "binding", (0, 1, 2, 4, 8), 4)
+            new.pragma("shrink_rf", PART, "tile_blocks", blocks)
         if self.pairs:
             new.notes["pairs"] = 1
             new.pragma("shrink_rf", PART, "tile_pairs")
