@@ -36,7 +36,7 @@ class Switch:
 SWITCHES = {
     "specialize": Switch(arguments={"specialize_active_lora": True}),
     "dual": Switch(variables={"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
-    "beside": Switch(variables={"DOP_VLLM_BESIDE": "1"}),
+    "behind": Switch(variables={"DOP_VLLM_BESIDE": "0"}),
 }
 
 

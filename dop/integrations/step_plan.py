@@ -38,6 +38,8 @@ class _Level:
     plan: Any = None
     fresh: bool = False
     captured: bool = False
+    part_slots: torch.Tensor | None = None
+    parts: Any = None
 
 
 class StepPlans:
@@ -51,6 +53,8 @@ class StepPlans:
         small: capacity of the small plan.
         hint_small: say the number of adapters also for launches that fit the small plan. Where
             one CUDA graph per size serves every mix, the mix it is captured with says nothing.
+        part_rows: plans of the small one's launches have parts, the second of adapters with so many
+            rows and more (`SegmentPlan.parts`), unless adapters are hinted; 0: no parts.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class StepPlans:
         device: torch.device | str,
         small: int = SMALL_TOKENS,
         hint_small: bool = False,
+        part_rows: int = 0,
     ) -> None:
         self.slots = slots
         self.rank = rank
@@ -77,6 +82,9 @@ class StepPlans:
         self._host = torch.full((capacity,), NO_ADAPTER, dtype=torch.int32)
         sizes = [small, capacity] if 0 < small < capacity else [capacity]
         self._levels = [_Level(size, self._empty_map(size)) for size in sizes]
+        self._part_rows = part_rows
+        if part_rows and self._unhinted:
+            self._levels[0].part_slots = self._empty_map(sizes[0]).repeat(2, 1)
 
     def _empty_map(self, size: int) -> torch.Tensor:
         return torch.full((size,), NO_ADAPTER, dtype=torch.int32, device=self.device)
@@ -143,7 +151,11 @@ class StepPlans:
         if not level.fresh:
             self._refill(level)
         level.captured = level.captured or capturing(self.device)
-        return narrow(level.plan, tokens, self._hint(tokens))
+        view = narrow(level.plan, tokens, self._hint(tokens))
+        if level.parts is not None and view.adapters is None:
+            few, many = level.parts
+            view.parts = narrow(few, tokens), narrow(many, tokens)
+        return view
 
     def _grow(self, tokens: int) -> None:
         """Add a level if no other holds so many tokens; what graphs have captured stays."""
@@ -171,19 +183,43 @@ class StepPlans:
             level.slots[:shared].copy_(filled.slots[:shared])
         else:
             self._copy(level.slots, self._host[: level.capacity])
-        level.plan = segment_plan(
-            level.slots,
-            slots=self.slots,
-            ranks=self._ranks,
-            scale=self._scale,
-            out=level.plan,
-        )
+
+        def filled_plan(slots: torch.Tensor, out: Any) -> Any:
+            return segment_plan(
+                slots, slots=self.slots, ranks=self._ranks, scale=self._scale, out=out
+            )
+
+        level.plan = filled_plan(level.slots, level.plan)
+        if level.part_slots is not None and not capturing(self.device):
+            self._copy(level.part_slots, parted(self._host[: level.capacity], self._part_rows))
+            before = level.parts or (None, None)
+            level.parts = tuple(map(filled_plan, level.part_slots, before))
         level.fresh = True
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Host to device without waiting; pinned memory is fresh each time, as torch keeps it
         until the copy has run."""
         target.copy_(source.pin_memory() if self._pinned else source, non_blocking=True)
+
+
+def parted(slots: torch.Tensor, rows: int) -> torch.Tensor:
+    """[2, tokens]: the slots of adapters with less than so many rows, and those of the others; -1
+    where a token belongs to the other part.
+
+    Numpy: on a host whose cores are busy torch's operators may wait for threads.
+    """
+    import numpy as np
+
+    each = slots.numpy()
+    counts = np.bincount(each + 1)[each + 1]
+    return torch.from_numpy(
+        np.stack(
+            [
+                np.where(counts < rows, each, NO_ADAPTER),
+                np.where(counts >= rows, each, NO_ADAPTER),
+            ]
+        )
+    )
 
 
 def narrow(plan: SegmentPlan, tokens: int, adapters: int | None = None) -> SegmentPlan:

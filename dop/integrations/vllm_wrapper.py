@@ -7,7 +7,7 @@ vLLM asks for the wrapper class:
   where nothing is sharded, around `add_lora_linear`; they go to `add_lora_linear`.
 - Whenever an adapter enters a slot its true rank is noted, and the step's tables count as stale
   even if the tokens' adapters are those of the step before: the adapter may be in another slot.
-- With DOP_VLLM_BESIDE=1, in CUDA graphs of few tokens (`pays_beside`), a layer's shrink runs on a
+- Unless DOP_VLLM_BESIDE=0, in CUDA graphs of few tokens (`pays_beside`) a layer's shrink runs on a
   second stream beside the base layer's matmul, and expand adds to its output behind both. Matmul
   and LoRA are then one opaque op: compilers reorder what they see, and put shrink's start behind
   the matmul. The op finds its layer by the address of its stacks; layers are noted when vLLM gives
@@ -44,6 +44,7 @@ from dop.integrations import vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG
 from dop.ops.beside import Beside, Pending
+from dop.ops.plan import PART_ROWS
 
 _LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()
@@ -104,7 +105,7 @@ class Linears:
             raise DopError(
                 f"None of the {len(self._layers)} LoRA layers that vLLM gave dop (set_mapping) "
                 f"has the stack {tuple(stack.shape)} that its compiled model calls.",
-                "Leave DOP_VLLM_BESIDE out, and report this with the version of vLLM.",
+                "Set DOP_VLLM_BESIDE=0, and report this with the version of vLLM.",
             )
         return layer
 
@@ -124,6 +125,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             device,
             small=captured,
             hint_small=not captured or self.lora_config.specialize_active_lora,
+            part_rows=PART_ROWS if beside_wanted() else 0,
         )
         metas = (self.token_mapping_meta, self.prompt_mapping_meta)
         self._known_meta = vllm_metadata.is_known_base(self) and all(
@@ -350,8 +352,9 @@ def pays_beside(tokens: int, tuned: bool) -> bool:
 
 
 def beside_wanted() -> bool:
-    """Whether DOP_VLLM_BESIDE asks for a second stream."""
-    return os.environ.get("DOP_VLLM_BESIDE", "0").strip().lower() in ("1", "yes", "on", "true")
+    """Whether there is a second stream: DOP_VLLM_BESIDE is not 0 (or no, off, false)."""
+    given = os.environ.get("DOP_VLLM_BESIDE", "1").strip().lower()
+    return given not in ("0", "no", "off", "false")
 
 
 def _second_stream(device: Any) -> torch.cuda.Stream | None:

@@ -11,6 +11,10 @@ it (dop/measure/side_stream.py says why).
 Both pieces are launched plainly: their neighbours are not those that tuning saw, and expand may not
 ask for y before the kernel that makes it has ended. Works while a CUDA graph is captured (a fork
 and a join in it). Where a call is one kernel, or on a CPU, `finish` does all of it.
+
+A graph serves batches that are not known when it is captured. If the plan has `parts` and the batch
+is not small, rows of adapters with few and with many of them get a kernel each, whose tables name
+only those; a kernel without rows ends at once, and the two expands run side by side.
 """
 
 from __future__ import annotations
@@ -32,13 +36,33 @@ from dop.ops.plan import SegmentPlan
 from dop.ops.shapes import Shape
 from dop.ops.stacks import Stacks
 
+ONE_KERNEL_TOKENS = 32
+"""Most rows of a batch that one kernel serves, whatever its adapters: there the best one for any
+mix takes 1 to 2 us a layer longer than the best for each, as long as two empty kernels."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """The launches of a plan, or of one of its parts.
+
+    Attributes:
+        block: keeps the workspace.
+        shrink, expand: launch them; the second stream's, unless expand is the last of a call.
+        words: the tables.
+    """
+
+    block: Block
+    shrink: Call
+    expand: Call
+    words: bytes
+
 
 @dataclass(frozen=True)
 class Pending:
     """A call whose x is ready; it keeps what shrink reads and writes.
 
     Attributes:
-        pieces: launch shrink and expand; None: there are no two pieces.
+        halves: one, or those of the plan's parts; none: there are no two pieces.
     """
 
     x: Tensor
@@ -48,14 +72,12 @@ class Pending:
     scale: Scale
     ranks: Ranks
     stacks: Stacks
-    block: Block | None = None
-    pieces: tuple[Call, Call] | None = None
-    words: bytes = b""
+    halves: tuple[Half, ...] = ()
 
     @property
     def tuned(self) -> bool:
         """Whether its kernels were tuned for two pieces."""
-        return self.block is not None and self.block.kernel.beside
+        return bool(self.halves) and all(half.block.kernel.beside for half in self.halves)
 
 
 class Beside:
@@ -71,14 +93,21 @@ class Beside:
     def warm(self, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> None:
         """Loads what a call needs, so that nothing is loaded while a graph is captured; arguments
         and errors as `add_lora`."""
-        self._block(eager.checked_stacks(x, a, b, plan).shape, plan)
+        self._blocks(eager.checked_stacks(x, a, b, plan).shape, plan)
 
-    def _block(self, shape: Shape, plan: SegmentPlan) -> Block | None:
-        """The launches of a call; None where nothing runs on a second stream."""
+    def _blocks(self, shape: Shape, plan: SegmentPlan) -> list[tuple[Block, SegmentPlan]]:
+        """The launches of a call, and the plans that they read; none where nothing runs on a
+        second stream."""
         if self._side is None or plan.tokens == 0 or not eager.on_gpu(shape.device):
-            return None
+            return []
         with eager.device_guard(shape.device):
-            return eager.block_for(shape, plan, beside=True)
+            if plan.parts is not None and plan.tokens > ONE_KERNEL_TOKENS:
+                few, many = eager.part_blocks(shape, plan)
+                tuned = few.kernel.beside and many.kernel.beside
+                if tuned and few.is_pair and many.is_pair and few.kernel is not many.kernel:
+                    return list(zip((few, many), plan.parts, strict=True))
+            block = eager.block_for(shape, plan, beside=True)
+            return [(block, plan)] if block.is_pair else []
 
     def begin(
         self,
@@ -100,22 +129,25 @@ class Beside:
         stacks = eager.checked_stacks(x, a, b, plan)
         shape = stacks.shape
         whole = Pending(x, a, b, plan, scale, ranks, stacks)
-        block = self._block(shape, plan)
-        if block is None or not block.is_pair:
+        blocks = self._blocks(shape, plan)
+        if not blocks:
             return whole
         facts = eager.call_facts(plan, shape.rank, scale, ranks)
         assert self._side is not None
+        side, halves = self._side.number, []
         with eager.device_guard(shape.device):
-            words = derived_words(plan, block.tile_rows, *facts)
+            for block, part in blocks:
+                words = derived_words(part, block.tile_rows, *facts)
+                last = None if part is blocks[-1][1] else side
+                halves.append(Half(block, *block.pieces(side, last), words))
             x = eager.dense(x)
             self._side.mark()
-        pieces = block.pieces(self._side.number)
-        return replace(whole, x=x, block=block, pieces=pieces, words=words)
+        return replace(whole, x=x, halves=tuple(halves))
 
     def finish(self, pending: Pending, y: Tensor) -> Tensor:
         """y += scale * (x A^T) B^T per row's adapter, in place, in the stream of `begin`; errors as
         `add_lora`."""
-        if pending.pieces is None:
+        if not pending.halves:
             return eager.add_lora(
                 y, pending.x, pending.a, pending.b, pending.plan, pending.scale, pending.ranks
             )
@@ -123,15 +155,29 @@ class Beside:
         shape = pending.stacks.shape
         checks.check_rows("y", y, pending.plan.tokens, shape.total_out, shape)
         checks.check_no_gradient("add_lora", y)
-        shrink, expand = pending.pieces
-        words = pending.stacks.words, pending.words
         assert self._side is not None
         with eager.device_guard(shape.device):
             target = eager.dense(y)
-            code = self._side.run(partial(shrink.run, pending.x.data_ptr(), 0, *words))
-            cuda_driver.check("cuLaunchKernelEx", code)
-            code = expand.run(0, target.data_ptr(), *words)
-            cuda_driver.check("cuLaunchKernelEx", code)
+
+            def run(call: Call, half: Half, x: int, y: int) -> None:
+                code = call.run(x, y, pending.stacks.words, half.words)
+                cuda_driver.check("cuLaunchKernelEx", code)
+
+            def shrink(half: Half) -> None:
+                run(half.shrink, half, pending.x.data_ptr(), 0)
+
+            def expand(half: Half) -> None:
+                run(half.expand, half, 0, target.data_ptr())
+
+            *first, last = pending.halves
+            # Without rows, few tiles pass sooner than all tokens one by one.
+            self._side.run(partial(shrink, last))
+            if first:
+                (few,) = first
+                with self._side.also(partial(shrink, few), partial(expand, few)):
+                    expand(last)
+            else:
+                expand(last)
             if target is not y:
                 y.copy_(target)
         return y

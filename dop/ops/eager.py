@@ -17,6 +17,7 @@ from dop.ops import checks, cpu, cpu_pack, halves, launch, settled, sources
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
 from dop.ops.plan import (
+    PART_ROWS,
     UNNUMBERED,
     SegmentPlan,
     batch_number,
@@ -250,6 +251,31 @@ def block_for(shape: Shape, plan: SegmentPlan, beside: bool = False) -> Block:
         if not captured:
             launch.remember(key, found)
     return found
+
+
+def part_blocks(shape: Shape, plan: SegmentPlan) -> tuple[Block, Block]:
+    """`block_for` in two pieces for each of the plan's parts: one for adapters of a row each, one
+    for those of PART_ROWS rows and more."""
+    if plan.batch == UNNUMBERED:
+        plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
+    stream = stream_of(shape.device)
+    captured = is_captured(stream)
+    tokens, slots = plan.tokens, plan.slots
+    asked = (slots, min(tokens, slots)), (max(1, tokens // PART_ROWS), None)
+    found = []
+    for part, (most, adapters) in enumerate(asked, start=1):
+        key = (shape.number, plan.batch, stream, BESIDE, part)
+        block = None if captured else LOCAL.blocks.get(key)
+        if block is None:
+            choice = sources.choose(shape, tokens, most, adapters, True)
+            assert choice.kernel is not None
+            kernel, batch = choice.kernel, (tokens, slots)
+            block = launch.new_block(kernel, shape, batch, stream, capturing=captured, part=part)
+            if not captured:
+                launch.remember(key, block)
+        found.append(block)
+    few, many = found
+    return few, many
 
 
 def shrink(x: Tensor, a: Stack, plan: SegmentPlan, ranks: Ranks) -> Tensor:

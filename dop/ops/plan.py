@@ -92,6 +92,11 @@ def buffer_size(tokens: Any, slots: int) -> Any:
     return (len(ROW_TABLES) + 1 + SCRATCH_TABLES) * padded(tokens) + tiles
 
 
+PART_ROWS = 4
+"""Rows of a batch that share an adapter from which on they belong to the second of a plan's
+`parts`. A kernel that is good for many adapters of a row each takes up to twice as long as the best
+for few adapters of many rows, and the other way round (rank 16, 64 rows)."""
+
 UNNUMBERED = -1
 _BATCHES: dict[Any, int] = {}
 
@@ -121,6 +126,10 @@ class SegmentPlan:
         in_graph: it was last filled while a CUDA graph was captured, so its content may change
             without a call.
         settled: a plain launch stands behind those that wrote the tables, see settled.py.
+        parts: plans of the same batch that share its rows: those of adapters with less than
+            PART_ROWS of them, and the others. For CUDA graphs, whose kernels are chosen before the
+            adapters are known: each part gets a kernel of its own, see beside.py. None: whoever
+            made the plan did not make them.
     """
 
     def __init__(
@@ -148,6 +157,7 @@ class SegmentPlan:
         self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
         self.segments: Any = None
+        self.parts: tuple[SegmentPlan, SegmentPlan] | None = None
 
     def refilled(
         self, adapters: int | None, has_ranks: bool, *, is_plain: bool, in_graph: bool

@@ -205,7 +205,7 @@ class Point:
 
 def test_shrink_is_launched_behind_the_matmul_and_waits_for_what_is_before_it(monkeypatch):
     done: list[str] = []
-    events = iter(("fork", "join"))
+    events = iter(("fork", "join", "ready", "end"))
     fake = SimpleNamespace(
         Stream=lambda: Point(7, done),
         Event=lambda: Point(next(events), done),

@@ -250,9 +250,9 @@ def test_switches_are_any_arms_and_compared_with_stock_of_the_same(tmp_path):
     assert dual.pop("VLLM_CACHE_ROOT") not in (plain, switched)
     assert dual == {**plain, "VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
     assert split("dop+dual") == ("dop", {})
-    beside = environment("dop+beside", given)
-    del beside["VLLM_CACHE_ROOT"]
-    assert beside == {**plain, "DOP_VLLM_BESIDE": "1"}
+    behind = environment("dop+behind", given)
+    del behind["VLLM_CACHE_ROOT"]
+    assert behind == {**plain, "DOP_VLLM_BESIDE": "0"}
 
 
 FAKE_VLLM = {

@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock bfloat16": {"eager": False, "dtype": "bfloat16"},
     "dop bfloat16": {"eager": False, "dtype": "bfloat16"},
     "dop dual stream": {"eager": False, "dual": True},
-    "dop beside": {"eager": False, "beside": True},
+    "dop one stream": {"eager": False, "beside": False},
     "dop after stock": {"eager": False},
 }
 AFTER = {"dop after stock": "stock"}
@@ -55,7 +55,7 @@ OTHERS = (
     "dop specialize",
     "dop one slot",
     "dop dual stream",
-    "dop beside",
+    "dop one stream",
 )
 """Settings that must give the tokens of "dop"."""
 
@@ -82,7 +82,7 @@ def run(folder: Path, arm: str) -> dict:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CACHE_ROOT": str(folder / f"cache-{AFTER.get(arm, short)}"),
         "VLLM_LORA_ENABLE_DUAL_STREAM": str(int("dual" in settings)),
-        "DOP_VLLM_BESIDE": str(int("beside" in settings)),
+        "DOP_VLLM_BESIDE": str(int(settings.get("beside", True))),
         "DOP_VLLM": str(int(arm.startswith("dop"))),
         "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE.parents[1]), str(HERE)]),
     }

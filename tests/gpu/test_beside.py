@@ -7,8 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dop import ops  # noqa: E402
+from dop.integrations.step_plan import StepPlans  # noqa: E402
 from dop.ops import eager  # noqa: E402
 from dop.ops.beside import Beside  # noqa: E402
+from dop.ops.plan import PART_ROWS  # noqa: E402
 
 BLOCK_FOR = eager.block_for
 
@@ -79,3 +81,59 @@ def test_same_bits(rank, tokens, adapters, captured, same_kernels):
                 assert torch.equal(y, want)
             else:
                 torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+
+
+def compositions(tokens: int, slots: int):
+    """Batches of every kind: adapters of a row, of many, of both, none at all."""
+    rng = torch.Generator().manual_seed(tokens)
+    yield torch.arange(tokens) % slots
+    yield torch.zeros(tokens)
+    yield torch.arange(tokens) % 8
+    yield torch.full((tokens,), -1)
+    for _ in range(ROUNDS):
+        few = torch.randint(-1, slots, (tokens,), generator=rng)
+        many = torch.randint(-1, 5, (tokens,), generator=rng)
+        yield torch.where(
+            torch.rand(tokens, generator=rng) < torch.rand(1, generator=rng), few, many
+        )
+
+
+@pytest.mark.parametrize("tokens", [40, 64, 128])
+def test_a_graph_of_two_kernels_a_call_serves_any_composition(tokens):
+    """Captured with one batch, replayed with others: the bits of the same call outside of it, and
+    what one kernel for all rows makes of them. Rows without an adapter keep theirs."""
+    slots = 64
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def make(*size):
+        return torch.randn(*size, generator=rng, device="cuda", dtype=torch.bfloat16) / 64
+
+    layers = [
+        ([make(slots, 16, WIDTH) for _ in OUTS], [make(slots, n, 16) for n in OUTS],
+         make(sum(OUTS), WIDTH))
+        for _ in range(3)
+    ]  # fmt: skip
+    beside = Beside(torch.cuda.Stream())
+    plans = StepPlans(1024, slots, 16, "cuda", small=128, part_rows=PART_ROWS)
+    x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
+    ids = torch.zeros(tokens, dtype=torch.int32)
+    plans.update(ids)
+    kernels = {half.block.kernel.name
+               for half in beside.begin(x, *layers[0][:2], plans.plan(tokens)).halves}  # fmt: skip
+    both_ways(x, layers, plans.plan(tokens), beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both_ways(x, layers, plans.plan(tokens), beside)
+    if "H100" in torch.cuda.get_device_name():
+        assert len(kernels) == 2  # the pack has some for it
+    for ids in compositions(tokens, slots):
+        plans.update(ids.int())
+        x.normal_()
+        again = both_ways(x, layers, plans.plan(tokens), beside)
+        graph.replay()
+        torch.cuda.synchronize()
+        for (y, want), (second, _), (_, _, weight) in zip(found, again, layers, strict=True):
+            assert torch.equal(y, second)
+            torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+            bare = torch.nn.functional.linear(x, weight)[ids < 0]
+            assert torch.equal(y[ids < 0], bare)
