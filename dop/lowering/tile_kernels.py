@@ -5,9 +5,9 @@ A trace that tensorizes `accumulate` with register_update and `shrink_rf` with p
 or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster and tile_pairs (of
-shrink_rf), and those of batches of few rows: workers (of accumulate), cluster_blocks and
-rank_blocks (of shrink_rf).
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf), and
+those of batches of few rows: workers (of accumulate), cluster_blocks and rank_blocks (of
+shrink_rf).
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def read_tiles(app: Application) -> TileKernels:
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
-    pairs = bool(hints.get(("shrink_rf", "tile_pairs"), 0))
-    if not (workers or pairs) and cluster != part:
-        raise TraceError("clusters of some parts want workers or pairs of tiles.")
+    if not workers and cluster != part:
+        raise TraceError("clusters of some parts want workers.")
     shrink = PipelinedShrink(
         workload,
         rows,
@@ -124,10 +123,7 @@ def read_tiles(app: Application) -> TileKernels:
         workers=workers,
         tile_blocks=tile_blocks,
         early=app.dependent_launch == EARLY,
-        pairs=pairs,
     )
-    if pairs and workers:
-        raise TraceError("tile_pairs wants a grid of all tiles, so no workers.")
     if tile_blocks < 0 or (tile_blocks and not workers):
         raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:

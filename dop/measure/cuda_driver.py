@@ -163,11 +163,17 @@ def pack_parameters(
     return array
 
 
+def load(image: bytes) -> Handle:
+    """A cubin or PTX loaded into the current context for good."""
+    handle = Handle()
+    _call("cuModuleLoadData", ctypes.byref(handle), ctypes.c_char_p(image))
+    return handle
+
+
 @contextmanager
 def module(image: bytes) -> Iterator[Handle]:
     """A cubin loaded into the current context, unloaded at the end."""
-    handle = Handle()
-    _call("cuModuleLoadData", ctypes.byref(handle), ctypes.c_char_p(image))
+    handle = load(image)
     try:
         yield handle
     finally:

@@ -89,7 +89,8 @@ class CudaRunner:
         self._begin, self._end = cuda.Event(), cuda.Event()
         l2_bytes = config.target.l2_bytes
         self._tensors = TensorCache(l2_bytes)
-        self._base = BaseLayers(l2_bytes)
+        self._empty = cuda.Function(cuda.load(EMPTY_PTX), "empty")
+        self._base = BaseLayers(l2_bytes, self._pause)
         self._flush = torch.zeros(FLUSH_FACTOR * l2_bytes // 4, device=DEVICE)
         self._sum = torch.zeros((), device=DEVICE)
         self.bandwidth = self._measure_bandwidth()
@@ -107,20 +108,21 @@ class CudaRunner:
             best = min(best, self._end.seconds_since(self._begin))
         return 2 * COPY_BYTES / best
 
+    def _pause(self, stream: int) -> None:
+        """Launches a kernel that does nothing."""
+        self._empty.launch((1, 1, 1), (32, 1, 1), 0, stream, cuda.pack_parameters([]))
+
     def _measure_launch(self) -> float:
         """Seconds of one empty kernel in a graph of many."""
         graph = cuda.Graph()
-        with cuda.module(EMPTY_PTX) as module:
-            function = cuda.Function(module, "empty")
-            none = cuda.pack_parameters([])
-            # Once outside the graph: what is loaded lazily cannot be loaded while capturing.
-            function.launch((1, 1, 1), (32, 1, 1), 0, self.stream, none)
-            cuda.synchronize(self.stream)
-            with graph.capture(self.stream):
-                for _ in range(EMPTY_LAUNCHES):
-                    function.launch((1, 1, 1), (32, 1, 1), 0, self.stream, none)
-            samples = [self._replay(graph) for _ in range(20)]
-            graph.close()
+        # Once outside the graph: what is loaded lazily cannot be loaded while capturing.
+        self._pause(self.stream)
+        cuda.synchronize(self.stream)
+        with graph.capture(self.stream):
+            for _ in range(EMPTY_LAUNCHES):
+                self._pause(self.stream)
+        samples = [self._replay(graph) for _ in range(20)]
+        graph.close()
         return min(samples) / EMPTY_LAUNCHES
 
     def floor_s(self, workload: Workload, scenario: Scenario) -> float:

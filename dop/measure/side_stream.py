@@ -24,14 +24,18 @@ class SideStream:
 
     Behind, since a matmul of few rows puts a block on nearly every multiprocessor and would wait
     for those that work before it has taken (1 to 3 us a call); launched behind it, the work runs on
-    what is left over. One mark at a time.
+    what is left over. In a graph "behind" alone is no order: both start at once, and the work may
+    still come first. So a kernel that does nothing is launched in front of it. One mark at a time.
 
     Args:
         stream: the second one.
+        pause: launches a kernel that does nothing on the stream of this number.
     """
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: torch.cuda.Stream, pause: Callable[[int], object] | None = None
+    ) -> None:
+        self._stream, self._pause = stream, pause
         self._marked, self._done = _new_event(), _new_event()
         self._ready, self._end = _new_event(), _new_event()
 
@@ -49,6 +53,8 @@ class SideStream:
         becomes of it: a capture that is left unjoined cannot end."""
         self._stream.wait_event(self._marked)
         try:
+            if self._pause is not None:
+                self._pause(self.number)
             return launch()
         finally:
             self._done.record(self._stream)

@@ -32,7 +32,7 @@ from dop.ops.calls import Call
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack
 from dop.ops.launch import Block
-from dop.ops.plan import SegmentPlan
+from dop.ops.plan import SegmentPlan, pause
 from dop.ops.shapes import Shape
 from dop.ops.stacks import Stacks
 
@@ -88,12 +88,15 @@ class Beside:
     """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._side = None if stream is None else SideStream(stream)
+        self._side = None
+        if stream is not None:
+            self._side = SideStream(stream, partial(pause, stream.device.index))
 
     def warm(self, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> None:
         """Loads what a call needs, so that nothing is loaded while a graph is captured; arguments
         and errors as `add_lora`."""
-        self._blocks(eager.checked_stacks(x, a, b, plan).shape, plan)
+        if self._blocks(eager.checked_stacks(x, a, b, plan).shape, plan) and self._side is not None:
+            pause(x.get_device(), eager.stream_of(x.get_device()))
 
     def _blocks(self, shape: Shape, plan: SegmentPlan) -> list[tuple[Block, SegmentPlan]]:
         """The launches of a call, and the plans that they read; none where nothing runs on a

@@ -213,13 +213,14 @@ def test_shrink_is_launched_behind_the_matmul_and_waits_for_what_is_before_it(mo
     )
     monkeypatch.setattr(base_layer.torch, "cuda", fake)
     note = done.append
-    BaseLayers(1).beside(
+    BaseLayers(1, lambda stream: note(f"nothing on {stream}")).beside(
         lambda: note("matmul"), lambda s: note(f"shrink on {s}"), lambda: note("expand")
     )
     assert done == [
         "record fork on main",
         "matmul",
         "7 waits for fork",
+        "nothing on 7",
         "shrink on 7",
         "record join on 7",
         "main waits for join",

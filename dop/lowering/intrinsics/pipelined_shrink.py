@@ -13,11 +13,6 @@ all of A asked for before x, whose rows are found through one more table, and a 
 tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more. Beside a
 matmul that leaves four multiprocessors even empty blocks queue up, so that the grid may have only
 `tile_blocks` tiles, however many rows there are.
-
-With `pairs` a block has two neighbouring tiles and reads A once for both of them, if they are of
-one adapter: beside many ranks, what limits a long prefill is what multiprocessors read from L2. If
-they are of two, it goes through k twice, and the warps of the other tile have nothing to multiply.
-Tiles may have several clusters along k then, too, since there are half as many blocks.
 """
 
 from __future__ import annotations
@@ -40,12 +35,11 @@ class PipelinedShrink:
         row_warps, rank_warps: warps along rows and along ranks of all slices.
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
-        cluster: parts of a cluster; 0: all of them. Fewer want `workers` or `pairs`.
+        cluster: parts of a cluster; 0: all of them.
         rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
-        pairs: a block has two tiles, each with `row_warps` of its own (not with workers).
     """
 
     workload: Workload
@@ -61,12 +55,6 @@ class PipelinedShrink:
     workers: int = 0
     tile_blocks: int = 0
     early: bool = False
-    pairs: bool = False
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block."""
-        return self.tile_rows * (2 if self.pairs else 1)
 
     @property
     def cluster_blocks(self) -> int:
@@ -96,8 +84,7 @@ class PipelinedShrink:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        x, y, z = self.block
-        return x * y * z
+        return 32 * self.row_warps * self.rank_warps
 
     @property
     def grid(self) -> tuple[str, str, str]:
@@ -106,21 +93,20 @@ class PipelinedShrink:
         if self.workers:  # tiles with rows come first, all of their blocks
             tiles = f"tokens // {self.tile_rows} + {self.workers}"
             return (blocks, str(self.tile_blocks or tiles), "1")
-        tiles = "(tiles + 1) // 2" if self.pairs else "tiles"
         if self.rank_blocks > 1:  # those of a tile read the same rows of x
-            return (f"{tiles} * {self.rank_blocks}", str(self.split_k), "1")
-        return (tiles, blocks, "1")
+            return (f"tiles * {self.rank_blocks}", str(self.split_k), "1")
+        return ("tiles", blocks, "1")
 
     @property
     def block(self) -> tuple[int, int, int]:
         """Threads."""
-        return (32, self.rank_warps, self.row_warps * (2 if self.pairs else 1))
+        return (32, self.rank_warps, self.row_warps)
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory: the pipeline, whose place the sums take later."""
-        pipeline = 2 * self.stages * self.depth * (self.block_rows + self.block_ranks)
-        sums = 4 * self.block_rows * (self.block_ranks + 4) if self.cluster_blocks > 1 else 0
+        pipeline = 2 * self.stages * self.depth * (self.tile_rows + self.block_ranks)
+        sums = 4 * self.tile_rows * (self.block_ranks + 4) if self.cluster_blocks > 1 else 0
         return max(pipeline, sums)
 
     @property
@@ -135,18 +121,13 @@ class PipelinedShrink:
         pieces = self.depth // 8
         at_once = self.workers > 0 and self.stages * self.depth * self.split_k == w.in_features
         shared = self.workers > 0 or self.rank_blocks > 1
-        # Place in the cluster, and which cluster of the tile's.
-        share, outer = ("share", "outer") if self.workers else ("part", "")
-        if not self.workers and self.parts > 1:
-            share, outer = f"part % {cluster}", f"part / {cluster}"
         shape = f"{cluster}, 1, 1" if self.workers else f"1, {cluster}, 1"
         close = (
             few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
         )
         values = {
-            **(_FEW if self.workers else _PAIR if self.pairs else _SINGLE),
+            "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
             "WHERE": _RANK_BLOCK if self.rank_blocks > 1 else _WHOLE_TILE,
-            "PER_BLOCK": " * 2" if self.pairs else "",
             "RANK_BLOCKS": self.rank_blocks,
             "CLOSE": (close if self.workers else "") + (few_rows.EARLY_CLOSE if self.early else ""),
             "MAY_START": "" if self.early else few_rows.MAY_START,
@@ -157,10 +138,10 @@ class PipelinedShrink:
             "NAME": name,
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
-            "SHARE": share,
+            "SHARE": "share" if self.workers else "part",
             "ROW": "(first_rank + row)" if shared else "row",
             "R": "(first_rank + r)" if shared else "r",
-            "V_SLICE": f"({outer} * {w.slices} + slice)" if outer else "slice",
+            "V_SLICE": f"(outer * {w.slices} + slice)" if self.workers else "slice",
             "PARTS": self.parts,
             "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
@@ -168,8 +149,6 @@ class PipelinedShrink:
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
             "KIND": {"bfloat16": "bf16", "float16": "f16"}[w.dtype],
             "TM": self.tile_rows,
-            "BM": self.block_rows,
-            "ROW_WARPS": self.row_warps,
             "K": w.in_features,
             "RANK": w.rank,
             "PADDED": self.padded_rank,
@@ -177,7 +156,7 @@ class PipelinedShrink:
             "SPLIT": cluster,
             "DEPTH": self.depth,
             "PIECES": pieces,
-            "X_PIECES": self.block_rows * pieces,
+            "X_PIECES": self.tile_rows * pieces,
             "A_PIECES": ranks * pieces,
             "STAGES": self.stages,
             "STEPS": w.in_features // (self.split_k * self.depth),
@@ -185,9 +164,9 @@ class PipelinedShrink:
             "MI": self.tile_rows // (16 * self.row_warps),
             "NI": ranks // (16 * self.rank_warps),
             "WARPGROUPS": int(self.warpgroups),
-            "ROW_GROUPS": self.block_rows // 64,
+            "ROW_GROUPS": self.tile_rows // 64,
             "WGMMA": self._wgmma() if self.warpgroups else "",
-            "X_COPIES": -(-self.block_rows * pieces // threads),
+            "X_COPIES": -(-self.tile_rows * pieces // threads),
             "A_COPIES": -(-ranks * pieces // threads),
         }
         text = _KERNEL
@@ -219,10 +198,10 @@ def _shift_of(w: Workload) -> str:
     return text
 
 
-_WHOLE_TILE = "  const int tile = blockIdx.x@PER_BLOCK@, part = blockIdx.y;"
+_WHOLE_TILE = "  const int tile = blockIdx.x, part = blockIdx.y;"
 
 _RANK_BLOCK = """\
-  const int tile = blockIdx.x / @RANK_BLOCKS@@PER_BLOCK@, part = blockIdx.y;
+  const int tile = blockIdx.x / @RANK_BLOCKS@, part = blockIdx.y;
   const int first_rank = blockIdx.x % @RANK_BLOCKS@ * @RANKS@;"""
 
 _OPEN_TILE = """\
@@ -234,88 +213,6 @@ _OPEN_TILE = """\
   const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
   if (rows <= 0) return;
 """
-
-_OPEN_PAIR = """\
-@WHERE@
-  dop_dependents_may_start();
-  // The tables' entries are read side by side; a table that is not given reads as another one.
-  const int second = min(tile + 1, tiles - 1);
-  const int* const ranks_ptr = tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr;
-  const int rows_a = dop_table(tile_rows_ptr + tile), row0_a = dop_table(tile_row0_ptr + tile);
-  const int slot_a = dop_table(tile_slot_ptr + tile), given_a = dop_table(ranks_ptr + tile);
-  const int rows_b = tile + 1 < tiles ? dop_table(tile_rows_ptr + second) : 0;
-  const int row0_b = dop_table(tile_row0_ptr + second);
-  const int slot_b = dop_table(tile_slot_ptr + second), given_b = dop_table(ranks_ptr + second);
-  if (max(rows_a, rows_b) <= 0) return;
-  // Two tiles of two adapters: one after the other.
-  const bool apart = min(rows_a, rows_b) > 0 && (slot_a != slot_b || given_a != given_b);
-"""
-
-_RANK = "  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;\n"
-
-_SUMS = """\
-  float sum[@MI@][2 * @NI@][4];
-#pragma unroll
-  for (int m = 0; m < @MI@; ++m) {
-#pragma unroll
-    for (int n = 0; n < 2 * @NI@; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
-    }
-  }
-"""
-
-_SINGLE = {
-    "OPEN": _OPEN_TILE,
-    "RANK_FIRST": _RANK,
-    "SUMS_FIRST": "",
-    "SUMS": _SUMS,
-    "THERE": "",
-    "HERE": "row < rows",
-    "ROW0": "row0 + row",
-    "ACTIVE": "",
-    "INACTIVE": "",
-    "PASSED": "",
-    "STORE": "",
-    "STORED": "",
-    "SKIP": "    if (row >= rows) break;\n",
-}
-"""What a block of one tile has in the places where one of two differs."""
-
-_FEW = {**_SINGLE, "OPEN": few_rows.SHRINK_OPEN}
-"""Likewise a block that goes on from tile to tile."""
-
-_PAIR = {
-    "OPEN": _OPEN_PAIR,
-    "RANK_FIRST": "",
-    "SUMS_FIRST": _SUMS
-    + """\
-#pragma unroll 1
-  for (int pass = 0; pass <= (int)apart; ++pass) {
-  const bool of_b = apart ? pass == 1 : rows_a <= 0;
-  const bool active = !apart || (row_warp / @ROW_WARPS@ == 1) == of_b;
-  const long long slot = of_b ? slot_b : slot_a;
-  const int given_rank = of_b ? given_b : given_a;
-"""
-    + _RANK,
-    "SUMS": "",
-    "THERE": """\
-    const bool in_b = row >= @TM@, there = row - (in_b ? @TM@ : 0) < (in_b ? rows_b : rows_a)
-        && (!apart || in_b == of_b);
-""",
-    "HERE": "there",
-    "ROW0": "(in_b ? row0_b - @TM@ : row0_a) + row",
-    "ACTIVE": "    if (active) {\n",
-    "INACTIVE": "    }\n",
-    "PASSED": """\
-  dop_wait_but<0>();
-  __syncthreads();
-  }
-""",
-    "STORE": "  if ((row_warp / @ROW_WARPS@ == 1 ? rows_b : rows_a) > 0) {\n",
-    "STORED": "  }\n",
-    "SKIP": "    if (row - (row < @TM@ ? 0 : @TM@) >= (row < @TM@ ? rows_a : rows_b)) continue;\n",
-}
 
 _PRELOAD = """\
 #pragma unroll
@@ -335,7 +232,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
     @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
-@OPEN@@RANK_FIRST@  const int lane = threadIdx.x;
+@OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+  const int lane = threadIdx.x;
   const int warp = (int)threadIdx.z * @RANK_WARPS@ + (int)threadIdx.y, thread = warp * 32 + lane;
 #if @WARPGROUPS@
   const int row_warp = warp / 4 % @ROW_GROUPS@ * 4 + warp % 4;
@@ -344,8 +242,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   const int row_warp = threadIdx.z, rank_warp = threadIdx.y;
 #endif
   const unsigned x_shared = dop_shared_address(dop_shared);
-  const unsigned a_shared = x_shared + @STAGES@ * @BM@ * @DEPTH@ * 2;
-@SUMS_FIRST@  // What this thread copies: 16-byte pieces of rows of x and of A.
+  const unsigned a_shared = x_shared + @STAGES@ * @TM@ * @DEPTH@ * 2;
+  // What this thread copies: 16-byte pieces of rows of x and of A.
   const @TYPE@* x_from[@X_COPIES@];
   const @TYPE@* a_from[@A_COPIES@];
   int x_bytes[@X_COPIES@], a_bytes[@A_COPIES@];
@@ -362,8 +260,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #pragma unroll
   for (int c = 0; c < @X_COPIES@; ++c) {
     const int piece = thread + c * @THREADS@, row = piece / @PIECES@, column = piece % @PIECES@;
-@THERE@    x_bytes[c] = @HERE@ ? 16 : 0;
-    const int token = @HERE@ ? dop_table(row_index_ptr + @ROW0@) : 0;
+    x_bytes[c] = row < rows ? 16 : 0;
+    const int token = row < rows ? dop_table(row_index_ptr + row0 + row) : 0;
     x_from[c] = x_ptr + (long long)token * @K@ + (part * (@STEPS@ * @DEPTH@) + column * 8);
     x_to[c] = row * (@DEPTH@ * 2) + (column ^ (row & 7)) * 16;
   }
@@ -372,7 +270,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   {                                                                                 \\
     const unsigned stage = (unsigned)((step) % @STAGES@);                           \\
     const unsigned a_stage = a_shared + stage * (@RANKS@ * @DEPTH@ * 2);            \\
-    const unsigned x_stage = x_shared + stage * (@BM@ * @DEPTH@ * 2);               \\
+    const unsigned x_stage = x_shared + stage * (@TM@ * @DEPTH@ * 2);               \\
     _Pragma("unroll") for (int c = 0; c < @A_COPIES@; ++c)                          \\
       if ((c + 1) * @THREADS@ <= @A_PIECES@ || thread + c * @THREADS@ < @A_PIECES@) \\
         dop_copy(a_stage + a_to[c], a_from[c] + (step) * @DEPTH@, a_bytes[c]);      \\
@@ -381,7 +279,15 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         dop_copy(x_stage + x_to[c], x_from[c] + (step) * @DEPTH@, x_bytes[c]);      \\
   }                                                                                 \\
   dop_commit();
-@PRELOAD@@SUMS@\
+@PRELOAD@  float sum[@MI@][2 * @NI@][4];
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
+    }
+  }
   // Lane's row and piece of the 16 x 16 boxes that ldmatrix reads: rows first for x, k for A.
   const int x_row = row_warp * (@MI@ * 16) + (lane & 15), x_piece = lane >> 4;
   const int a_row = rank_warp * (@NI@ * 16) + (lane >> 4) * 8 + (lane & 7);
@@ -399,15 +305,15 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #if @WARPGROUPS@
     dop_fence_copies();
     __syncthreads();
-@ACTIVE@    dop_wgmma_begin();
+    dop_wgmma_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const unsigned stage = (unsigned)(step % @STAGES@);
-      DOP_WGMMA(layout | ((x_box + stage * (@BM@ * @DEPTH@ * 2) + k * 32) & 0x3ffff) >> 4,
+      DOP_WGMMA(layout | ((x_box + stage * (@TM@ * @DEPTH@ * 2) + k * 32) & 0x3ffff) >> 4,
                 layout | ((a_box + stage * (@RANKS@ * @DEPTH@ * 2) + k * 32) & 0x3ffff) >> 4);
     }
     dop_wgmma_commit();
-@INACTIVE@#else
+#else
     __syncthreads();
 #endif
     if (step + @AHEAD@ < @STEPS@) {
@@ -418,8 +324,8 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #if @WARPGROUPS@
     dop_wgmma_wait();
 #else
-@ACTIVE@    const unsigned stage = (unsigned)(step % @STAGES@);
-    const unsigned xs = x_shared + stage * (@BM@ * @DEPTH@ * 2) + x_row * (@DEPTH@ * 2);
+    const unsigned stage = (unsigned)(step % @STAGES@);
+    const unsigned xs = x_shared + stage * (@TM@ * @DEPTH@ * 2) + x_row * (@DEPTH@ * 2);
     const unsigned as = a_shared + stage * (@RANKS@ * @DEPTH@ * 2) + a_row * (@DEPTH@ * 2);
 #pragma unroll
     for (int k = 0; k < @DEPTH@ / 16; ++k) {
@@ -438,15 +344,15 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         }
       }
     }
-@INACTIVE@#endif
+#endif
   }
 #undef DOP_COPY
 #if @WARPGROUPS@
 #undef DOP_WGMMA
 #endif
-@PASSED@  const int g = lane >> 2, q = lane & 3;
+  const int g = lane >> 2, q = lane & 3;
 #if @SPLIT@ == 1
-@STORE@#pragma unroll
+#pragma unroll
   for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
     for (int n = 0; n < 2 * @NI@; ++n) {
@@ -458,7 +364,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
     }
   }
-@STORED@#else
+#else
   dop_wait_but<0>();
   __syncthreads();
   float* sums = reinterpret_cast<float*>(dop_shared);
@@ -475,9 +381,10 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   }
   dop_cluster_sync();
   // Each block adds up its share of the tile.
-  for (int i = @SHARE@ * @THREADS@ + thread; i < @BM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
+  for (int i = @SHARE@ * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
     const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = @R@ / @PADDED@;
-@SKIP@    float4 parts[@SPLIT@];
+    if (row >= rows) break;
+    float4 parts[@SPLIT@];
 #pragma unroll
     for (int p = 0; p < @SPLIT@; ++p)
       parts[p] = dop_read_peer(x_shared + (row * (@RANKS@ + 4) + r) * 4, p);

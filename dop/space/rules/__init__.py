@@ -88,8 +88,6 @@ RULES: tuple[Rule, ...] = (
     ClusterSplitK(),
     ClusterSplitK("warpgroup_split_k", warpgroups=True),
     ClusterSplitK("warpgroup_rank_blocks", warpgroups=True, rank_blocks=True),
-    ClusterSplitK("warpgroup_pairs", warpgroups=True, pairs=True),
-    ClusterSplitK("warpgroup_pair_blocks", warpgroups=True, rank_blocks=True, pairs=True),
     ClusterA(),
     ClusterX(),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),

@@ -30,9 +30,6 @@ CLUSTER = 8
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
 
-PAIR_PARTS = 4
-"""Likewise, of blocks with two tiles."""
-
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
@@ -53,13 +50,11 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
-    `pairs`: a block has two tiles, and A comes from L2 once for both if they are of one adapter.
     """
 
     name: str = "cluster_split_k"
     warpgroups: bool = False
     rank_blocks: bool = False
-    pairs: bool = False
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -79,11 +74,6 @@ class ClusterSplitK:
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
-        elif self.pairs:
-            counts = sorted({n * c for n in (1, 2, PAIR_PARTS) for c in parts})
-            new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, counts), most)
-            new.param(CLUSTER_BLOCKS.name, "split_k", parts, most)
-            _sums_of_clusters(new, PAIR_PARTS)
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -133,7 +123,7 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
-        if "few" in new.notes or self.pairs:
+        if "few" in new.notes:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
@@ -141,9 +131,6 @@ class ClusterSplitK:
             # A base matmul leaves few multiprocessors, on which even empty blocks take their turn.
             blocks = new.param("shrink.tile_blocks", "binding", (0, 1, 2, 4, 8), 4)
             new.pragma("shrink_rf", PART, "tile_blocks", blocks)
-        if self.pairs:
-            new.notes["pairs"] = 1
-            new.pragma("shrink_rf", PART, "tile_pairs")
         new.annotate("shrink_rf", 3, "threadIdx.z")
         new.annotate("shrink_rf", 4, "threadIdx.y")
 
@@ -166,14 +153,9 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     spare = 3 * new.target.units // (enough[0] * wide) - 1
     workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
-    _sums_of_clusters(new, MAX_PARTS)
-    new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
-
-
-def _sums_of_clusters(new: SketchState, most: int) -> None:
-    """Several clusters along k, whose sums expand adds up."""
     new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
-    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
+    new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
+    new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
     new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a["shrink.cluster"])
 
 
@@ -225,10 +207,6 @@ class ClusterX:
 def _limits(new: SketchState) -> None:
     w, target = new.workload, new.target
     all_ranks = w.slices * padded(w.rank)
-    together = 2 if "pairs" in new.notes else 1
-
-    def block_rows(a: Annotation) -> int:
-        return together * a[TILE_ROWS.name]
 
     def ranks_of(a: Annotation) -> int:
         return all_ranks // a.get(RANK_BLOCKS.name, 1)
@@ -240,7 +218,7 @@ def _limits(new: SketchState) -> None:
         return a.get(CLUSTER_BLOCKS.name, a[SPLIT_K.name])
 
     def threads(a: Annotation) -> int:
-        return 32 * together * a[ROW_WARPS.name] * rank_warps(a)
+        return 32 * a[ROW_WARPS.name] * rank_warps(a)
 
     def depth(a: Annotation) -> int:
         return EDGE * a[K_TILES.name]
@@ -257,7 +235,7 @@ def _limits(new: SketchState) -> None:
 
     def copies(a: Annotation) -> int:
         share = PIECE * threads(a)
-        pieces = (block_rows(a) * depth(a), ranks_of(a) * depth(a))
+        pieces = (a[TILE_ROWS.name] * depth(a), ranks_of(a) * depth(a))
         return sum(ceil_div(n, share) for n in pieces)
 
     def registers(a: Annotation) -> int:
@@ -268,28 +246,25 @@ def _limits(new: SketchState) -> None:
         return 8 * rows * tiles + 4 * (rows + 1) + 4 * copies(a) + 32
 
     def smem(a: Annotation) -> int:
-        pipeline = 2 * a["shrink.stages"] * depth(a) * (block_rows(a) + ranks_of(a))
-        sums = 4 * block_rows(a) * (ranks_of(a) + 4) if cluster(a) > 1 else 0
+        pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks_of(a))
+        sums = 4 * a[TILE_ROWS.name] * (ranks_of(a) + 4) if cluster(a) > 1 else 0
         return max(pipeline, sums)
 
     new.limit("threads per shrink block", target.max_threads, threads)
     new.limit("elements left over by shrink's tiles", 0, left_over)
     new.limit("copies per thread and step", 24, copies)
     new.limit("shrink registers per thread", 232, registers)
-    # Two tiles' bookkeeping comes on top of what is counted: by the compiler's figures a quarter.
-    usable = target.max_registers * 25 // 32 if together > 1 else target.max_registers
-    new.limit("shrink registers per block", usable, lambda a: registers(a) * threads(a))
+    new.limit(
+        "shrink registers per block", target.max_registers, lambda a: registers(a) * threads(a)
+    )
     new.limit("shrink shared memory bytes", target.max_smem_bytes, smem)
     new.limit("pipeline stages without a step", 0, lambda a: max(a["shrink.stages"] - steps(a), 0))
     new.estimate("shrink.threads", threads)
     new.estimate("shrink.registers", registers)
     new.estimate("shrink.steps", steps)
     new.estimate("shrink.smem_bytes", smem)
-    new.estimate(
-        "shrink.blocks_per_tile",
-        lambda a: a[SPLIT_K.name] * a.get(RANK_BLOCKS.name, 1) / together,
-    )
+    new.estimate("shrink.blocks_per_tile", lambda a: a[SPLIT_K.name] * a.get(RANK_BLOCKS.name, 1))
     new.estimate(
         "shrink.bytes_in_flight",
-        lambda a: 2 * (a["shrink.stages"] - 1) * depth(a) * (block_rows(a) + ranks_of(a)),
+        lambda a: 2 * (a["shrink.stages"] - 1) * depth(a) * (a[TILE_ROWS.name] + ranks_of(a)),
     )
