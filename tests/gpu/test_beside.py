@@ -124,8 +124,8 @@ def test_a_graph_of_two_kernels_a_call_serves_any_composition(tokens):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = both_ways(x, layers, plans.plan(tokens), beside)
-    if "H100" in torch.cuda.get_device_name():
-        assert len(kernels) == 2  # the pack has some for it
+    if tokens == 64 and "H100" in torch.cuda.get_device_name():
+        assert len(kernels) == 2  # the pack has some for it; of 128 rows, one may be best for both
     for ids in compositions(tokens, slots):
         plans.update(ids.int())
         x.normal_()
