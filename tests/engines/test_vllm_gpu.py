@@ -199,15 +199,15 @@ def test_the_truth_tells_adapters_apart(folder):
             assert float((one - other)[best].abs().max()) > 2.0
 
 
-def check_served(answer: dict, folder: Path, part: float = 0.8) -> None:
-    from tiny_llama import merged_tokens
+def check_served(answer: dict, folder: Path) -> None:
+    """Every token is its adapter's: best by its merged model but for what float16 loses (0.02). Not
+    compared with that model's own text, which parts for good where two tokens tie: there are ties
+    by 0.001 among these requests."""
+    from tiny_llama import merged_gaps
 
-    want = merged_tokens(folder, answer["requests"])
-    by_name: dict[str, list[tuple[list, list]]] = {}
-    for asked, got, right in zip(answer["requests"], answer["tokens"], want, strict=True):
-        by_name.setdefault(asked["adapter"], []).append((got, right))
-    for name, pairs in by_name.items():
-        assert share_equal(*map(list, zip(*pairs, strict=True))) > part, name
+    gaps = merged_gaps(folder, answer["requests"], answer["tokens"])
+    for asked, found in zip(answer["requests"], gaps, strict=True):
+        assert max(found) < 0.1, (asked["adapter"], found)
 
 
 def test_swapped_adapters_never_leak(answers, folder):
@@ -244,4 +244,4 @@ def test_2000_requests_over_500_adapters_leave_the_memory_as_it_was(answers, fol
     print(f"bytes handed out {handed} -> {handed_after}, held {held} -> {held_after}")
     assert handed_after - handed < 1 << 20
     assert held_after - held < 64 << 20
-    check_served(many, folder, 0.7)
+    check_served(many, folder)

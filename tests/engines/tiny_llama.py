@@ -108,6 +108,22 @@ def merged_tokens(folder: Path, requests: list[dict]) -> list[list[int]]:
     return [found[index] for index in range(len(requests))]
 
 
+def merged_gaps(folder: Path, requests: list[dict], tokens: list[list[int]]) -> list[list[float]]:
+    """How far each token of an answer is below the best one, in logits, by transformers in float32
+    with the request's adapter merged, given the answer up to there. A near tie that falls the other
+    way costs its own gap and nothing after it; another adapter's tokens are off by units."""
+    found: dict[int, list[float]] = {}
+    for name, model in merged_models(folder, {r["adapter"] for r in requests}):
+        for index, (request, answer) in enumerate(zip(requests, tokens, strict=True)):
+            if request["adapter"] == name:
+                text = torch.tensor([[*request["prompt"], *answer[:-1]]])
+                with torch.no_grad():
+                    logits = model(text).logits[0, len(request["prompt"]) - 1 :]
+                chosen = logits[torch.arange(len(answer)), torch.tensor(answer)]
+                found[index] = (logits.amax(-1) - chosen).tolist()
+    return [found[index] for index in range(len(requests))]
+
+
 def merged_logprobs(folder: Path, requests: list[dict]) -> list[torch.Tensor]:
     """Log-probabilities [vocabulary] of every request's first token, in float32."""
     found: dict[int, torch.Tensor] = {}
