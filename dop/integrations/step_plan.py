@@ -15,7 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ SMALL_TOKENS = 512
 
 @dataclass(slots=True)
 class _Level:
-    """A plan of one capacity and its state."""
+    """A plan of one capacity and its state; `parts` once somebody has asked for them."""
 
     capacity: int
     slots: torch.Tensor
@@ -54,7 +54,8 @@ class StepPlans:
         hint_small: say the number of adapters also for launches that fit the small plan. Where
             one CUDA graph per size serves every mix, the mix it is captured with says nothing.
         part_rows: plans of the small one's launches have parts, the second of adapters with so many
-            rows and more (`SegmentPlan.parts`), unless adapters are hinted; 0: no parts.
+            rows and more (`SegmentPlan.parts`), unless adapters are hinted; 0: no parts. They are
+            filled in every step from the first on in which somebody asked for them.
     """
 
     def __init__(
@@ -152,10 +153,17 @@ class StepPlans:
             self._refill(level)
         level.captured = level.captured or capturing(self.device)
         view = narrow(level.plan, tokens, self._hint(tokens))
-        if level.parts is not None and view.adapters is None:
-            few, many = level.parts
-            view.parts = narrow(few, tokens), narrow(many, tokens)
+        # What a capture would record fills them from memory that is gone.
+        there = level.parts is not None or not capturing(self.device)
+        if level.part_slots is not None and view.adapters is None and there:
+            view.parts = partial(self._parts_of, level, tokens)
         return view
+
+    def _parts_of(self, level: _Level, tokens: int) -> tuple[SegmentPlan, SegmentPlan]:
+        if level.parts is None:
+            self._fill_parts(level)
+        few, many = level.parts
+        return narrow(few, tokens), narrow(many, tokens)
 
     def _grow(self, tokens: int) -> None:
         """Add a level if no other holds so many tokens; what graphs have captured stays."""
@@ -173,8 +181,6 @@ class StepPlans:
         return min(tokens, 1 << (self.adapters - 1).bit_length())
 
     def _refill(self, level: _Level) -> None:
-        from dop.ops import segment_plan
-
         if capturing(self.device):
             # A copy from the host would be repeated by every replay, from memory that is gone.
             filled = next(each for each in self._levels if each.fresh)
@@ -183,18 +189,21 @@ class StepPlans:
             level.slots[:shared].copy_(filled.slots[:shared])
         else:
             self._copy(level.slots, self._host[: level.capacity])
-
-        def filled_plan(slots: torch.Tensor, out: Any) -> Any:
-            return segment_plan(
-                slots, slots=self.slots, ranks=self._ranks, scale=self._scale, out=out
-            )
-
-        level.plan = filled_plan(level.slots, level.plan)
-        if level.part_slots is not None and not capturing(self.device):
-            self._copy(level.part_slots, parted(self._host[: level.capacity], self._part_rows))
-            before = level.parts or (None, None)
-            level.parts = tuple(map(filled_plan, level.part_slots, before))
+        level.plan = self._filled(level.slots, level.plan)
+        if level.parts is not None and not capturing(self.device):
+            self._fill_parts(level)
         level.fresh = True
+
+    def _fill_parts(self, level: _Level) -> None:
+        assert level.part_slots is not None
+        self._copy(level.part_slots, parted(self._host[: level.capacity], self._part_rows))
+        before = level.parts or (None, None)
+        level.parts = tuple(map(self._filled, level.part_slots, before))
+
+    def _filled(self, slots: torch.Tensor, out: SegmentPlan | None) -> SegmentPlan:
+        from dop.ops import segment_plan
+
+        return segment_plan(slots, slots=self.slots, ranks=self._ranks, scale=self._scale, out=out)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Host to device without waiting; pinned memory is fresh each time, as torch keeps it

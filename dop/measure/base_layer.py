@@ -114,8 +114,10 @@ class BaseLayers:
                 for _ in range(count)
             ]
         if self._far is None:
-            self._far = torch.zeros(FAR_BYTES // 4, device=x.device)
-        return Matmuls(x, y, self._weights[key], far=self._far.view(FAR_PARTS, -1))
+            free, _ = torch.cuda.mem_get_info()
+            each = min(FAR_BYTES, free // 4) // (4 * FAR_PARTS)
+            self._far = torch.zeros((FAR_PARTS, each), device=x.device)
+        return Matmuls(x, y, self._weights[key], far=self._far)
 
     def prepare(self, matmuls: Matmuls, stream: int, replay: Callable[[cuda.Graph], float]) -> None:
         """Captures the matmuls alone, as many as take about GRAPH_S.

@@ -46,12 +46,13 @@ class Half:
     """The launches of a plan, or of one of its parts.
 
     Attributes:
-        block: keeps the workspace.
+        block, plan: keep workspace and tables.
         shrink, expand: launch them; the second stream's, unless expand is the last of a call.
         words: the tables.
     """
 
     block: Block
+    plan: SegmentPlan
     shrink: Call
     expand: Call
     words: bytes
@@ -108,7 +109,7 @@ class Beside:
                 few, many = eager.part_blocks(shape, plan)
                 tuned = few.kernel.beside and many.kernel.beside
                 if tuned and few.is_pair and many.is_pair and few.kernel is not many.kernel:
-                    return list(zip((few, many), plan.parts, strict=True))
+                    return list(zip((few, many), plan.parts(), strict=True))
             block = eager.block_for(shape, plan, beside=True)
             return [(block, plan)] if block.is_pair else []
 
@@ -142,7 +143,7 @@ class Beside:
             for block, part in blocks:
                 words = derived_words(part, block.tile_rows, *facts)
                 last = None if part is blocks[-1][1] else side
-                halves.append(Half(block, *block.pieces(side, last), words))
+                halves.append(Half(block, part, *block.pieces(side, last), words))
             x = eager.dense(x)
             self._side.mark()
         return replace(whole, x=x, halves=tuple(halves))

@@ -161,7 +161,7 @@ def test_plans_of_the_small_level_have_parts_at_fixed_addresses():
     for ids in ([1, 1, 0], [2, 3, 3, 3, -1]):
         plans.update(torch.tensor(ids, dtype=torch.int32))
         view = plans.plan(7)
-        few, many = view.parts
+        few, many = view.parts()
         assert few.tokens == many.tokens == 7
         one = [slot if ids.count(slot) < 2 else -1 for slot in ids]
         assert few.table("token_slot").tolist() == one + [-1] * (7 - len(ids))
@@ -179,14 +179,35 @@ def test_plans_of_the_small_level_have_parts_at_fixed_addresses():
         assert others.plan(7).parts is None
 
 
-def test_parts_of_a_plan_that_a_capture_fills_come_with_the_next_step(monkeypatch):
-    """What a capture records would fill them from memory that is gone."""
+def test_parts_are_filled_from_the_first_step_on_that_asks_for_them(monkeypatch):
     plans = StepPlans(64, SLOTS, 8, "cpu", small=16, part_rows=2)
-    plans.update(random_slots(20))
+    filled = []
+    monkeypatch.setattr(
+        step_plan, "parted", lambda *given: filled.append(given[0].tolist()) or parted(*given)
+    )
+    plans.update(random_slots(8))
+    view = plans.plan(8)
+    assert filled == []
+    view.parts()
+    view.parts()
+    assert len(filled) == 1
+    plans.update(random_slots(8, seed=1))
+    assert filled[1][:8] == random_slots(8, seed=1).tolist()
+
+
+def test_a_capture_has_parts_only_if_they_were_there_before(monkeypatch):
+    """What it records would fill them from memory that is gone."""
+    plans = StepPlans(64, SLOTS, 8, "cpu", small=16, part_rows=2)
+    plans.update(random_slots(8))
     monkeypatch.setattr(step_plan, "capturing", lambda device: True)
-    assert plans.plan(8 if plans.tokens <= 8 else 20).parts is None
-    plans.tokens = 8
     assert plans.plan(8).parts is None
     monkeypatch.setattr(step_plan, "capturing", lambda device: False)
-    plans.update(random_slots(8))
-    assert plans.plan(8).parts is not None
+    plans.update(random_slots(8, seed=1))
+    plans.plan(8).parts()
+    monkeypatch.setattr(step_plan, "capturing", lambda device: True)
+    few, many = plans.plan(8).parts()
+    monkeypatch.setattr(step_plan, "capturing", lambda device: False)
+    ids = random_slots(8, seed=2)
+    plans.update(ids)
+    both = torch.maximum(few.table("token_slot"), many.table("token_slot"))
+    assert both.tolist() == ids.tolist()
