@@ -1,12 +1,13 @@
-"""What LoRA adds to the base layer's matmul in a CUDA graph: behind it, and with shrink beside it.
+"""What LoRA adds to the base layers' matmuls in a CUDA graph: behind them, and with shrink beside.
 
     python -m benchmarks.bench_behind_matmul [--model Llama-3.1-8B] [--ranks 16] [--out FILE]
     python -m benchmarks.bench_behind_matmul --tokens 1,64 --mix uniform,identical
 
-A graph holds a few layers of one kind, each with weights of its own: a small kernel that writes x,
-the matmul by cuBLAS, LoRA, and a small kernel that reads y. Graphs with `dop.ops.add_lora`, with
-`dop.ops.beside` and without LoRA take turns on a flushed L2 cache. Kernels are chosen as for a CUDA
-graph, in which the adapters are not known.
+A graph holds a few of a model's layers: qkv, o, gate_up and down in turn, each with weights of its
+own, a matmul by cuBLAS with a small kernel in front that makes its x of the last one's y. (With one
+kind of layer over and over kernels' code stays in L2, and shrinks end that in a model do not.)
+Graphs without LoRA, with `dop.ops.add_lora`, with `dop.ops.beside` and plans in parts, and with
+`dop.ops.beside` where the number of adapters is known take turns on a flushed L2 cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,95 +28,130 @@ from benchmarks.torch_cuda import replay_ms
 from dop import collect_env, ops
 from dop.cli.request import Request
 from dop.errors import DopError, MissingDependencyError
+from dop.integrations.step_plan import StepPlans
 from dop.measure.hostinfo import find_target
 from dop.ops.beside import Beside
+from dop.ops.plan import PART_ROWS
 from dop.scenario import Scenario
 from dop.workload import Workload
 
-LAYERS = 6
-"""Of a graph; their matmuls read more than L2 holds."""
+LAYERS = 3
+"""Of each kind in a graph."""
 SLOTS = 64
 DEVICE = "cuda"
-REPLAYS = 9
+REPLAYS = 15
 FLUSH_BYTES = 200 << 20
 TOKENS = "1,8,16,32,64,128"
 MIXES = "distinct,uniform,identical"
-WAYS = ("matmul", "behind", "beside")
-FIGURES = ("matmul_us", "behind_us", "beside_us")
+WAYS = ("matmul", "behind", "beside", "known")
+"""Nothing but matmuls; `add_lora`; `Beside` for any adapters, as vLLM's plugin makes its graphs;
+`Beside` with the number of adapters, as with specialize_active_lora."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layer and a batch.
+    """A rank and a batch; microseconds for a layer, that is one linear of each kind.
 
     Attributes:
-        layer, rank, scenario: which.
-        matmul_us: the base layer alone, microseconds.
-        behind_us, beside_us: what LoRA adds to it, microseconds.
-        spread: of the replays, the largest of the three, as a share of the matmul.
+        rank, scenario: which.
+        matmul_us: the base layer alone.
+        behind_us, beside_us, known_us: what LoRA adds to it, see WAYS.
+        spread: of the replays, the largest of the four, as a share of the matmuls.
     """
 
-    layer: str
     rank: int
     scenario: str
     matmul_us: float
     behind_us: float
     beside_us: float
+    known_us: float
     spread: float
 
 
-def row_of(workload: Workload, scenario: Scenario, seconds: dict[str, Sequence[float]]) -> Row:
+@dataclass(frozen=True)
+class Linear:
+    """One linear's weights."""
+
+    weight: torch.Tensor
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+
+
+def row_of(rank: int, scenario: Scenario, seconds: dict[str, Sequence[float]]) -> Row:
     """The row of a case from the seconds per layer of every replay, by way."""
     middle = {way: statistics.median(found) * 1e6 for way, found in seconds.items()}
     spread = max(max(found) - min(found) for found in seconds.values()) * 1e6
-    alone = middle["matmul"]
-    return Row(
-        workload.name,
-        workload.rank,
-        scenario.key,
-        alone,
-        middle["behind"] - alone,
-        middle["beside"] - alone,
-        spread / alone,
-    )
+    alone = middle.pop("matmul")
+    added = {f"{way}_us": us - alone for way, us in middle.items()}
+    return Row(rank, scenario.key, alone, **added, spread=spread / alone)
 
 
-def bench(workload: Workload, scenarios: Sequence[Scenario]) -> Iterator[Row]:
-    """Rows of one layer on the current GPU."""
-    kind = getattr(torch, workload.dtype)
+def _normal(kind: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=kind) / shape[-1] ** 0.5
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=DEVICE, dtype=kind) / shape[-1] ** 0.5
 
-    width, rank = workload.in_features, workload.rank
-    weights = [normal(workload.total_out, width) for _ in range(LAYERS)]
-    a = [[normal(SLOTS, rank, width) for _ in workload.out_features] for _ in range(LAYERS)]
-    b = [[normal(SLOTS, n, rank) for n in workload.out_features] for _ in range(LAYERS)]
+def _linears(workloads: Sequence[Workload]) -> list[Linear]:
+    found = []
+    for w in (w for _ in range(LAYERS) for w in workloads):
+        kind = getattr(torch, w.dtype)
+        a = [_normal(kind, SLOTS, w.rank, w.in_features) for _ in w.out_features]
+        b = [_normal(kind, SLOTS, n, w.rank) for n in w.out_features]
+        found.append(Linear(_normal(kind, w.total_out, w.in_features), a, b))
+    return found
+
+
+def _feed(x: torch.Tensor, y: torch.Tensor | None, source: torch.Tensor) -> None:
+    """A small kernel that makes x of the y before it; of `source` where there is none."""
+    if y is None:
+        torch.mul(source, 1.0, out=x)
+    elif y.shape[1] >= x.shape[1]:
+        torch.mul(y[:, : x.shape[1]], 1.0, out=x)
+    else:
+        torch.add(source, y[:, :1], out=x)
+
+
+def bench(workloads: Sequence[Workload], scenarios: Sequence[Scenario]) -> Iterator[Row]:
+    """Rows of one rank on the current GPU; workloads: a model's layers, in order."""
+    linears, rank = _linears(workloads), workloads[0].rank
+    kind = getattr(torch, workloads[0].dtype)
     stream, beside = torch.cuda.Stream(), Beside(torch.cuda.Stream())
     flush = torch.zeros(FLUSH_BYTES // 4, device=DEVICE)
     with torch.cuda.stream(stream):
         for scenario in scenarios:
-            source = normal(scenario.tokens, width)
-            x, seen = torch.empty_like(source), normal(scenario.tokens, 64)
-            y = normal(scenario.tokens, workload.total_out)
-            slots = torch.tensor(scenario.token_to_adapter(0), dtype=torch.int32, device=DEVICE)
-            plan = ops.segment_plan(slots, slots=SLOTS)
-            ops.add_lora(y, x, a[0], b[0], plan)  # loads what cannot be loaded while capturing
+            tokens = scenario.tokens
+            source = {w.in_features: _normal(kind, tokens, w.in_features) for w in workloads}
+            x = {width: torch.empty_like(made) for width, made in source.items()}
+            y = {w.total_out: _normal(kind, tokens, w.total_out) for w in workloads}
+            slots = torch.tensor(scenario.token_to_adapter(0), dtype=torch.int32)
+            plans = {
+                known: StepPlans(
+                    tokens, SLOTS, rank, DEVICE, tokens, hint_small=known, part_rows=PART_ROWS
+                )
+                for known in (False, True)
+            }
+            for each in plans.values():
+                each.update(slots)
 
-            def layers(way: str, x=x, y=y, source=source, seen=seen, plan=plan):
-                for i, weight in enumerate(weights):
-                    torch.mul(source, 1.0, out=x)
-                    pending = beside.begin(x, a[i], b[i], plan) if way == "beside" else None
-                    torch.mm(x, weight.t(), out=y)
+            def layers(way: str, source=source, x=x, y=y, plans=plans, tokens=tokens):
+                plan, last = plans[way == "known"].plan(tokens), None
+                for each in linears:
+                    mine, out = x[each.weight.shape[1]], y[each.weight.shape[0]]
+                    _feed(mine, last, source[each.weight.shape[1]])
+                    pending = None
+                    if way in ("beside", "known"):
+                        pending = beside.begin(mine, each.a, each.b, plan)
+                    torch.mm(mine, each.weight.t(), out=out)
                     if pending is not None:
-                        beside.finish(pending, y)
+                        beside.finish(pending, out)
                     elif way == "behind":
-                        ops.add_lora(y, x, a[i], b[i], plan)
-                    torch.mul(y[:, :64], 1.0, out=seen)
+                        ops.add_lora(out, mine, each.a, each.b, plan)
+                    last = out
 
+            for way in WAYS:
+                layers(way)  # loads what cannot be loaded while capturing
             torch.cuda.synchronize()
             graphs = {way: _captured(stream, lambda way=way: layers(way)) for way in WAYS}
-            yield row_of(workload, scenario, _timed(graphs, flush))
+            yield row_of(rank, scenario, _timed(graphs, flush))
 
 
 def _captured(stream: Any, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -137,24 +173,14 @@ def _timed(
 
 
 def text_of(rows: Sequence[Row]) -> str:
-    """A table; a line over all layers for each rank and batch."""
-    head = (
-        f"{'layer':14} {'rank':>4}  {'batch':18} {'matmul us':>9} {'+ behind':>9} {'+ beside':>9}"
-    )
-    lines = [head]
-    for rank in dict.fromkeys(row.rank for row in rows):
-        for scenario in dict.fromkeys(row.scenario for row in rows if row.rank == rank):
-            mine = [row for row in rows if (row.rank, row.scenario) == (rank, scenario)]
-            for row in mine:
-                lines.append(_line(row.layer, row))
-            sums = {name: sum(getattr(row, name) for row in mine) for name in FIGURES}
-            lines.append(_line("all layers", replace(mine[0], **sums)))
-    return "\n".join(lines)
+    """A table."""
+    head = "rank  batch              matmuls us  + behind  + beside   + known  spread"
+    return "\n".join([head, *map(_line, rows)])
 
 
-def _line(name: str, row: Row) -> str:
-    times = f"{row.matmul_us:9.1f} {row.behind_us:9.2f} {row.beside_us:9.2f}"
-    return f"{name:14} {row.rank:4}  {row.scenario:18} {times}"
+def _line(row: Row) -> str:
+    added = f"{row.behind_us:9.2f} {row.beside_us:9.2f} {row.known_us:9.2f}"
+    return f"{row.rank:4}  {row.scenario:18} {row.matmul_us:10.1f} {added} {row.spread:7.1%}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,10 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokens=given.tokens, mix=given.mix,
         )  # fmt: skip
         rows: list[Row] = []
-        for family in request.families(target):
-            for row in bench(family.workload, [s for s in family.scenarios if s.adapters <= SLOTS]):
+        families = request.families(target)
+        for rank in dict.fromkeys(family.workload.rank for family in families):
+            mine = [family for family in families if family.workload.rank == rank]
+            batches = [s for s in mine[0].scenarios if s.adapters <= SLOTS]
+            for row in bench([family.workload for family in mine], batches):
                 rows.append(row)
-                print(_line(row.layer, row), file=sys.stderr, flush=True)
+                print(_line(row), file=sys.stderr, flush=True)
     except DopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

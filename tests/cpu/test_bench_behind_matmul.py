@@ -9,36 +9,27 @@ import pytest
 import torch
 
 from benchmarks import bench_behind_matmul
-from benchmarks.bench_behind_matmul import bench, main, row_of, text_of
+from benchmarks.bench_behind_matmul import WAYS, bench, main, row_of, text_of
 from dop.scenario import named
 from dop.workload import Workload
 
 
-def seconds(base: float, behind: float, beside: float) -> dict[str, tuple[float, ...]]:
-    ways = {"matmul": base, "behind": base + behind, "beside": base + beside}
-    return {way: (us * 1e-6, us * 1e-6, (us + 5) * 1e-6) for way, us in ways.items()}
+def seconds(base: float, *added: float) -> dict[str, tuple[float, ...]]:
+    found = dict(zip(WAYS, (base, *(base + us for us in added)), strict=True))
+    return {way: (us * 1e-6, us * 1e-6, (us + 5) * 1e-6) for way, us in found.items()}
 
 
-def test_lora_costs_what_it_adds_and_layers_add_up():
-    o, down = (Workload(name, 64, (64,), 16, "bfloat16") for name in ("o_proj", "down_proj"))
+def test_lora_costs_what_it_adds():
     batch = named("uniform", 64)
-    rows = [row_of(o, batch, seconds(20, 6, 4)), row_of(down, batch, seconds(50, 8, 5))]
-    assert [(r.layer, r.scenario) for r in rows] == [
-        (n, batch.key) for n in ("o_proj", "down_proj")
-    ]
-    assert rows[0].matmul_us == pytest.approx(20)
-    assert rows[0].behind_us == pytest.approx(6)
-    assert rows[0].beside_us == pytest.approx(4)
-    assert rows[0].spread == pytest.approx(5 / 20)
-    *_, last = text_of(rows).splitlines()
-    assert last.split() == ["all", "layers", "16", batch.key, "70.0", "14.00", "9.00"]
-
-
-def test_ranks_and_batches_are_not_added_up():
-    layers = [Workload("o_proj", 64, (64,), rank, "bfloat16") for rank in (8, 16)]
-    batches = (named("uniform", 8), named("uniform", 64))
-    text = text_of([row_of(w, s, seconds(20, 6, 4)) for w in layers for s in batches])
-    assert len([line for line in text.splitlines() if line.startswith("all layers")]) == 4
+    row = row_of(16, batch, seconds(200, 30, 26, 24))
+    assert (row.rank, row.scenario) == (16, batch.key)
+    assert row.matmul_us == pytest.approx(200)
+    assert row.behind_us == pytest.approx(30)
+    assert row.beside_us == pytest.approx(26)
+    assert row.known_us == pytest.approx(24)
+    assert row.spread == pytest.approx(5 / 200)
+    *_, last = text_of([row]).splitlines()
+    assert last.split() == ["16", batch.key, "200.0", "30.00", "26.00", "24.00", "2.5%"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
@@ -91,7 +82,7 @@ def test_every_way_is_captured_for_every_batch_and_right(monkeypatch):
         return real(x, w, out=out)
 
     fake = SimpleNamespace(
-        Stream=lambda: SimpleNamespace(cuda_stream=7),
+        Stream=lambda: SimpleNamespace(cuda_stream=7, device=SimpleNamespace(index=0)),
         stream=lambda stream: nullcontext(),
         CUDAGraph=FakeGraph,
         graph=captured,
@@ -116,16 +107,22 @@ def test_every_way_is_captured_for_every_batch_and_right(monkeypatch):
         "finish",
         lambda self, pending, y: lora.append(finish(self, pending, y).clone()),
     )
-    workload = Workload("o_proj", 64, (96,), 8, "float32")
+    workloads = [
+        Workload("qkv_proj", 64, (96, 32), 8, "float32"),
+        Workload("down_proj", 192, (64,), 8, "float32"),  # wider than what is in front of it
+    ]
     batches = [named("uniform", 8), named("identical", 3)]
-    rows = list(bench(workload, batches))
-    layers = bench_behind_matmul.LAYERS
+    rows = list(bench(workloads, batches))
+    linears = 2 * bench_behind_matmul.LAYERS
     assert [row.scenario for row in rows] == [batch.key for batch in batches]
-    assert FakeGraph.captured == 3 * len(batches)
-    assert len(made) == 3 * layers * len(batches)
+    assert FakeGraph.captured == 4 * len(batches)
+    assert len(made) == 2 * 4 * linears * len(batches)  # once to load, once captured
+    assert len(lora) == 2 * 3 * linears * len(batches)
     for place in range(len(batches)):
-        first = place * (1 + 2 * layers) + 1  # the call that only loads comes first
-        behind, beside = lora[first : first + layers], lora[first + layers : first + 2 * layers]
-        assert len(beside) == layers
-        for one, two in zip(behind, beside, strict=True):
-            assert torch.equal(one, two)
+        # What is captured follows what only loads, way by way.
+        first = (2 * place + 1) * 3 * linears
+        ways = [lora[first + n * linears : first + (n + 1) * linears] for n in range(3)]
+        for behind, beside, known in zip(*ways, strict=True):
+            assert behind.isfinite().all()
+            assert torch.equal(behind, beside)
+            assert torch.equal(behind, known)
