@@ -28,8 +28,6 @@ GRAPH_S = 1e-3
 CACHE_FACTOR = 2
 """Bytes of weights over which calls rotate, in units of the L2 cache."""
 REPLAYS = 3
-LEAST_S = 1e-8
-"""What a call adds at least: the difference of two noisy times may be below zero."""
 LAYERS = 8
 """Layers whose weights are kept."""
 
@@ -72,17 +70,21 @@ class Matmuls:
         """Matmul number `call`, on torch's current stream; it overwrites y."""
         torch.mm(self.x, self.weights[call % len(self.weights)].t(), out=self.y)
 
-    def added_s(self, graph: cuda.Graph, replay: Callable[[cuda.Graph], float]) -> float:
+    def added_s(
+        self, graph: cuda.Graph, replay: Callable[[cuda.Graph], float], least_s: float
+    ) -> float:
         """What a graph takes beyond its matmuls, which are replayed right behind it: within a
         second a matmul of 85 us came to take 2 us more or less.
 
         Args:
             graph: `calls` times `feed`, `launch` with what is timed, `read`.
             replay: seconds of a replay.
+            least_s: what a call adds at least, in seconds: a launch. The difference of two noisy
+                times may be less, and would then be the best of all.
         """
         assert self.graph is not None
         together_s = replay(graph)
-        return max(together_s - replay(self.graph), self.calls * LEAST_S)
+        return max(together_s - replay(self.graph), self.calls * least_s)
 
 
 class BaseLayers:

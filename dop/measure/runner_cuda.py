@@ -239,7 +239,7 @@ class CudaRunner:
             self._launch_beside(partial(matmuls.launch, call), kernels)
             matmuls.read()
 
-        added_s = partial(matmuls.added_s, replay=self._replay)
+        added_s = partial(matmuls.added_s, replay=self._replay, least_s=self.launch_s)
         return self._time_graph(loaded, batch, matmuls.calls, launch, added_s, best_s)
 
     def _time_graph(

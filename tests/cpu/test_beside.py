@@ -22,7 +22,7 @@ from dop.export.load import load_cuda
 from dop.export.select import workload_name
 from dop.measure import base_layer, runner_cuda
 from dop.measure.artifact import Launch, is_pair
-from dop.measure.base_layer import LEAST_S, BaseLayers, Matmuls
+from dop.measure.base_layer import BaseLayers, Matmuls
 from dop.measure.inputs import windows
 from dop.measure.runner_cuda import CudaRunner
 from dop.measure.timer import TimerSettings
@@ -185,8 +185,8 @@ def test_a_call_costs_what_it_adds_to_the_matmuls():
         replayed.append(graph)
         return times[graph]
 
-    assert matmuls.added_s("together", replay) == pytest.approx(20e-6)
-    assert matmuls.added_s("by chance", replay) == pytest.approx(10 * LEAST_S)
+    assert matmuls.added_s("together", replay, 1e-7) == pytest.approx(20e-6)
+    assert matmuls.added_s("by chance", replay, 1e-7) == pytest.approx(10 * 1e-7)
     assert replayed == ["together", "alone", "by chance", "alone"]
 
 
@@ -259,7 +259,7 @@ def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypat
     monkeypatch.setattr(FakeGraph, "made", [])
     monkeypatch.setattr(runner_cuda.cuda, "Graph", FakeGraph)
     runner = CudaRunner.__new__(CudaRunner)
-    runner.stream, alone = 5, FakeGraph()
+    runner.stream, runner.launch_s, alone = 5, 1e-6, FakeGraph()
     matmuls = Matmuls(torch.ones(1), torch.ones(1), [], 3, alone)
     monkeypatch.setattr(matmuls, "launch", lambda call: note(f"matmul {call}"), raising=False)
     monkeypatch.setattr(matmuls, "feed", lambda: note("write x"), raising=False)
