@@ -31,8 +31,7 @@ from dop.errors import DopError, MissingDependencyError
 from dop.integrations.step_plan import StepPlans
 from dop.measure.hostinfo import find_target
 from dop.ops.beside import Beside
-from dop.ops.plan import PART_ROWS
-from dop.scenario import Scenario
+from dop.scenario import PART_ROWS, Scenario
 from dop.workload import Workload
 
 LAYERS = 3

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from dop.database.wire import Entry
 from dop.dispatch.table import UNKNOWN_ROWS
 from dop.errors import ConfigError
-from dop.scenario import Scenario
+from dop.scenario import ONE_KERNEL_TOKENS, PART_ROWS, Scenario
 from dop.workload import BESIDE
 
 EMPTY_BLOCK_S = 0.66e-9
 """What a block costs that finds nothing to do. Beside a base layer's matmul two kernels share a
 batch's rows (dop/ops/beside.py), of which one may get none: 14,336 such blocks took 9.5 us on an
-H100."""
+H100. It counts for kernels of adapters with few rows: their blocks go by rows. The others' go by
+tiles, are few, and end beside an expand that takes long."""
 
 
 @dataclass(slots=True)
@@ -76,7 +77,8 @@ def cells_of(tasks: list[list[Entry]]) -> list[Cell]:
         rows = rows_per_segment(scenario)
         cell = cells.setdefault((scenario.tokens, rows), Cell(scenario.tokens, rows))
         cell.times[scenario.key] = {e.trace_key: e.median_s for e in found}
-        if found[0].workload_key.endswith(BESIDE):
+        shared = scenario.tokens > ONE_KERNEL_TOKENS and rows < PART_ROWS
+        if shared and found[0].workload_key.endswith(BESIDE):
             for entry in found:
                 cell.empty_s[entry.trace_key] = entry.resource("blocks") * EMPTY_BLOCK_S
     for cell in cells.values():

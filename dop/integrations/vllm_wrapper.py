@@ -44,7 +44,7 @@ from dop.integrations import vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG
 from dop.ops.beside import Beside, Pending
-from dop.ops.plan import PART_ROWS
+from dop.scenario import PART_ROWS
 
 _LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()

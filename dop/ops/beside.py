@@ -35,10 +35,7 @@ from dop.ops.launch import Block
 from dop.ops.plan import SegmentPlan, pause
 from dop.ops.shapes import Shape
 from dop.ops.stacks import Stacks
-
-ONE_KERNEL_TOKENS = 32
-"""Most rows of a batch that one kernel serves, whatever its adapters: there the best one for any
-mix takes 1 to 2 us a layer longer than the best for each, as long as two empty kernels."""
+from dop.scenario import ONE_KERNEL_TOKENS
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dop.ops import checks, cpu, cpu_pack, halves, launch, settled, sources
 from dop.ops.derived import derived_words
 from dop.ops.launch import LOCAL, Block
 from dop.ops.plan import (
-    PART_ROWS,
     UNNUMBERED,
     SegmentPlan,
     batch_number,
@@ -29,6 +28,7 @@ from dop.ops.plan import (
 from dop.ops.shapes import ALIGN_BYTES, Shape
 from dop.ops.stacks import Stacks, stacks_of
 from dop.ops.switches import CHECKED
+from dop.scenario import PART_ROWS
 from dop.workload import BESIDE
 
 Stack = Tensor | Sequence[Tensor]

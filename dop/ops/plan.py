@@ -92,11 +92,6 @@ def buffer_size(tokens: Any, slots: int) -> Any:
     return (len(ROW_TABLES) + 1 + SCRATCH_TABLES) * padded(tokens) + tiles
 
 
-PART_ROWS = 4
-"""Rows of a batch that share an adapter from which on they belong to the second of a plan's
-`parts`. A kernel that is good for many adapters of a row each takes up to twice as long as the best
-for few adapters of many rows, and the other way round (rank 16, 64 rows)."""
-
 UNNUMBERED = -1
 _BATCHES: dict[Any, int] = {}
 

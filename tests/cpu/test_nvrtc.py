@@ -120,7 +120,7 @@ def search(monkeypatch):
     monkeypatch.setattr(sources, "gpu", lambda device: ("GPU", "sm_86"))
     monkeypatch.setattr(nvrtc, "_BUILT", {})
     shape = SimpleNamespace(device=0, key="sgmv/float16/r16/64->64")
-    return SimpleNamespace(shape=shape, tokens=4, adapters=None, slots=8, misses=[])
+    return sources.Search(shape, 4, 8, None)
 
 
 def test_a_packs_source_is_built_once_per_process(search, monkeypatch):

@@ -19,8 +19,9 @@ from dop.measure import side_stream
 from dop.measure.cuda_driver import CudaError
 from dop.ops import beside, eager, native, sources
 from dop.ops.beside import Beside
-from dop.ops.plan import PART_ROWS, fill_by_torch
+from dop.ops.plan import fill_by_torch
 from dop.ops.sources import Choice
+from dop.scenario import PART_ROWS
 
 SLOTS, RANK, WIDTH, OUTS = 4, 8, 16, (8, 4)
 IDS = [1, -1, 3, 0, 0, 2]

@@ -335,3 +335,22 @@ def test_beside_a_matmul_a_kernel_of_many_blocks_costs_more_than_its_time(tmp_pa
     assert fit.regret == pytest.approx(29.4 / 28.6 - 1 if beside else 0.0)
     every = table_of(tmp_path / "c", records, max_regret=0.0).table.workloads[workload.key]
     assert name_of(every.choose(64, 64)) == "c"
+
+
+@pytest.mark.parametrize("scenario", ["T32/distinct/32", "T64/uniform/8", "T64/identical/1"])
+def test_blocks_count_only_where_a_kernel_has_rows_of_their_own_and_may_have_none(
+    tmp_path, scenario
+):
+    workload = replace(WORKLOAD, beside=True)
+    records = [
+        replace(
+            r,
+            measurement=replace(
+                r.measurement, resources={"blocks": 14_336.0 if r.trace == TRACES["a"] else 8.0}
+            ),
+        )
+        for r in records_of(workload, TRACES, {scenario: {"a": 28.6, "b": 29.4}})
+    ]
+    found = table_of(tmp_path, records, max_regret=0.0).table.workloads[workload.key]
+    (fit,) = found.fits
+    assert name_of(fit.trace_key) == "a"

@@ -212,8 +212,20 @@ def test_runs_over_the_same_answers_are_the_same(tmp_path):
 
 def test_families_share_the_budget_and_hints(tmp_path):
     wider = Family(synthetic.WIDER, SM_90, SCENARIOS)
-    measurer = FakeMeasurer(SPACE)
-    result = run(tmp_path / "log.jsonl", 80, measurer, families=[FAMILY, wider])
+    now = [0.0]
+
+    class Steady(FakeMeasurer):
+        """Every answer costs the same, whatever else this machine does."""
+
+        def measure(self, jobs):
+            for answer in super().measure(jobs):
+                now[0] += 0.01
+                yield answer
+
+    measurer = Steady(SPACE)
+    result = run(
+        tmp_path / "log.jsonl", 80, measurer, families=[FAMILY, wider], clock=lambda: now[0]
+    )
     trials = [family.trials for family in result.progress.families]
     assert sum(trials) == 80
     assert min(trials) >= 16

@@ -10,7 +10,7 @@ from dop import ops  # noqa: E402
 from dop.integrations.step_plan import StepPlans  # noqa: E402
 from dop.ops import eager  # noqa: E402
 from dop.ops.beside import Beside  # noqa: E402
-from dop.ops.plan import PART_ROWS  # noqa: E402
+from dop.scenario import PART_ROWS  # noqa: E402
 
 BLOCK_FOR = eager.block_for
 
