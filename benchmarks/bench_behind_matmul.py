@@ -5,7 +5,8 @@
 
 A graph holds a few of a model's layers: qkv, o, gate_up and down in turn, each with weights of its
 own, a matmul by cuBLAS with a small kernel in front that makes its x of the last one's y. (With one
-kind of layer over and over kernels' code stays in L2, and shrinks end that in a model do not.)
+kind of layer over and over kernels' code stays in L2, and shrinks end in time that in a model do
+not.)
 Graphs without LoRA, with `dop.ops.add_lora`, with `dop.ops.beside` and plans in parts, and with
 `dop.ops.beside` where the number of adapters is known take turns on a flushed L2 cache.
 """

@@ -55,8 +55,8 @@ class Cell:
         }
         best = {s: min(times.values()) for s, times in all_times.items()}
         self.best_s = math.fsum(best.values()) / len(best)
-        everywhere = set.intersection(*(set(times) for times in all_times.values()))
-        anywhere = {trace for times in all_times.values() for trace in times}
+        everywhere = set.intersection(*(set(times) for times in self.times.values()))
+        anywhere = {trace for times in self.times.values() for trace in times}
         for trace in sorted(everywhere or anywhere):
             ratios = [t[trace] / best[s] for s, t in all_times.items() if trace in t]
             self.costs[trace] = max(ratios)

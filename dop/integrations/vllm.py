@@ -21,9 +21,14 @@ MIN_CAPABILITY = 80
 """Oldest GPU, as major * 10 + minor, that dop has kernels for."""
 
 
+def allowed(variable: str) -> bool:
+    """Whether an environment variable does not say no: it is not 0 (or no, off, false)."""
+    return os.environ.get(variable, "1").strip().lower() not in ("0", "no", "off", "false")
+
+
 def enabled() -> bool:
-    """Whether the plugin may do anything: DOP_VLLM is not 0 (or no, off, false)."""
-    return os.environ.get("DOP_VLLM", "1").strip().lower() not in ("0", "no", "off", "false")
+    """Whether the plugin may do anything (DOP_VLLM)."""
+    return allowed("DOP_VLLM")
 
 
 def register() -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +41,7 @@ from dop import ops
 from dop.errors import DopError
 from dop.integrations import vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
-from dop.integrations.vllm import LOG
+from dop.integrations.vllm import LOG, allowed
 from dop.ops.beside import Beside, Pending
 from dop.scenario import PART_ROWS
 
@@ -108,6 +107,9 @@ class Linears:
                 "Set DOP_VLLM_BESIDE=0, and report this with the version of vLLM.",
             )
         return layer
+
+
+_LINEARS = Linears()
 
 
 class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
@@ -352,9 +354,8 @@ def pays_beside(tokens: int, tuned: bool) -> bool:
 
 
 def beside_wanted() -> bool:
-    """Whether there is a second stream: DOP_VLLM_BESIDE is not 0 (or no, off, false)."""
-    given = os.environ.get("DOP_VLLM_BESIDE", "1").strip().lower()
-    return given not in ("0", "no", "off", "false")
+    """Whether there is a second stream (DOP_VLLM_BESIDE)."""
+    return allowed("DOP_VLLM_BESIDE")
 
 
 def _second_stream(device: Any) -> torch.cuda.Stream | None:
@@ -368,9 +369,6 @@ def _address_of(layer: Any) -> int | None:
     """Where a layer's first stack of B is; None before it has any."""
     stacks = getattr(layer, "lora_b_stacked", ())
     return int(stacks[0].data_ptr()) if stacks else None
-
-
-_LINEARS = Linears()
 
 
 def captured_tokens() -> int:

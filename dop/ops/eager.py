@@ -235,47 +235,42 @@ def block_for(shape: Shape, plan: SegmentPlan, beside: bool = False) -> Block:
     Blocks are kept, but for those made while a graph is captured: their workspace belongs to the
     graph's memory.
     """
-    if plan.batch == UNNUMBERED:
-        plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
-    stream = stream_of(shape.device)
-    key: tuple[object, ...] = (shape.number, plan.batch, stream)
-    if beside:
-        key += (BESIDE,)
-    captured = is_captured(stream)
-    found = None if captured else LOCAL.blocks.get(key)
-    if found is None:
-        choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters, beside)
-        assert choice.kernel is not None
-        batch = (plan.tokens, plan.slots)
-        found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured)
-        if not captured:
-            launch.remember(key, found)
-    return found
+    return _block(shape, plan, plan.slots, plan.adapters, beside)
 
 
 def part_blocks(shape: Shape, plan: SegmentPlan) -> tuple[Block, Block]:
     """`block_for` in two pieces for each of the plan's parts: one for adapters of a row each, one
     for those of PART_ROWS rows and more."""
+    tokens, slots = plan.tokens, plan.slots
+    few = _block(shape, plan, slots, min(tokens, slots), beside=True, part=1)
+    return few, _block(shape, plan, max(1, tokens // PART_ROWS), None, beside=True, part=2)
+
+
+def _block(
+    shape: Shape,
+    plan: SegmentPlan,
+    slots: int,
+    adapters: int | None,
+    beside: bool,
+    part: int = 0,
+) -> Block:
+    """See `block_for`; the kernel is chosen for so many slots and adapters."""
     if plan.batch == UNNUMBERED:
         plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
     stream = stream_of(shape.device)
+    key: tuple[object, ...] = (shape.number, plan.batch, stream)
+    if beside:
+        key += (BESIDE, part)
     captured = is_captured(stream)
-    tokens, slots = plan.tokens, plan.slots
-    asked = (slots, min(tokens, slots)), (max(1, tokens // PART_ROWS), None)
-    found = []
-    for part, (most, adapters) in enumerate(asked, start=1):
-        key = (shape.number, plan.batch, stream, BESIDE, part)
-        block = None if captured else LOCAL.blocks.get(key)
-        if block is None:
-            choice = sources.choose(shape, tokens, most, adapters, True)
-            assert choice.kernel is not None
-            kernel, batch = choice.kernel, (tokens, slots)
-            block = launch.new_block(kernel, shape, batch, stream, capturing=captured, part=part)
-            if not captured:
-                launch.remember(key, block)
-        found.append(block)
-    few, many = found
-    return few, many
+    found = None if captured else LOCAL.blocks.get(key)
+    if found is None:
+        choice = sources.choose(shape, plan.tokens, slots, adapters, beside)
+        assert choice.kernel is not None
+        batch = (plan.tokens, plan.slots)
+        found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured, part=part)
+        if not captured:
+            launch.remember(key, found)
+    return found
 
 
 def shrink(x: Tensor, a: Stack, plan: SegmentPlan, ranks: Ranks) -> Tensor:

@@ -277,19 +277,17 @@ def fence(written: Tensor) -> None:
     before it waits for anything, see settled.py. Nothing on a CPU."""
     if not written.is_cuda:
         return
-    kernels = _plan_kernels()
-    if kernels is None:
-        torch.empty(1, device=written.device).fill_(1.0)  # a kernel of torch's; zeros are none
-        return
     index = written.device.index
-    kernels.fence(index, torch._C._cuda_getCurrentRawStream(index))
+    if not pause(index, torch._C._cuda_getCurrentRawStream(index)):
+        torch.empty(1, device=written.device).fill_(1.0)  # a kernel of torch's; zeros are none
 
 
-def pause(device: int, stream: int) -> None:
-    """Launches a kernel that does nothing; no kernel where the shipped binaries are missing."""
+def pause(device: int, stream: int) -> bool:
+    """Launches a kernel that does nothing; False where the shipped binaries are missing."""
     kernels = _plan_kernels()
     if kernels is not None:
         kernels.fence(device, stream)
+    return kernels is not None
 
 
 @cache

@@ -215,10 +215,6 @@ def test_warming_loads_what_the_call_in_two_pieces_needs_and_launches_nothing(mo
     assert case.done == [("pause", "main")]  # its code is loaded by a launch
 
 
-def fresh_rows(tokens):
-    return rows(tokens, WIDTH, sum(OUTS))
-
-
 class Parts:
     """A step of 40 rows in parts, and a kernel for each: `few` in the row form, `many` in tiles."""
 
@@ -248,14 +244,12 @@ class Parts:
         self.plans = StepPlans(128, SLOTS_OF_PARTS, RANK, "cpu", small=64, part_rows=PART_ROWS)
         self.plans.update(torch.tensor(ids, dtype=torch.int32))
         self.a, self.b = stacks(SLOTS_OF_PARTS, RANK, WIDTH, OUTS)
-        self.x, self.y = fresh_rows(len(ids))
+        self.x, self.y = rows(len(ids), WIDTH, sum(OUTS))
 
-    def call(self, both: Beside, plan=None) -> torch.Tensor:
-        y = self.y.clone()
-        self.pending = both.begin(
-            self.x, self.a, self.b, plan or self.plans.plan(len(self.ids)), scale=0.5
-        )
-        return both.finish(self.pending, y)
+    def call(self, both: Beside) -> torch.Tensor:
+        plan = self.plans.plan(len(self.ids))
+        self.pending = both.begin(self.x, self.a, self.b, plan, scale=0.5)
+        return both.finish(self.pending, self.y.clone())
 
     def want(self) -> torch.Tensor:
         return reference(self.y, self.x, self.a, self.b, self.ids, scale=0.5)
@@ -313,7 +307,7 @@ def test_a_later_batch_is_parted_anew_in_the_same_tables(monkeypatch):
     parts.ids = ids.tolist()
     parts.plans.plan(40)
     before = parts.y.clone()
-    both.finish(replace(parts.pending, scale=0.5), parts.y)
+    both.finish(parts.pending, parts.y)
     assert [half.words for half in parts.pending.halves] == words
     want = reference(before, parts.x, parts.a, parts.b, parts.ids, scale=1.0)
     # Scales of the call are tables of their own, made when it began; so only the rows are told.
