@@ -7,8 +7,8 @@ A graph holds a few of a model's layers: qkv, o, gate_up and down in turn, each 
 own, a matmul by cuBLAS with a small kernel in front that makes its x of the last one's y. (With one
 kind of layer over and over kernels' code stays in L2, and shrinks end in time that in a model do
 not.)
-Graphs without LoRA, with `dop.ops.add_lora`, with `dop.ops.beside` and plans in parts, and with
-`dop.ops.beside` where the number of adapters is known take turns on a flushed L2 cache.
+Graphs without LoRA, with `dop.ops.add_lora` for any adapters, and with `dop.ops.beside` for any
+adapters, for few or many, and for their number take turns on a flushed L2 cache.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from dop import collect_env, ops
 from dop.cli.request import Request
 from dop.errors import DopError, MissingDependencyError
 from dop.integrations.step_plan import StepPlans
+from dop.integrations.vllm_graphs import few_adapters
 from dop.measure.hostinfo import find_target
 from dop.ops.beside import Beside
-from dop.scenario import PART_ROWS, Scenario
+from dop.scenario import Scenario
 from dop.workload import Workload
 
 LAYERS = 3
@@ -43,9 +45,9 @@ REPLAYS = 15
 FLUSH_BYTES = 200 << 20
 TOKENS = "1,8,16,32,64,128"
 MIXES = "distinct,uniform,identical"
-WAYS = ("matmul", "behind", "beside", "known")
-"""Nothing but matmuls; `add_lora`; `Beside` for any adapters, as vLLM's plugin makes its graphs;
-`Beside` with the number of adapters, as with specialize_active_lora."""
+WAYS = ("matmul", "behind", "beside", "split", "known")
+"""Nothing but matmuls; `add_lora`; `Beside` for any adapters; for few or many, as in the graphs of
+vLLM's plugin; for the number of adapters, as with specialize_active_lora."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Row:
     Attributes:
         rank, scenario: which.
         matmul_us: the base layer alone.
-        behind_us, beside_us, known_us: what LoRA adds to it, see WAYS.
-        spread: of the replays, the largest of the four, as a share of the matmuls.
+        behind_us, beside_us, split_us, known_us: what LoRA adds to it, see WAYS.
+        spread: of the replays, the largest of all, as a share of the matmuls.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class Row:
     matmul_us: float
     behind_us: float
     beside_us: float
+    split_us: float
     known_us: float
     spread: float
 
@@ -124,21 +127,27 @@ def bench(workloads: Sequence[Workload], scenarios: Sequence[Scenario]) -> Itera
             y = {w.total_out: _normal(kind, tokens, w.total_out) for w in workloads}
             slots = torch.tensor(scenario.token_to_adapter(0), dtype=torch.int32)
             plans = {
-                known: StepPlans(
-                    tokens, SLOTS, rank, DEVICE, tokens, hint_small=known, part_rows=PART_ROWS
+                way: StepPlans(
+                    tokens,
+                    SLOTS,
+                    rank,
+                    DEVICE,
+                    tokens,
+                    hint_small=way == "known",
+                    few=partial(few_adapters, slots=SLOTS) if way == "split" else None,
                 )
-                for known in (False, True)
+                for way in WAYS
             }
             for each in plans.values():
                 each.update(slots)
 
             def layers(way: str, source=source, x=x, y=y, plans=plans, tokens=tokens):
-                plan, last = plans[way == "known"].plan(tokens), None
+                plan, last = plans[way].plan(tokens), None
                 for each in linears:
                     mine, out = x[each.weight.shape[1]], y[each.weight.shape[0]]
                     _feed(mine, last, source[each.weight.shape[1]])
                     pending = None
-                    if way in ("beside", "known"):
+                    if way in ("beside", "split", "known"):
                         pending = beside.begin(mine, each.a, each.b, plan)
                     torch.mm(mine, each.weight.t(), out=out)
                     if pending is not None:
@@ -174,12 +183,12 @@ def _timed(
 
 def text_of(rows: Sequence[Row]) -> str:
     """A table."""
-    head = "rank  batch              matmuls us  + behind  + beside   + known  spread"
+    head = "rank  batch              matmuls us  + behind  + beside   + split   + known  spread"
     return "\n".join([head, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
-    added = f"{row.behind_us:9.2f} {row.beside_us:9.2f} {row.known_us:9.2f}"
+    added = f"{row.behind_us:9.2f} {row.beside_us:9.2f} {row.split_us:9.2f} {row.known_us:9.2f}"
     return f"{row.rank:4}  {row.scenario:18} {row.matmul_us:10.1f} {added} {row.spread:7.1%}"
 
 

@@ -14,16 +14,6 @@ MIXES = ("distinct", "uniform", "skewed", "identical")
 
 NO_ADAPTER = -1
 
-ONE_KERNEL_TOKENS = 32
-"""Most rows of a batch in a CUDA graph that one kernel serves, whatever its adapters, beside a base
-layer's matmul: there the best one for any mix takes 1 to 2 us a layer longer than the best for
-each. Larger ones have two (dop/ops/beside.py)."""
-
-PART_ROWS = 4
-"""Rows of a batch that share an adapter from which on the second of those two serves them. A kernel
-that is good for many adapters of a row each takes up to twice as long as the best for few adapters
-of many rows, and the other way round (rank 16, 64 rows)."""
-
 
 @dataclass(frozen=True)
 class Scenario:

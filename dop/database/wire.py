@@ -106,14 +106,6 @@ class Entry:
             cost_s=self.cost_s,
         )
 
-    def resource(self, name: str) -> float:
-        """One of the record's resources, e.g. "blocks"; 0 if it names none."""
-        try:
-            resources = orjson.loads(self.raw)["dop"]["resources"]
-            return float(resources.get(name) or 0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return 0.0
-
     def trace(self) -> Trace:
         """The steps alone; traces that share steps share their objects.
 

@@ -13,14 +13,7 @@ from dataclasses import dataclass, field
 from dop.database.wire import Entry
 from dop.dispatch.table import UNKNOWN_ROWS
 from dop.errors import ConfigError
-from dop.scenario import ONE_KERNEL_TOKENS, PART_ROWS, Scenario
-from dop.workload import BESIDE
-
-EMPTY_BLOCK_S = 0.66e-9
-"""What a block costs that finds nothing to do. Beside a base layer's matmul two kernels share a
-batch's rows (dop/ops/beside.py), of which one may get none: 14,336 such blocks took 9.5 us on an
-H100. It counts for kernels of adapters with few rows: their blocks go by rows. The others' go by
-tiles, are few, and end beside an expand that takes long."""
+from dop.scenario import Scenario
 
 
 @dataclass(slots=True)
@@ -33,8 +26,6 @@ class Cell:
             times of its cells together.
         slack: what a kernel may lose against the smallest cost, if no cost is near 1.
         best_s: mean of the scenarios' best times, in seconds.
-        empty_s: seconds by trace key that a kernel costs where it finds no rows; it is chosen by
-            its times with this on top.
     """
 
     tokens: int
@@ -43,22 +34,17 @@ class Cell:
     costs: dict[str, float] = field(default_factory=dict)
     slack: float = 0.0
     best_s: float = 0.0
-    empty_s: dict[str, float] = field(default_factory=dict)
 
     def judge(self) -> None:
         """Find the best times and the costs: the worst ratio over the scenarios, for traces
         measured under all of them; if there is no such trace, over the scenarios that a trace was
         measured under."""
-        all_times = {
-            s: {trace: t + self.empty_s.get(trace, 0.0) for trace, t in times.items()}
-            for s, times in self.times.items()
-        }
-        best = {s: min(times.values()) for s, times in all_times.items()}
+        best = {s: min(times.values()) for s, times in self.times.items()}
         self.best_s = math.fsum(best.values()) / len(best)
         everywhere = set.intersection(*(set(times) for times in self.times.values()))
         anywhere = {trace for times in self.times.values() for trace in times}
         for trace in sorted(everywhere or anywhere):
-            ratios = [t[trace] / best[s] for s, t in all_times.items() if trace in t]
+            ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
             self.costs[trace] = max(ratios)
 
     def limit(self, max_regret: float) -> float:
@@ -77,10 +63,6 @@ def cells_of(tasks: list[list[Entry]]) -> list[Cell]:
         rows = rows_per_segment(scenario)
         cell = cells.setdefault((scenario.tokens, rows), Cell(scenario.tokens, rows))
         cell.times[scenario.key] = {e.trace_key: e.median_s for e in found}
-        shared = scenario.tokens > ONE_KERNEL_TOKENS and rows < PART_ROWS
-        if shared and found[0].workload_key.endswith(BESIDE):
-            for entry in found:
-                cell.empty_s[entry.trace_key] = entry.resource("blocks") * EMPTY_BLOCK_S
     for cell in cells.values():
         cell.judge()
     return [cells[key] for key in sorted(cells)]

@@ -13,9 +13,9 @@ back from the device.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,15 +31,13 @@ SMALL_TOKENS = 512
 
 @dataclass(slots=True)
 class _Level:
-    """A plan of one capacity and its state; `parts` once somebody has asked for them."""
+    """A plan of one capacity and its state."""
 
     capacity: int
     slots: torch.Tensor
     plan: Any = None
     fresh: bool = False
     captured: bool = False
-    part_slots: torch.Tensor | None = None
-    parts: Any = None
 
 
 class StepPlans:
@@ -53,9 +51,9 @@ class StepPlans:
         small: capacity of the small plan.
         hint_small: say the number of adapters also for launches that fit the small plan. Where
             one CUDA graph per size serves every mix, the mix it is captured with says nothing.
-        part_rows: plans of the small one's launches have parts, the second of adapters with so many
-            rows and more (`SegmentPlan.parts`), unless adapters are hinted; 0: no parts. They are
-            filled in every step from the first on in which somebody asked for them.
+        few: most adapters of a step that the graph for steps of few adapters serves, by the
+            graph's tokens; 0 where one graph serves all steps. Which of a size's two graphs is
+            captured, the step's adapters tell.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class StepPlans:
         device: torch.device | str,
         small: int = SMALL_TOKENS,
         hint_small: bool = False,
-        part_rows: int = 0,
+        few: Callable[[int], int] | None = None,
     ) -> None:
         self.slots = slots
         self.rank = rank
@@ -74,6 +72,7 @@ class StepPlans:
         self.tokens = 0
         self.adapters = 0
         self._unhinted = 0 if hint_small else small
+        self._few = few
         self.rank_list = [rank] * slots
         self._ranks_changed = False
         self._views: dict[int, SegmentPlan] = {}
@@ -83,9 +82,6 @@ class StepPlans:
         self._host = torch.full((capacity,), NO_ADAPTER, dtype=torch.int32)
         sizes = [small, capacity] if 0 < small < capacity else [capacity]
         self._levels = [_Level(size, self._empty_map(size)) for size in sizes]
-        self._part_rows = part_rows
-        if part_rows and self._unhinted:
-            self._levels[0].part_slots = self._empty_map(sizes[0]).repeat(2, 1)
 
     def _empty_map(self, size: int) -> torch.Tensor:
         return torch.full((size,), NO_ADAPTER, dtype=torch.int32, device=self.device)
@@ -152,18 +148,7 @@ class StepPlans:
         if not level.fresh:
             self._refill(level)
         level.captured = level.captured or capturing(self.device)
-        view = narrow(level.plan, tokens, self._hint(tokens))
-        # What a capture would record fills them from memory that is gone.
-        there = level.parts is not None or not capturing(self.device)
-        if level.part_slots is not None and view.adapters is None and there:
-            view.parts = partial(self._parts_of, level, tokens)
-        return view
-
-    def _parts_of(self, level: _Level, tokens: int) -> tuple[SegmentPlan, SegmentPlan]:
-        if level.parts is None:
-            self._fill_parts(level)
-        few, many = level.parts
-        return narrow(few, tokens), narrow(many, tokens)
+        return narrow(level.plan, tokens, self._hint(tokens))
 
     def _grow(self, tokens: int) -> None:
         """Add a level if no other holds so many tokens; what graphs have captured stays."""
@@ -176,11 +161,18 @@ class StepPlans:
 
     def _hint(self, tokens: int) -> int | None:
         """Number of adapters for choosing a kernel, rounded so that few choices are made."""
-        if tokens <= self._unhinted or self.adapters == 0:
+        if self.adapters == 0:
             return None
-        return min(tokens, 1 << (self.adapters - 1).bit_length())
+        if tokens > self._unhinted:
+            return min(tokens, 1 << (self.adapters - 1).bit_length())
+        few = self._few(tokens) if self._few is not None else 0
+        if not few:
+            return None
+        return few if self.adapters <= few else min(tokens, self.slots)
 
     def _refill(self, level: _Level) -> None:
+        from dop.ops import segment_plan
+
         if capturing(self.device):
             # A copy from the host would be repeated by every replay, from memory that is gone.
             filled = next(each for each in self._levels if each.fresh)
@@ -189,46 +181,19 @@ class StepPlans:
             level.slots[:shared].copy_(filled.slots[:shared])
         else:
             self._copy(level.slots, self._host[: level.capacity])
-        level.plan = self._filled(level.slots, level.plan)
-        if level.parts is not None and not capturing(self.device):
-            self._fill_parts(level)
+        level.plan = segment_plan(
+            level.slots,
+            slots=self.slots,
+            ranks=self._ranks,
+            scale=self._scale,
+            out=level.plan,
+        )
         level.fresh = True
-
-    def _fill_parts(self, level: _Level) -> None:
-        assert level.part_slots is not None
-        self._copy(level.part_slots, parted(self._host[: level.capacity], self._part_rows))
-        before = level.parts or (None, None)
-        level.parts = tuple(map(self._filled, level.part_slots, before))
-
-    def _filled(self, slots: torch.Tensor, out: SegmentPlan | None) -> SegmentPlan:
-        from dop.ops import segment_plan
-
-        return segment_plan(slots, slots=self.slots, ranks=self._ranks, scale=self._scale, out=out)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Host to device without waiting; pinned memory is fresh each time, as torch keeps it
         until the copy has run."""
         target.copy_(source.pin_memory() if self._pinned else source, non_blocking=True)
-
-
-def parted(slots: torch.Tensor, rows: int) -> torch.Tensor:
-    """[2, tokens]: the slots of adapters with less than so many rows, and those of the others; -1
-    where a token belongs to the other part.
-
-    Numpy: on a host whose cores are busy torch's operators may wait for threads.
-    """
-    import numpy as np
-
-    each = slots.numpy()
-    counts = np.bincount(each + 1)[each + 1]
-    return torch.from_numpy(
-        np.stack(
-            [
-                np.where(counts < rows, each, NO_ADAPTER),
-                np.where(counts >= rows, each, NO_ADAPTER),
-            ]
-        )
-    )
 
 
 def narrow(plan: SegmentPlan, tokens: int, adapters: int | None = None) -> SegmentPlan:

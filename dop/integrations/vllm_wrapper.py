@@ -14,6 +14,8 @@ vLLM asks for the wrapper class:
   them the wrapper, as code that was compiled before is not traced. With
   VLLM_LORA_ENABLE_DUAL_STREAM vLLM runs all of LoRA on a second stream into zeros that it then
   adds; here that changes nothing.
+- Unless DOP_VLLM_SPLIT=0, sizes of CUDA graphs above 32 rows are captured twice, for steps of few
+  adapters and of many (vllm_graphs.py).
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
   hashes of configurations, and one that was compiled without Dop would never call it.
 """
@@ -24,6 +26,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +42,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from dop import ops
 from dop.errors import DopError
-from dop.integrations import vllm_metadata
+from dop.integrations import vllm_graphs, vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG, allowed
 from dop.ops.beside import Beside, Pending
-from dop.scenario import PART_ROWS
 
 _LIBRARY = Library("dop_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WRAPPERS: weakref.WeakValueDictionary[int, DopPunicaWrapper] = weakref.WeakValueDictionary()
@@ -59,13 +61,6 @@ UNTUNED_TOKENS = 32
 EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
 """Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
 what its own `update_metadata` sorts)."""
-
-SPECIALIZE = (
-    "dop: CUDA graphs serve any number of adapters with one kernel a layer. "
-    "--specialize-active-lora captures them by number, each with the kernel that is best for it."
-)
-"""Said when an engine loads; what it costs (graphs, time to start) is the user's to decide."""
-
 
 class Linears:
     """This process's LoRA layers on dop, found by where their first stack of B is: compiled code
@@ -127,7 +122,7 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
             device,
             small=captured,
             hint_small=not captured or self.lora_config.specialize_active_lora,
-            part_rows=PART_ROWS if beside_wanted() else 0,
+            few=partial(vllm_graphs.captured_few, slots=self.max_loras),
         )
         metas = (self.token_mapping_meta, self.prompt_mapping_meta)
         self._known_meta = vllm_metadata.is_known_base(self) and all(
@@ -151,8 +146,6 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._beside = Beside(_second_stream(device)) if beside_wanted() else None
         # Layers, by address of their first stack, and batch sizes whose kernels are loaded.
         self._warm: set[tuple[int, int]] = set()
-        if captured and self.max_loras > 1 and not self.lora_config.specialize_active_lora:
-            LOG.info(SPECIALIZE)
 
     def update_metadata(
         self,
@@ -439,7 +432,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def install() -> None:
-    """Patch linears, `set_mapping`, adapter activation and the hash (module docstring); once."""
+    """Patch linears, `set_mapping`, adapter activation, graphs and the hash (module docstring)."""
     if hasattr(LoRAModelManager.activate_adapter, "stock"):
         return
     direct_register_custom_op(
@@ -463,6 +456,8 @@ def install() -> None:
     for name in ("_apply_sync", "_apply_async_impl"):
         if hasattr(linear, name):
             setattr(linear, name, _apply_beside(getattr(linear, name)))
+    if allowed("DOP_VLLM_SPLIT"):
+        vllm_graphs.install()
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)

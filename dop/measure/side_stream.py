@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -37,7 +36,6 @@ class SideStream:
     ) -> None:
         self._stream, self._pause = stream, pause
         self._marked, self._done = _new_event(), _new_event()
-        self._ready, self._end = _new_event(), _new_event()
 
     @property
     def number(self) -> int:
@@ -59,21 +57,3 @@ class SideStream:
         finally:
             self._done.record(self._stream)
             _current_stream().wait_event(self._done)
-
-    @contextmanager
-    def also(self, beside: Callable[[], object], behind: Callable[[], object]) -> Iterator[None]:
-        """Further work on `number`, beside what the current stream is given inside the block.
-
-        Args:
-            beside: launches what follows `run`'s work alone.
-            behind: launches what waits for that and for what is in the current stream by then.
-        """
-        try:
-            beside()
-            self._ready.record(_current_stream())
-            self._stream.wait_event(self._ready)
-            behind()
-            yield
-        finally:
-            self._end.record(self._stream)
-            _current_stream().wait_event(self._end)

@@ -11,10 +11,6 @@ it (dop/measure/side_stream.py says why).
 Both pieces are launched plainly: their neighbours are not those that tuning saw, and expand may not
 ask for y before the kernel that makes it has ended. Works while a CUDA graph is captured (a fork
 and a join in it). Where a call is one kernel, or on a CPU, `finish` does all of it.
-
-A graph serves batches that are not known when it is captured. If the plan has `parts` and the batch
-is not small, rows of adapters with few and with many of them get a kernel each, whose tables name
-only those; a kernel without rows ends at once, and the two expands run side by side.
 """
 
 from __future__ import annotations
@@ -35,24 +31,6 @@ from dop.ops.launch import Block
 from dop.ops.plan import SegmentPlan, pause
 from dop.ops.shapes import Shape
 from dop.ops.stacks import Stacks
-from dop.scenario import ONE_KERNEL_TOKENS
-
-
-@dataclass(frozen=True)
-class Half:
-    """The launches of a plan, or of one of its parts.
-
-    Attributes:
-        block, plan: keep workspace and tables.
-        shrink, expand: launch them; the second stream's, unless expand is the last of a call.
-        words: the tables.
-    """
-
-    block: Block
-    plan: SegmentPlan
-    shrink: Call
-    expand: Call
-    words: bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +38,7 @@ class Pending:
     """A call whose x is ready; it keeps what shrink reads and writes.
 
     Attributes:
-        halves: one, or those of the plan's parts; none: there are no two pieces.
+        pieces: launch shrink and expand; None: there are no two pieces.
     """
 
     x: Tensor
@@ -70,12 +48,14 @@ class Pending:
     scale: Scale
     ranks: Ranks
     stacks: Stacks
-    halves: tuple[Half, ...] = ()
+    block: Block | None = None
+    pieces: tuple[Call, Call] | None = None
+    words: bytes = b""
 
     @property
     def tuned(self) -> bool:
         """Whether its kernels were tuned for two pieces."""
-        return bool(self.halves) and all(half.block.kernel.beside for half in self.halves)
+        return self.block is not None and self.block.kernel.beside
 
 
 class Beside:
@@ -93,22 +73,16 @@ class Beside:
     def warm(self, x: Tensor, a: Stack, b: Stack, plan: SegmentPlan) -> None:
         """Loads what a call needs, so that nothing is loaded while a graph is captured; arguments
         and errors as `add_lora`."""
-        if self._blocks(eager.checked_stacks(x, a, b, plan).shape, plan) and self._side is not None:
+        if self._block(eager.checked_stacks(x, a, b, plan).shape, plan) is not None:
             pause(x.get_device(), eager.stream_of(x.get_device()))
 
-    def _blocks(self, shape: Shape, plan: SegmentPlan) -> list[tuple[Block, SegmentPlan]]:
-        """The launches of a call, and the plans that they read; none where nothing runs on a
-        second stream."""
+    def _block(self, shape: Shape, plan: SegmentPlan) -> Block | None:
+        """The launches of a call; None where nothing runs on a second stream."""
         if self._side is None or plan.tokens == 0 or not eager.on_gpu(shape.device):
-            return []
+            return None
         with eager.device_guard(shape.device):
-            if plan.parts is not None and plan.tokens > ONE_KERNEL_TOKENS:
-                few, many = eager.part_blocks(shape, plan)
-                tuned = few.kernel.beside and many.kernel.beside
-                if tuned and few.is_pair and many.is_pair and few.kernel is not many.kernel:
-                    return list(zip((few, many), plan.parts(), strict=True))
             block = eager.block_for(shape, plan, beside=True)
-            return [(block, plan)] if block.is_pair else []
+            return block if block.is_pair else None
 
     def begin(
         self,
@@ -130,25 +104,22 @@ class Beside:
         stacks = eager.checked_stacks(x, a, b, plan)
         shape = stacks.shape
         whole = Pending(x, a, b, plan, scale, ranks, stacks)
-        blocks = self._blocks(shape, plan)
-        if not blocks:
+        block = self._block(shape, plan)
+        if block is None:
             return whole
         facts = eager.call_facts(plan, shape.rank, scale, ranks)
         assert self._side is not None
-        side, halves = self._side.number, []
         with eager.device_guard(shape.device):
-            for block, part in blocks:
-                words = derived_words(part, block.tile_rows, *facts)
-                last = None if part is blocks[-1][1] else side
-                halves.append(Half(block, part, *block.pieces(side, last), words))
+            words = derived_words(plan, block.tile_rows, *facts)
             x = eager.dense(x)
             self._side.mark()
-        return replace(whole, x=x, halves=tuple(halves))
+        pieces = block.pieces(self._side.number)
+        return replace(whole, x=x, block=block, pieces=pieces, words=words)
 
     def finish(self, pending: Pending, y: Tensor) -> Tensor:
         """y += scale * (x A^T) B^T per row's adapter, in place, in the stream of `begin`; errors as
         `add_lora`."""
-        if not pending.halves:
+        if pending.pieces is None:
             return eager.add_lora(
                 y, pending.x, pending.a, pending.b, pending.plan, pending.scale, pending.ranks
             )
@@ -156,29 +127,15 @@ class Beside:
         shape = pending.stacks.shape
         checks.check_rows("y", y, pending.plan.tokens, shape.total_out, shape)
         checks.check_no_gradient("add_lora", y)
+        shrink, expand = pending.pieces
+        words = pending.stacks.words, pending.words
         assert self._side is not None
         with eager.device_guard(shape.device):
             target = eager.dense(y)
-
-            def run(call: Call, half: Half, x: int, y: int) -> None:
-                code = call.run(x, y, pending.stacks.words, half.words)
-                cuda_driver.check("cuLaunchKernelEx", code)
-
-            def shrink(half: Half) -> None:
-                run(half.shrink, half, pending.x.data_ptr(), 0)
-
-            def expand(half: Half) -> None:
-                run(half.expand, half, 0, target.data_ptr())
-
-            *first, last = pending.halves
-            # Without rows, few tiles pass sooner than all tokens one by one.
-            self._side.run(partial(shrink, last))
-            if first:
-                (few,) = first
-                with self._side.also(partial(shrink, few), partial(expand, few)):
-                    expand(last)
-            else:
-                expand(last)
+            code = self._side.run(partial(shrink.run, pending.x.data_ptr(), 0, *words))
+            cuda_driver.check("cuLaunchKernelEx", code)
+            code = expand.run(0, target.data_ptr(), *words)
+            cuda_driver.check("cuLaunchKernelEx", code)
             if target is not y:
                 y.copy_(target)
         return y

@@ -28,7 +28,6 @@ from dop.ops.plan import (
 from dop.ops.shapes import ALIGN_BYTES, Shape
 from dop.ops.stacks import Stacks, stacks_of
 from dop.ops.switches import CHECKED
-from dop.scenario import PART_ROWS
 from dop.workload import BESIDE
 
 Stack = Tensor | Sequence[Tensor]
@@ -235,39 +234,19 @@ def block_for(shape: Shape, plan: SegmentPlan, beside: bool = False) -> Block:
     Blocks are kept, but for those made while a graph is captured: their workspace belongs to the
     graph's memory.
     """
-    return _block(shape, plan, plan.slots, plan.adapters, beside)
-
-
-def part_blocks(shape: Shape, plan: SegmentPlan) -> tuple[Block, Block]:
-    """`block_for` in two pieces for each of the plan's parts: one for adapters of a row each, one
-    for those of PART_ROWS rows and more."""
-    tokens, slots = plan.tokens, plan.slots
-    few = _block(shape, plan, slots, min(tokens, slots), beside=True, part=1)
-    return few, _block(shape, plan, max(1, tokens // PART_ROWS), None, beside=True, part=2)
-
-
-def _block(
-    shape: Shape,
-    plan: SegmentPlan,
-    slots: int,
-    adapters: int | None,
-    beside: bool,
-    part: int = 0,
-) -> Block:
-    """See `block_for`; the kernel is chosen for so many slots and adapters."""
     if plan.batch == UNNUMBERED:
         plan.batch = batch_number(plan.tokens, plan.slots, plan.adapters)
     stream = stream_of(shape.device)
     key: tuple[object, ...] = (shape.number, plan.batch, stream)
     if beside:
-        key += (BESIDE, part)
+        key += (BESIDE,)
     captured = is_captured(stream)
     found = None if captured else LOCAL.blocks.get(key)
     if found is None:
-        choice = sources.choose(shape, plan.tokens, slots, adapters, beside)
+        choice = sources.choose(shape, plan.tokens, plan.slots, plan.adapters, beside)
         assert choice.kernel is not None
         batch = (plan.tokens, plan.slots)
-        found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured, part=part)
+        found = launch.new_block(choice.kernel, shape, batch, stream, capturing=captured)
         if not captured:
             launch.remember(key, found)
     return found

@@ -328,22 +328,15 @@ def functions_of(kernel: DeviceKernel, device: int) -> list[int]:
 
 
 def new_block(
-    kernel: DeviceKernel,
-    shape: Shape,
-    batch: tuple[int, int],
-    stream: int,
-    *,
-    capturing: bool,
-    part: int = 0,
+    kernel: DeviceKernel, shape: Shape, batch: tuple[int, int], stream: int, *, capturing: bool
 ) -> Block:
     """A block of this thread with a workspace: the thread's own for the stream, or while a graph
-    is captured one from torch's allocator, which then belongs to the graph. Blocks of different
-    `part` may be at work at the same time."""
+    is captured one from torch's allocator, which then belongs to the graph."""
     driver().ensure_context(shape.device)
     functions = functions_of(kernel, shape.device)
     size = workspace_bytes(kernel, *batch)
     where = torch.device("cuda", shape.device) if shape.device >= 0 else torch.device("cpu")
-    room = Room() if capturing else LOCAL.rooms.setdefault((shape.device, stream, part), Room())
+    room = Room() if capturing else LOCAL.rooms.setdefault((shape.device, stream), Room())
     return Block(kernel, functions, shape, batch, stream, room.at_least(size, where))
 
 

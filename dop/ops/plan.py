@@ -17,7 +17,7 @@ reads them, the tables of tiles are zero.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -121,10 +121,6 @@ class SegmentPlan:
         in_graph: it was last filled while a CUDA graph was captured, so its content may change
             without a call.
         settled: a plain launch stands behind those that wrote the tables, see settled.py.
-        parts: gives plans of the same batch that share its rows: those of adapters with less than
-            PART_ROWS of them, and the others. For CUDA graphs, whose kernels are chosen before the
-            adapters are known: each part gets a kernel of its own, see beside.py. None: whoever
-            made the plan has none to give.
     """
 
     def __init__(
@@ -152,7 +148,6 @@ class SegmentPlan:
         self.words: dict[int, bytes] = {}
         self.derived: dict[Any, Any] = {}
         self.segments: Any = None
-        self.parts: Callable[[], tuple[SegmentPlan, SegmentPlan]] | None = None
 
     def refilled(
         self, adapters: int | None, has_ranks: bool, *, is_plain: bool, in_graph: bool

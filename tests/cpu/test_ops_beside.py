@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar
 
 import fake_driver
 import pytest
@@ -14,14 +13,12 @@ from sgmv_reference import reference, rows, stacks
 from benchmarks.peers import dop_ops
 from dop import ops
 from dop.errors import DopError
-from dop.integrations.step_plan import StepPlans
 from dop.measure import side_stream
 from dop.measure.cuda_driver import CudaError
-from dop.ops import beside, eager, native, sources
+from dop.ops import beside, eager, sources
 from dop.ops.beside import Beside
 from dop.ops.plan import fill_by_torch
 from dop.ops.sources import Choice
-from dop.scenario import PART_ROWS
 
 SLOTS, RANK, WIDTH, OUTS = 4, 8, 16, (8, 4)
 IDS = [1, -1, 3, 0, 0, 2]
@@ -36,7 +33,7 @@ class Case:
         monkeypatch.setattr(eager, "fill", fill_by_torch)  # tables of tiles, too
         self.driver = fake_driver.install(monkeypatch, sizes, tile_rows, early)
         self.done: list[tuple[str, ...]] = []
-        count = iter(("fork", "join", "ready", "end"))
+        count = iter(("fork", "join"))
         monkeypatch.setattr(side_stream, "_new_event", lambda: Event(self, next(count)))
         monkeypatch.setattr(side_stream, "_current_stream", lambda: Stream(self, "main", 0))
         names = {(3, SIDE): "side", (-1, fake_driver.STREAM): "main"}
@@ -213,154 +210,3 @@ def test_warming_loads_what_the_call_in_two_pieces_needs_and_launches_nothing(mo
     Beside(None).warm(case.x, case.a, case.b, case.plan)
     assert asked == [True]
     assert case.done == [("pause", "main")]  # its code is loaded by a launch
-
-
-class Parts:
-    """A step of 40 rows in parts, and a kernel for each: `few` in the row form, `many` in tiles."""
-
-    IDS: ClassVar = [*range(3), 3, 3, -1, -1, *[4] * 4, *[5] * 29]
-
-    def __init__(self, monkeypatch, ids=IDS) -> None:
-        self.case = case = Case(monkeypatch)
-        self.asked: list[tuple] = []
-        self.kernels = {}
-        for number, (name, height) in enumerate((("few", 0), ("many", 16), ("any", 0))):
-            found = fake_driver.kernel(height, len(OUTS))
-            shrink, expand = found.launches
-            # Another size: code is loaded once for each binary and what is launched of it.
-            shrink = replace(shrink, dynamic_smem_bytes=(64 << 10) + number)
-            launches = (shrink, expand)
-            self.kernels[name] = replace(found, name=name, launches=launches, beside=True)
-
-        def choose(shape, tokens, slots, adapters, beside):
-            self.asked.append((tokens, slots, adapters, beside))
-            name = "few" if adapters else "any" if slots == SLOTS_OF_PARTS else "many"
-            return Choice("key", "fake", tokens, adapters, self.kernels[name], "")
-
-        monkeypatch.setattr(sources, "choose", choose)
-        sizes = (len(OUTS), RANK, WIDTH, OUTS, SLOTS_OF_PARTS)
-        case.driver.sizes = sizes
-        self.ids = ids
-        self.plans = StepPlans(128, SLOTS_OF_PARTS, RANK, "cpu", small=64, part_rows=PART_ROWS)
-        self.plans.update(torch.tensor(ids, dtype=torch.int32))
-        self.a, self.b = stacks(SLOTS_OF_PARTS, RANK, WIDTH, OUTS)
-        self.x, self.y = rows(len(ids), WIDTH, sum(OUTS))
-
-    def call(self, both: Beside) -> torch.Tensor:
-        plan = self.plans.plan(len(self.ids))
-        self.pending = both.begin(self.x, self.a, self.b, plan, scale=0.5)
-        return both.finish(self.pending, self.y.clone())
-
-    def want(self) -> torch.Tensor:
-        return reference(self.y, self.x, self.a, self.b, self.ids, scale=0.5)
-
-
-SLOTS_OF_PARTS = 48
-TWO = [
-    *BEGUN,
-    *FORKED,
-    *JOINED,
-    ("shrink", "side"),
-    ("record", "ready", "main"),
-    ("wait", "ready", "side"),
-    ("expand", "side"),
-    ("expand", "main"),
-    ("record", "end", "side"),
-    ("wait", "end", "main"),
-]
-
-
-@pytest.mark.parametrize("way", fake_driver.WAYS)
-def test_rows_of_few_and_of_many_get_a_kernel_each(monkeypatch, way):
-    fake_driver.choose_way(monkeypatch, way)
-    parts = Parts(monkeypatch)
-    both = Beside(parts.case.side)
-    for _ in range(2):
-        parts.case.done.clear()
-        torch.testing.assert_close(parts.call(both).double(), parts.want(), rtol=1e-5, atol=1e-5)
-        assert parts.case.done == TWO
-    assert parts.pending.tuned
-    # A row each; and at least PART_ROWS of each, so that there are no more than ten adapters.
-    assert parts.asked == [(40, 48, 40, True), (40, 10, None, True)]
-    few, many = parts.pending.halves
-    assert [half.block.kernel.name for half in (few, many)] == ["few", "many"]
-    assert few.block.workspace.data_ptr() != many.block.workspace.data_ptr()
-
-
-@pytest.mark.parametrize("ids", [[0] * 40, list(range(40)), [-1] * 40, [1, *[-1] * 39]])
-def test_a_part_may_be_empty(monkeypatch, ids):
-    parts = Parts(monkeypatch, ids)
-    both = Beside(parts.case.side)
-    torch.testing.assert_close(parts.call(both).double(), parts.want(), rtol=1e-5, atol=1e-5)
-    assert parts.case.done == TWO
-
-
-def test_a_later_batch_is_parted_anew_in_the_same_tables(monkeypatch):
-    """A graph keeps the addresses."""
-    parts = Parts(monkeypatch)
-    both = Beside(parts.case.side)
-    parts.call(both)
-    words = [half.words for half in parts.pending.halves]
-    ids = torch.arange(40, dtype=torch.int32) % 7 % 5 - 1
-    ids[:3] = torch.tensor([7, 8, 8])
-    parts.plans.update(ids)
-    parts.ids = ids.tolist()
-    parts.plans.plan(40)
-    before = parts.y.clone()
-    both.finish(parts.pending, parts.y)
-    assert [half.words for half in parts.pending.halves] == words
-    want = reference(before, parts.x, parts.a, parts.b, parts.ids, scale=1.0)
-    # Scales of the call are tables of their own, made when it began; so only the rows are told.
-    touched = (parts.y != before).any(dim=1)
-    assert torch.equal(touched, (want != before.double()).any(dim=1))
-
-
-def untuned(parts):
-    parts.kernels["many"] = replace(parts.kernels["many"], beside=False)
-
-
-def equal(parts):
-    parts.kernels["many"] = parts.kernels["few"]
-
-
-def whole(parts):
-    first, last = parts.kernels["few"].launches
-    launches = (first, replace(last, arguments=(*last.arguments, "x")))
-    parts.kernels["few"] = replace(parts.kernels["few"], launches=launches)
-
-
-@pytest.mark.parametrize("spoil", [untuned, equal, whole])
-def test_without_two_kernels_one_serves_all_rows(monkeypatch, spoil):
-    parts = Parts(monkeypatch)
-    spoil(parts)
-    both = Beside(parts.case.side)
-    torch.testing.assert_close(parts.call(both).double(), parts.want(), rtol=1e-5, atol=1e-5)
-    assert parts.case.done == BEGUN + FINISHED
-    assert [half.block.kernel.name for half in parts.pending.halves] == ["any"]
-
-
-def test_small_batches_and_known_adapters_have_one_kernel(monkeypatch):
-    parts = Parts(monkeypatch, [0, 1, *[2] * 30])
-    both = Beside(parts.case.side)
-    torch.testing.assert_close(parts.call(both).double(), parts.want(), rtol=1e-5, atol=1e-5)
-    assert parts.case.done == BEGUN + FINISHED
-    assert parts.asked == [(32, 48, None, True)]
-
-
-@pytest.mark.parametrize("refused", [1, 2, 3, 4])
-def test_whatever_fails_both_streams_are_joined(monkeypatch, refused):
-    parts = Parts(monkeypatch)
-    both = Beside(parts.case.side)
-    count, launch = iter(range(1, 9)), parts.case.driver.launch
-
-    def failing(*arguments):
-        parts.case.driver.code = 700 if next(count) == refused else 0
-        return launch(*arguments)
-
-    monkeypatch.setattr(parts.case.driver, "launch", failing)
-    monkeypatch.setattr(native, "EXTENSION", None)
-    with pytest.raises(CudaError):
-        parts.call(both)
-    forks = [one for one in parts.case.done if one[0] == "wait" and one[2] == "side"]
-    assert parts.case.done[-1] == ("wait", "join" if refused == 1 else "end", "main")
-    assert len(forks) >= 1

@@ -16,7 +16,7 @@ from dop.export.load import load_cuda
 from dop.export.pack import PackFile
 from dop.packs.catalog import read_catalog, scan, write_catalog
 from dop.packs.devices import arch_of, device_of
-from dop.workload import BESIDE, Workload
+from dop.workload import Workload
 
 H100 = replace(H200, device_name="NVIDIA H100 80GB HBM3")
 A100 = replace(H200, device_name="NVIDIA A100", arch="sm_80")
@@ -194,8 +194,6 @@ class TestShipped:
             limit = library.index.provenance["max_regret"]
             for key, table in library.table.workloads.items():
                 Workload.parse(key)
-                # Beside a matmul kernels are chosen with what their blocks cost (dispatch/cell.py).
-                more = 0.02 if key.endswith(BESIDE) else 1e-3
-                assert table.worst_regret <= limit + more, key
+                assert table.worst_regret <= limit + 1e-3, key
                 if len({fit.scenario_key.split("/")[0] for fit in table.fits}) > 1:
                     assert table.between, key

@@ -7,7 +7,7 @@ import torch
 
 from dop import ops
 from dop.integrations import step_plan
-from dop.integrations.step_plan import NO_ADAPTER, StepPlans, narrow, parted, slots_of
+from dop.integrations.step_plan import NO_ADAPTER, StepPlans, narrow, slots_of
 from dop.ops.plan import ROW_TABLES, TILE_SIZES, TILE_TABLES
 
 SLOTS = 5
@@ -143,71 +143,3 @@ def test_ranks_are_written_again_for_an_adapter_that_enters():
     plans.set_rank(0, 4, again=True)
     plans.update(torch.tensor([0], dtype=torch.int32))
     assert plans.plan(1).table("token_rank").tolist() == [4]
-
-
-def test_rows_belong_to_the_part_of_their_adapter():
-    ids = torch.tensor([0, 3, 3, -1, 4, 3, 4, 4, 4, 1, -1], dtype=torch.int32)
-    few, many = parted(ids, 3)
-    assert few.tolist() == [0, -1, -1, -1, -1, -1, -1, -1, -1, 1, -1]
-    assert many.tolist() == [-1, 3, 3, -1, 4, 3, 4, 4, 4, -1, -1]
-    assert few.dtype == many.dtype == torch.int32
-    for ids in (torch.full((4,), -1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)):
-        assert torch.equal(parted(ids, 3), torch.stack([ids, ids]))
-
-
-def test_plans_of_the_small_level_have_parts_at_fixed_addresses():
-    plans = StepPlans(64, SLOTS, 8, "cpu", small=16, part_rows=2)
-    found = []
-    for ids in ([1, 1, 0], [2, 3, 3, 3, -1]):
-        plans.update(torch.tensor(ids, dtype=torch.int32))
-        view = plans.plan(7)
-        few, many = view.parts()
-        assert few.tokens == many.tokens == 7
-        one = [slot if ids.count(slot) < 2 else -1 for slot in ids]
-        assert few.table("token_slot").tolist() == one + [-1] * (7 - len(ids))
-        both = torch.maximum(few.table("token_slot"), many.table("token_slot"))
-        assert torch.equal(both, view.table("token_slot"))
-        found.append((few.buffer.data_ptr(), many.buffer.data_ptr()))
-    assert found[0] == found[1]
-    assert len(set(found[0])) == 2
-    # Longer steps are not captured; hints and no wish for parts make them useless.
-    plans.update(random_slots(20))
-    assert plans.plan(20).parts is None
-    for more in ({"hint_small": True, "part_rows": 2}, {}):
-        others = StepPlans(64, SLOTS, 8, "cpu", small=16, **more)
-        others.update(random_slots(7))
-        assert others.plan(7).parts is None
-
-
-def test_parts_are_filled_from_the_first_step_on_that_asks_for_them(monkeypatch):
-    plans = StepPlans(64, SLOTS, 8, "cpu", small=16, part_rows=2)
-    filled = []
-    monkeypatch.setattr(
-        step_plan, "parted", lambda *given: filled.append(given[0].tolist()) or parted(*given)
-    )
-    plans.update(random_slots(8))
-    view = plans.plan(8)
-    assert filled == []
-    view.parts()
-    view.parts()
-    assert len(filled) == 1
-    plans.update(random_slots(8, seed=1))
-    assert filled[1][:8] == random_slots(8, seed=1).tolist()
-
-
-def test_a_capture_has_parts_only_if_they_were_there_before(monkeypatch):
-    """What it records would fill them from memory that is gone."""
-    plans = StepPlans(64, SLOTS, 8, "cpu", small=16, part_rows=2)
-    plans.update(random_slots(8))
-    monkeypatch.setattr(step_plan, "capturing", lambda device: True)
-    assert plans.plan(8).parts is None
-    monkeypatch.setattr(step_plan, "capturing", lambda device: False)
-    plans.update(random_slots(8, seed=1))
-    plans.plan(8).parts()
-    monkeypatch.setattr(step_plan, "capturing", lambda device: True)
-    few, many = plans.plan(8).parts()
-    monkeypatch.setattr(step_plan, "capturing", lambda device: False)
-    ids = random_slots(8, seed=2)
-    plans.update(ids)
-    both = torch.maximum(few.table("token_slot"), many.table("token_slot"))
-    assert both.tolist() == ids.tolist()

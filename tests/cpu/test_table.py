@@ -9,7 +9,6 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from export_logs import record, records_of, write_log
@@ -314,43 +313,3 @@ def test_a_table_without_bounds_still_serves(tmp_path):
     for table in data["workloads"].values():
         del table["bounds"]
     assert name_of(Table.from_json(data).choose(WORKLOAD.key, 8, None, 2)) == "a"
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_beside_a_matmul_a_kernel_of_many_blocks_costs_more_than_its_time(tmp_path, beside):
-    """There it may find no rows and launch them all: 0.66 ns each. What is told are times."""
-    workload = replace(WORKLOAD, beside=beside)
-    times = {"T64/distinct/64": {"a": 28.6, "b": 29.4, "c": 28.0}}
-    blocks = {"a": 14_336, "b": 3_584, "c": 0}  # nothing is known of c's
-    records = []
-    for r in records_of(workload, TRACES, times):
-        (name,) = [n for n, t in TRACES.items() if t == r.trace]
-        resources = {"blocks": float(blocks[name])} if blocks[name] else {}
-        records.append(replace(r, measurement=replace(r.measurement, resources=resources)))
-    without_c = [r for r in records if r.trace != TRACES["c"]]
-    found = table_of(tmp_path, without_c, max_regret=0.0).table.workloads[workload.key]
-    assert name_of(found.choose(64, 64)) == ("b" if beside else "a")
-    (fit,) = found.fits
-    assert fit.best_s == pytest.approx(28.6e-6)
-    assert fit.regret == pytest.approx(29.4 / 28.6 - 1 if beside else 0.0)
-    every = table_of(tmp_path / "c", records, max_regret=0.0).table.workloads[workload.key]
-    assert name_of(every.choose(64, 64)) == "c"
-
-
-@pytest.mark.parametrize("scenario", ["T32/distinct/32", "T64/uniform/8", "T64/identical/1"])
-def test_blocks_count_only_where_a_kernel_has_rows_of_their_own_and_may_have_none(
-    tmp_path, scenario
-):
-    workload = replace(WORKLOAD, beside=True)
-    records = [
-        replace(
-            r,
-            measurement=replace(
-                r.measurement, resources={"blocks": 14_336.0 if r.trace == TRACES["a"] else 8.0}
-            ),
-        )
-        for r in records_of(workload, TRACES, {scenario: {"a": 28.6, "b": 29.4}})
-    ]
-    found = table_of(tmp_path, records, max_regret=0.0).table.workloads[workload.key]
-    (fit,) = found.fits
-    assert name_of(fit.trace_key) == "a"

@@ -18,6 +18,7 @@ from fake_vllm import BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, Mapping
 
 from dop.errors import DopError, MissingKernelError
 from dop.integrations import vllm as plugin
+from dop.integrations import vllm_graphs
 from dop.ops.beside import Beside, Pending
 
 HIDDEN = 32
@@ -156,16 +157,11 @@ def test_any_number_of_slots(wrapper_module, max_loras, specialize):
     engine.check(ids)
 
 
-def test_graphs_by_number_of_adapters_are_captured_with_that_number(wrapper_module, caplog):
+def test_graphs_by_number_of_adapters_are_captured_with_that_number(wrapper_module):
     """vLLM makes a mapping of so many adapters before it captures a graph; without
     specialize_active_lora one graph serves all, and the number it is captured with says nothing."""
-    vllm_logger = logging.getLogger("vllm")
-    vllm_logger.propagate = True
     for specialize in (True, False):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "vllm.dop"):
-            engine = Engine(wrapper_module, max_loras=8, specialize_active_lora=specialize)
-        assert ("--specialize-active-lora" in caplog.text) is not specialize
+        engine = Engine(wrapper_module, max_loras=8, specialize_active_lora=specialize)
         for lora_id in range(1, 9):
             engine.adapter(lora_id, 8, lora_id)
         for rows in (1, 8, 64):
@@ -176,6 +172,25 @@ def test_graphs_by_number_of_adapters_are_captured_with_that_number(wrapper_modu
                 here = min(rows, adapters)
                 rounded = next(n for n in (1, 2, 4, 8) if n >= here)
                 assert told == (rounded if specialize else None)
+
+
+def test_a_size_with_two_graphs_is_told_which_of_them_it_is(wrapper_module, monkeypatch):
+    monkeypatch.setattr(vllm_graphs, "_SLOTS", {40})
+    engine = Engine(wrapper_module, tokens=192, max_loras=40)
+    for lora_id in range(1, 41):
+        engine.adapter(lora_id, 8, lora_id)
+    #   rows, adapters, and the number that chooses the kernels
+    for rows, adapters, told in (
+        (64, 1, 16), (64, 16, 16), (64, 17, 40), (64, 40, 40), (40, 10, 10), (40, 11, 40),
+        (32, 1, None), (32, 32, None), (128, 32, 32), (128, 33, 40), (136, 1, None),
+    ):  # fmt: skip
+        engine.step([1 + row % adapters for row in range(rows)])
+        assert engine.wrapper._plans.plan(rows).adapters == told, (rows, adapters)
+    engine.step([0] * 64)
+    assert engine.wrapper._plans.plan(64).adapters is None
+    monkeypatch.setattr(vllm_graphs, "_SLOTS", set())
+    engine.step([1] * 64)
+    assert engine.wrapper._plans.plan(64).adapters is None
 
 
 def test_an_adapter_beside_rows_without_is_within_the_tables_first_entries(wrapper_module):

@@ -14,6 +14,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
+from vllm.config import CUDAGraphMode
 from vllm.lora.layers import (
     LoRAMapping,
     MergedColumnParallelLinearWithLoRA,
@@ -285,3 +286,108 @@ def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
             told = wrapper._plans.plan(tokens).adapters
             assert told == (min(count, 64, tokens) or None), (tokens, count)
             assert wrapper._no_adapter is (count == 0)
+
+
+@pytest.fixture
+def many_slots(monkeypatch):
+    """A configuration of 64 slots, as both of vLLM's runners read it."""
+    from dop.integrations import vllm_graphs, vllm_wrapper  # noqa: F401  (it patches)
+
+    monkeypatch.setattr(vllm_graphs, "_SLOTS", set())
+    lora = SimpleNamespace(**{**vars(CONFIG), "max_loras": 64})
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    return SimpleNamespace(
+        lora_config=lora,
+        scheduler_config=SimpleNamespace(max_num_seqs=64),
+        parallel_config=SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
+        speculative_config=None,
+        num_speculative_tokens=0,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=mode,
+            cudagraph_capture_sizes=[1, 8, 32, 40, 64, 128],
+            max_cudagraph_capture_size=128,
+            cudagraph_specialize_lora=True,
+            compile_sizes=[],
+            is_attention_compiled_piecewise=lambda: True,
+            adjust_cudagraph_sizes_for_spec_decode=lambda *_: None,
+        ),
+    )
+
+
+def expected_case(tokens: int, adapters: int) -> int:
+    size = next(n for n in (1, 8, 32, 40, 64, 128) if n >= tokens)
+    few = size // 4 if size > 32 else 0
+    return adapters and (few if adapters <= few else 65)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_the_first_runners_steps_of_few_adapters_have_graphs_of_their_own(many_slots, uniform):
+    dispatcher_module = pytest.importorskip("vllm.v1.cudagraph_dispatcher")
+    mode = many_slots.compilation_config.cudagraph_mode
+    dispatcher = dispatcher_module.CudagraphDispatcher(many_slots)
+    dispatcher.initialize_cudagraph_keys(mode, uniform_decode_query_len=1)
+    captured = {d for _, descriptors in dispatcher.get_capture_descs() for d in descriptors}
+    for tokens in (1, 8, 32, 33, 40, 50, 64):
+        for adapters in (0, 1, 8, 10, 11, 16, 17, 32, 64):
+            _, found = dispatcher.dispatch(
+                num_tokens=tokens, uniform_decode=uniform, has_lora=adapters > 0,
+                num_active_loras=adapters,
+            )  # fmt: skip
+            assert found in captured
+            assert found.num_active_loras == expected_case(tokens, adapters)
+    # As it is captured: vLLM asks for the very descriptor.
+    for mode, descriptors in dispatcher.get_capture_descs():
+        for one in descriptors:
+            assert dispatcher.dispatch(
+                num_tokens=one.num_tokens, uniform_decode=one.uniform, has_lora=one.has_lora,
+                num_active_loras=one.num_active_loras,
+                valid_modes={mode, CUDAGraphMode.NONE},
+            ) == (mode, one)  # fmt: skip
+
+
+@pytest.mark.parametrize("uniform", [1, None])
+def test_the_second_runners_steps_of_few_adapters_have_graphs_of_their_own(
+    many_slots, uniform, monkeypatch
+):
+    module = pytest.importorskip("vllm.v1.worker.gpu.cudagraph_utils")
+    group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(module, "get_pp_group", lambda: group)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(module, "current_platform", platform)
+    monkeypatch.setattr(module, "is_breakable_cudagraph_enabled", lambda: False)
+    mode = many_slots.compilation_config.cudagraph_mode
+    manager = module.ModelCudaGraphManager(many_slots, torch.device(DEVICE), mode, 1, [0, 65])
+    manager._graphs_captured = True
+    captured = {d for descriptors in manager._capture_descs.values() for d in descriptors}
+    assert {d.num_active_loras for d in captured} == {0, 10, 16, 32, 65}
+    for tokens in (1, 8, 32, 33, 40, 50, 64):
+        for adapters in (0, 1, 8, 10, 11, 16, 17, 32, 64):
+            found = manager.dispatch(tokens, tokens, uniform, num_active_loras=adapters)
+            assert found in captured
+            assert found.num_active_loras == expected_case(tokens, adapters)
+
+
+def test_graphs_for_few_adapters_are_captured_with_kernels_for_few(many_slots):
+    """vLLM's own mappings for capturing a graph tell the wrapper which it is."""
+    lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from dop.integrations import vllm_graphs
+    from dop.integrations.vllm_wrapper import DopPunicaWrapper
+
+    vllm_graphs._SLOTS.add(64)
+    wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=many_slots.lora_config)
+
+    class Runner(LoRAModelRunnerMixin):
+        lora_manager = object()
+
+        def _set_active_loras(self, samples, tokens, requests, *rest):
+            wrapper.update_metadata(
+                LoRAMapping(tokens, samples), list(range(1, 65)), 65, vocab_size=100
+            )
+
+    capture = lora_utils.create_lora_capture_hook(many_slots.lora_config, Runner())
+    for tokens, cases in ((8, {65: None}), (32, {65: None}), (64, {16: 16, 65: 64})):
+        for count, told in {0: None, **cases}.items():
+            capture(count, tokens, tokens)
+            assert wrapper._plans.plan(tokens).adapters == told, (tokens, count)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from dop import ops  # noqa: E402
 from dop.integrations.step_plan import StepPlans  # noqa: E402
+from dop.integrations.vllm_graphs import few_adapters  # noqa: E402
 from dop.ops import eager  # noqa: E402
 from dop.ops.beside import Beside  # noqa: E402
-from dop.scenario import PART_ROWS  # noqa: E402
 
 BLOCK_FOR = eager.block_for
 
@@ -99,9 +101,9 @@ def compositions(tokens: int, slots: int):
 
 
 @pytest.mark.parametrize("tokens", [40, 64, 128])
-def test_a_graph_of_two_kernels_a_call_serves_any_composition(tokens):
-    """Captured with one batch, replayed with others: the bits of the same call outside of it, and
-    what one kernel for all rows makes of them. Rows without an adapter keep theirs."""
+def test_graphs_for_few_and_for_many_adapters_serve_any_composition(tokens):
+    """Captured with one batch each, replayed with others: the bits of the same call outside of it,
+    and what `add_lora` makes of them. Rows without an adapter keep theirs."""
     slots = 64
     rng = torch.Generator("cuda").manual_seed(0)
 
@@ -114,26 +116,31 @@ def test_a_graph_of_two_kernels_a_call_serves_any_composition(tokens):
         for _ in range(3)
     ]  # fmt: skip
     beside = Beside(torch.cuda.Stream())
-    plans = StepPlans(1024, slots, 16, "cuda", small=128, part_rows=PART_ROWS)
+    plans = StepPlans(1024, slots, 16, "cuda", small=128, few=partial(few_adapters, slots=slots))
     x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
-    ids = torch.zeros(tokens, dtype=torch.int32)
-    plans.update(ids)
-    kernels = {half.block.kernel.name
-               for half in beside.begin(x, *layers[0][:2], plans.plan(tokens)).halves}  # fmt: skip
-    both_ways(x, layers, plans.plan(tokens), beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = both_ways(x, layers, plans.plan(tokens), beside)
+    captured, kernels = {}, set()
+    for adapters in (few_adapters(tokens, slots), min(tokens, slots)):
+        plans.update(torch.arange(tokens, dtype=torch.int32) % adapters)
+        plan = plans.plan(tokens)
+        assert plan.adapters == adapters
+        kernels.add(beside.begin(x, *layers[0][:2], plan).block.kernel.name)
+        both_ways(x, layers, plan, beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = both_ways(x, layers, plans.plan(tokens), beside)
+        captured[adapters] = graph, plan, found
     if tokens == 64 and "H100" in torch.cuda.get_device_name():
         assert len(kernels) == 2  # the pack has some for it; of 128 rows, one may be best for both
     for ids in compositions(tokens, slots):
         plans.update(ids.int())
+        plans.plan(tokens)  # fills the tables that graphs read
         x.normal_()
-        again = both_ways(x, layers, plans.plan(tokens), beside)
-        graph.replay()
-        torch.cuda.synchronize()
-        for (y, want), (second, _), (_, _, weight) in zip(found, again, layers, strict=True):
-            assert torch.equal(y, second)
-            torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
-            bare = torch.nn.functional.linear(x, weight)[ids < 0]
-            assert torch.equal(y[ids < 0], bare)
+        for graph, plan, found in captured.values():
+            again = both_ways(x, layers, plan, beside)
+            graph.replay()
+            torch.cuda.synchronize()
+            for (y, want), (second, _), (_, _, weight) in zip(found, again, layers, strict=True):
+                assert torch.equal(y, second)
+                torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+                bare = torch.nn.functional.linear(x, weight)[ids < 0]
+                assert torch.equal(y[ids < 0], bare)
