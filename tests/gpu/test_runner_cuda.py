@@ -109,6 +109,7 @@ def test_beside_a_matmul_a_call_is_checked_alike(gpu_target):
     for scenario in scenarios:
         behind, beside = (found[two, "tile_rows", scenario] for two in (False, True))
         assert beside.ok, beside.message
-        assert beside.accuracy == behind.accuracy
+        # Inputs are random: the worst of a result's elements is not the same one.
+        assert 1 / 3 < beside.accuracy / behind.accuracy < 3
         assert 1e-7 < beside.median_s < 5e-3
         assert found[True, "wrong", scenario].failure is Failure.CORRECTNESS
