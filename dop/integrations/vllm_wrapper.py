@@ -62,6 +62,7 @@ EMBEDDINGS_ONLY = getattr(vllm, "__version__", "").startswith("0.24.")
 """Of the tables of single tokens, vLLM 0.24 reads on a GPU that of embeddings alone (the others are
 what its own `update_metadata` sorts)."""
 
+
 class Linears:
     """This process's LoRA layers on dop, found by where their first stack of B is: compiled code
     that is cached on disk knows no layer."""
