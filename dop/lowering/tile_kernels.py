@@ -5,9 +5,9 @@ A trace that tensorizes `accumulate` with register_update and `shrink_rf` with p
 or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster (of shrink_rf), and
-those of batches of few rows: workers (of accumulate), cluster_blocks and rank_blocks (of
-shrink_rf).
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks and
+rank_blocks (of shrink_rf), and those of batches of few rows: workers (of accumulate) and
+tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -107,8 +107,6 @@ def read_tiles(app: Application) -> TileKernels:
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
-    if not workers and cluster != part:
-        raise TraceError("clusters of some parts want workers.")
     shrink = PipelinedShrink(
         workload,
         rows,

@@ -72,6 +72,8 @@ SLOT = np.array([1, 0, 0], np.int32)
         (64, False, 1, 2),
         (64, True, 2, 1),
         (64, True, 1, 2),
+        (64, True, 2, 0),
+        (24, False, 4, 0),
     ],
 )
 def test_register_expand(tmp_path: Path, rank: int, shared: bool, parts: int, workers: int) -> None:
@@ -133,6 +135,9 @@ def test_register_expand(tmp_path: Path, rank: int, shared: bool, parts: int, wo
     [
         (16, 1, 0, 1, 3, 0, False),
         (32, 2, 0, 1, 3, 0, False),
+        (32, 4, 2, 1, 3, 0, False),
+        (16, 4, 1, 1, 2, 0, False),
+        (32, 8, 4, 1, 2, 0, False),
         (16, 1, 1, 2, 3, 1, False),
         (32, 4, 2, 2, 2, 2, False),
         (32, 2, 1, 1, 4, 1, False),

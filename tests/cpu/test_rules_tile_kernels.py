@@ -122,14 +122,32 @@ def test_one_half_alone_is_refused() -> None:
 
 def test_shared_b_and_warpgroups_are_sketches_of_their_own() -> None:
     sketches = [s for s in build_space(QKV_64, SM_90).sketches if s.name.startswith("wide_tiles")]
-    assert len(sketches) == 6
+    assert len(sketches) == 8
     for sketch in sketches:
         code = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
         shrink, expand = code.kernels
         assert (expand.dynamic_smem_bytes > 0) == ("shared_b" in sketch.name)
-        assert ("m64n192k16" in code.source) == ("warpgroup_split_k" in sketch.name)
+        whole = "warpgroup_split_k" in sketch.name or "warpgroup_clusters" in sketch.name
+        assert ("m64n192k16" in code.source) == whole
         assert ("m64n96k16" in code.source) == ("warpgroup_rank_blocks" in sketch.name)
         assert shrink.dynamic_smem_bytes > 0
+
+
+def test_a_tile_may_have_several_clusters_along_k() -> None:
+    sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
+    sketch = next(s for n, s in sketches.items() if "register_b/warpgroup_clusters" in n)
+    values = sketch.default()
+    assert values["shrink.split_k"] == 2 * values["shrink.cluster"]
+    code = generate(QKV_64, sketch.bind(values), SM_90)
+    assert code.kernels[0].grid[:2] == ("tiles", str(values["shrink.split_k"]))
+    assert f"__cluster_dims__(1, {values['shrink.cluster']}, 1)" in code.source
+    (v,) = [space for space in code.workspaces if space.name == "v"]
+    assert evaluate(v.elements, tokens=64, tiles=1) == 2 * 64 * QKV_64.slices * QKV_64.rank
+    for split_k, cluster, why in ((8, 8, "lone"), (16, 2, "sums of v"), (2, 4, "left over")):
+        wrong = {**values, "shrink.split_k": split_k, "shrink.cluster": cluster}
+        assert why in (sketch.broken_limit(wrong) or ""), (split_k, cluster)
+    few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
+    assert not any("clusters" in s.name for s in build_space(few_columns, SM_90).sketches)
 
 
 def test_blocks_that_share_ranks_are_neighbours() -> None:
@@ -239,7 +257,7 @@ def test_few_rows_ask_for_all_of_b_before_they_wait() -> None:
     [
         ("cluster_blocks", 3, "fit"),
         ("rank_blocks", 5, "fit"),
-        ("workers", 0, "want workers"),
+        ("workers", 0, "tile_blocks wants"),
         ("tile_blocks", -1, "tile_blocks wants"),
     ],
 )

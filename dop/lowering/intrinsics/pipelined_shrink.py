@@ -4,15 +4,16 @@ A block multiplies the tile's rows of x with A's rows of all slices over one of 
 k. Both come through shared memory, `stages` steps of `depth` elements deep, rows of 128 bytes and
 more with their 16-byte pieces swizzled so that ldmatrix meets no bank conflict. The parts of a tile
 are one thread-block cluster (sm_90): its blocks add their sums through distributed shared memory,
-in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank].
+in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank]. Where
+a tile has more parts than a cluster holds, each cluster writes a v of its own, v[part, slice, tile,
+row, rank], which expand adds up.
 
 With `workers` the kernel is for batches of few rows, where a tile or two must occupy the whole GPU
-and where most tiles of the bound are empty: more parts than a cluster holds (each cluster writes a
-v of its own, v[part, slice, tile, row, rank], which expand adds up), ranks spread over blocks,
-all of A asked for before x, whose rows are found through one more table, and a grid of
-tokens // tile_rows + workers tiles, whose blocks go on to later tiles if there are more. Beside a
-matmul that leaves four multiprocessors even empty blocks queue up, so that the grid may have only
-`tile_blocks` tiles, however many rows there are.
+and where most tiles of the bound are empty: ranks spread over blocks, all of A asked for before x,
+whose rows are found through one more table, and a grid of tokens // tile_rows + workers tiles,
+whose blocks go on to later tiles if there are more. Beside a matmul that leaves four
+multiprocessors even empty blocks queue up, so that the grid may have only `tile_blocks` tiles,
+however many rows there are.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class PipelinedShrink:
 
     Attributes:
         tile_rows: rows of a tile.
-        split_k: parts of k, the size of the cluster; 1, 2, 4 or 8.
+        split_k: parts of k.
         depth: elements of k per step, 64 or 128.
         stages: steps in flight, 2 or more.
         row_warps, rank_warps: warps along rows and along ranks of all slices.
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
-        cluster: parts of a cluster; 0: all of them.
+        cluster: parts of a cluster, 1, 2, 4 or 8; 0: all of them.
         rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
@@ -138,10 +139,10 @@ class PipelinedShrink:
             "NAME": name,
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
-            "SHARE": "share" if self.workers else "part",
+            "SHARE": "share" if self.workers else self._of_part("%", "part"),
             "ROW": "(first_rank + row)" if shared else "row",
             "R": "(first_rank + r)" if shared else "r",
-            "V_SLICE": f"(outer * {w.slices} + slice)" if self.workers else "slice",
+            "V_SLICE": self._v_slice(),
             "PARTS": self.parts,
             "ALL_PARTS": self.split_k,
             "SHIFTS": "".join(f", long long a{s}_shift" for s in range(1, w.slices)),
@@ -173,6 +174,14 @@ class PipelinedShrink:
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
         return text
+
+    def _of_part(self, operator: str, alone: str) -> str:
+        """Place in the cluster (%) or number of the cluster (/) of a block that knows its part."""
+        return f"part {operator} {self.cluster_blocks}" if self.parts > 1 else alone
+
+    def _v_slice(self) -> str:
+        outer = "outer" if self.workers else self._of_part("/", "")
+        return f"({outer} * {self.workload.slices} + slice)" if outer else "slice"
 
     def _wgmma(self) -> str:
         """wgmma of 64 rows, 16 of k and the warpgroup's ranks, as a macro of two descriptors."""

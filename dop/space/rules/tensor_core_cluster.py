@@ -4,8 +4,8 @@ Block: one tile of rows, one of the split-K parts, the ranks of all slices. The 
 one thread-block cluster, whose blocks add their sums through distributed shared memory, so that
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
-Tiles for few rows (note "few") are spread over more blocks than a cluster has: several clusters
-along k, whose sums expand adds up, and several along the ranks.
+Several clusters along k, whose sums expand adds up, occupy a GPU with the tiles of a few hundred
+rows. Tiles for few rows (note "few") are also spread over several blocks along the ranks.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ CLUSTER = 8
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
 
+WIDE_PARTS = 4
+"""Likewise, for tiles of many rows."""
+
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
@@ -50,11 +53,13 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
+    `several`: a tile has several clusters along k.
     """
 
     name: str = "cluster_split_k"
     warpgroups: bool = False
     rank_blocks: bool = False
+    several: bool = False
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -68,12 +73,24 @@ class ClusterSplitK:
         blocks = dividing(ranks, (2, 3, 4, 6)) if self.rank_blocks else ()
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
+        # Two clusters of blocks with four steps each, at least.
+        splits = dividing(w.in_features // 64, (2, 4, 8, 16, 32))
+        splits = tuple(n for n in splits if n <= w.in_features // 256)
+        if self.several and not splits:
+            return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
         most = min(CLUSTER, max(1, w.in_features // 256))  # four steps each at least
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
+        elif self.several:
+            some = max(n for n in splits if n <= 2 * CLUSTER)
+            new.param(SPLIT_K.name, "split_k", splits, some)
+            new.param(CLUSTER_BLOCKS.name, "split_k", parts, some // 2)
+            _sums_of_clusters(new, WIDE_PARTS)
+            lone = "lone clusters, which are another sketch"
+            new.limit(lone, 0, lambda a: int(a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name]))
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -123,7 +140,7 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
-        if "few" in new.notes:
+        if "few" in new.notes or self.several:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
@@ -153,9 +170,14 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     spare = 3 * new.target.units // (enough[0] * wide) - 1
     workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
-    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
-    new.limit("sums of v", MAX_PARTS, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
+    _sums_of_clusters(new, MAX_PARTS)
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
+
+
+def _sums_of_clusters(new: SketchState, most: int) -> None:
+    """Clusters along k, each with a sum of its own."""
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
+    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
     new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a["shrink.cluster"])
 
 

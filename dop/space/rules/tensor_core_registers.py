@@ -104,7 +104,8 @@ class RegisterColumns:
             old = 8 * min(a["expand.ahead"], a[STEPS.name]) * a[ROW_TILES.name]
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
-            parts = a.get("shrink.split_k", 1) // a.get("shrink.cluster", 1) if few else 1
+            split_k = a.get("shrink.split_k", 1)
+            parts = split_k // a.get("shrink.cluster", split_k)
             v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 else 1)
             operands = v_words + groups * rank // 2
             adding = 4 * parts + 4 if parts > 1 else 0  # the parts of one piece, and their sum
