@@ -10,10 +10,13 @@ first draws. Such a table is judged by the other bars only.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import random
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,14 @@ SLACK = 0.05
 SEEDS = range(10)
 RANKED = range(5)
 """Seeds of the searches whose models are judged."""
+
+
+@pytest.fixture(scope="module")
+def cores():
+    """Processes for searches that differ in their seed."""
+    count = min(4, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @cache
@@ -100,10 +111,10 @@ def needed(found: SpaceTable, strategy: Strategy, most: int) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evolution_is_near_the_best_within_200_and_three_times_faster_than_random(name):
+def test_evolution_is_near_the_best_within_200_and_three_times_faster_than_random(name, cores):
     found = table(name)
     assert len(found.rows) >= 1000
-    evolved = [needed(found, evolutionary(found, seed), 200) for seed in SEEDS]
+    evolved = list(cores.map(partial(_evolved, name), SEEDS))
     assert sum(count <= 200 for count in evolved) >= 9, evolved
     if near_best(found) <= 0.03 * len(found.rows):
         assert 3 * statistics.median(evolved) <= drawn_median(found), evolved
@@ -114,10 +125,9 @@ def test_some_table_can_tell_searches_apart():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_after_100_measurements_the_model_ranks_the_whole_space(name):
+def test_after_100_measurements_the_model_ranks_the_whole_space(name, cores):
     """Over several searches: on the CPU tables one is at 0.79 now and then, the mean at 0.82."""
-    found = table(name)
-    correlations, regrets = zip(*(_quality(found, seed) for seed in RANKED), strict=True)
+    correlations, regrets = zip(*cores.map(partial(_quality, name), RANKED), strict=True)
     assert statistics.mean(correlations) >= 0.8, correlations
     assert statistics.mean(regrets) <= 0.03, regrets
 
@@ -136,8 +146,14 @@ def test_a_model_of_100_random_points_ranks_the_others(name):
     assert spearman(predicted, seconds) >= 0.8
 
 
-def _quality(found: SpaceTable, seed: int) -> tuple[float, float]:
+def _evolved(name: str, seed: int) -> float:
+    """Measurements that a search needs, of 200."""
+    return needed(table(name), evolutionary(table(name), seed), 200)
+
+
+def _quality(name: str, seed: int) -> tuple[float, float]:
     """Spearman and top-8 regret over the whole table of the model of a search after 100."""
+    found = table(name)
     strategy, count = evolutionary(found, seed), 0
     while count < 100:
         candidates = strategy.ask(min(FULL.batch, 100 - count))
