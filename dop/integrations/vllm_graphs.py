@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from dop.integrations.vllm import allowed
+
 ONE_GRAPH_TOKENS = 32
 """Most rows of a graph that serves any adapters: there one kernel is 1 to 2 us a layer behind the
 best for each."""
@@ -53,7 +55,10 @@ def captured_few(tokens: int, slots: int) -> int:
 
 
 def install() -> list[str]:
-    """Patch what chooses graphs, once; returns the names of the classes that are patched."""
+    """Patch what chooses graphs, once, unless DOP_VLLM_SPLIT=0; returns the names of the classes
+    that are patched."""
+    if not allowed("DOP_VLLM_SPLIT"):
+        return []
     patches = ((_V1, _patch_dispatcher), (_V2, _patch_manager))
     found = []
     for (module, name), patch in patches:

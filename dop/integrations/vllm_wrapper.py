@@ -457,8 +457,7 @@ def install() -> None:
     for name in ("_apply_sync", "_apply_async_impl"):
         if hasattr(linear, name):
             setattr(linear, name, _apply_beside(getattr(linear, name)))
-    if allowed("DOP_VLLM_SPLIT"):
-        vllm_graphs.install()
+    vllm_graphs.install()
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)

@@ -134,6 +134,7 @@ def kinds():
 def vllm(monkeypatch):
     """Modules with both classes."""
     monkeypatch.setattr(vllm_graphs, "_SLOTS", set())
+    monkeypatch.delenv("DOP_VLLM_SPLIT", raising=False)
     for (module, name), kind in zip(
         (vllm_graphs._V1, vllm_graphs._V2), (make_dispatcher(), make_manager()), strict=True
     ):
@@ -226,6 +227,17 @@ def test_patches_are_made_once_and_only_where_there_is_something_to_patch(monkey
     monkeypatch.setitem(sys.modules, vllm_graphs._V1[0], None)
     monkeypatch.delattr(sys.modules[vllm_graphs._V2[0]], "CudaGraphManager")
     assert vllm_graphs.install() == []
+
+
+def test_they_can_be_turned_off(monkeypatch):
+    first, second = make_dispatcher(), make_manager()
+    monkeypatch.setattr(sys.modules[vllm_graphs._V1[0]], "CudagraphDispatcher", first)
+    monkeypatch.setattr(sys.modules[vllm_graphs._V2[0]], "CudaGraphManager", second)
+    monkeypatch.setenv("DOP_VLLM_SPLIT", "0")
+    assert vllm_graphs.install() == []
+    found = Second(config())
+    assert found.dispatch(64, 1).num_active_loras == SLOTS + 1
+    assert vllm_graphs.captured_few(64, SLOTS) == 0
 
 
 def test_a_class_that_lost_a_method_keeps_the_other(monkeypatch):
