@@ -145,8 +145,8 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._handle = torch.tensor([handle], dtype=torch.int64)
         _WRAPPERS[handle] = self
         self._beside = Beside(_second_stream(device)) if beside_wanted() else None
-        # Layers, by address of their first stack, and batch sizes whose kernels are loaded.
-        self._warm: set[tuple[int, int]] = set()
+        # Layers, by address of their first stack, batch sizes and hints whose kernels are loaded.
+        self._warm: set[tuple[int, int, int | None]] = set()
 
     def update_metadata(
         self,
@@ -304,12 +304,14 @@ class DopPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         if not pays_beside(tokens, tuned=True):
             return None
         with contextlib.suppress(DopError):  # launch meets it again, and says so
+            plan = self._plans.plan(tokens)
             if capturing(self._plans.device):
-                pending = self._beside.begin(x, a, b, self._plans.plan(tokens))
+                pending = self._beside.begin(x, a, b, plan)
                 return pending if pays_beside(tokens, pending.tuned) else None
-            if (b[0].data_ptr(), tokens) not in self._warm:
-                self._warm.add((b[0].data_ptr(), tokens))
-                self._beside.warm(x, a, b, self._plans.plan(tokens))
+            call = (b[0].data_ptr(), tokens, plan.adapters)
+            if call not in self._warm:
+                self._warm.add(call)
+                self._beside.warm(x, a, b, plan)
         return None
 
     def _launch_stock(

@@ -410,6 +410,20 @@ def test_kernels_are_loaded_before_a_capture_once_for_each_layer_and_size(
     assert warmed == [5, 7]
 
 
+def test_both_graphs_of_a_size_have_their_kernels_loaded_before(wrapper_module, monkeypatch):
+    monkeypatch.setattr(vllm_graphs, "_SLOTS", {40})
+    engine = Engine(wrapper_module, tokens=256, max_loras=40)
+    for lora_id in range(1, 41):
+        engine.adapter(lora_id, 8, lora_id)
+    warmed = []
+    monkeypatch.setattr(Beside, "warm", lambda self, x, a, b, plan: warmed.append(plan.adapters))
+    layer = engine.layers["qkv"]
+    for adapters in (40, 40, 16, 3, 40):
+        engine.step([1 + row % adapters for row in range(64)])
+        layer._apply_sync(rows_of(engine, 64))
+    assert warmed == [40, 16]
+
+
 @pytest.mark.parametrize(("tuned", "most"), [(True, 128), (False, 32)])
 def test_batches_of_many_tokens_stay_on_one_stream(wrapper_module, monkeypatch, tuned, most):
     monkeypatch.setattr(Pending, "tuned", tuned)
