@@ -4,10 +4,10 @@ does it.
 A trace that tensorizes `accumulate` with register_update and `shrink_rf` with pipelined_product
 or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
-intrinsics then read their numbers off the loops. Pragmas that only they know: block_order,
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks and
-rank_blocks (of shrink_rf), and those of batches of few rows: workers (of accumulate) and
-tile_blocks (of shrink_rf).
+intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
+streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
+rank_blocks and l2_fetch (of shrink_rf), and those of batches of few rows: workers (of accumulate)
+and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class TileKernels:
             INCLUDES[self.shrink.workload.dtype]
             + helpers
             + device_helpers.CLUSTER_HELPERS
+            + (device_helpers.AHEAD_COPY if self.shrink.l2_fetch else "")
             + (HELPERS if self.dependent > 1 else "")
             + {2: FRESH_TABLE, EARLY: EARLY_TABLE}.get(self.dependent, "")
             + shrink
@@ -121,7 +122,10 @@ def read_tiles(app: Application) -> TileKernels:
         workers=workers,
         tile_blocks=tile_blocks,
         early=app.dependent_launch == EARLY,
+        l2_fetch=hints.get(("shrink_rf", "l2_fetch"), 0),
     )
+    if shrink.l2_fetch not in (0, 256):
+        raise TraceError("l2_fetch is 0 or 256.")
     if tile_blocks < 0 or (tile_blocks and not workers):
         raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:

@@ -89,6 +89,7 @@ inline void dop_copy(unsigned to, const void* from, int bytes) {
   std::memset(block->shared.data() + to, 0, 16);
   std::memcpy(block->shared.data() + to, from, bytes);
 }
+inline void dop_copy_ahead(unsigned to, const void* from, int bytes) { dop_copy(to, from, bytes); }
 inline void dop_cluster_sync() { cluster->barrier.arrive_and_wait(); }
 inline float4 dop_read_peer(unsigned at, int peer) {
   float4 value;

@@ -146,6 +146,12 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     for split_k, cluster, why in ((8, 8, "lone"), (16, 2, "sums of v"), (2, 4, "left over")):
         wrong = {**values, "shrink.split_k": split_k, "shrink.cluster": cluster}
         assert why in (sketch.broken_limit(wrong) or ""), (split_k, cluster)
+    assert "L2::256B" not in code.source
+    lone = {"shrink.split_k": 1, "shrink.cluster": 1, "shrink.l2_fetch": 256}
+    ahead = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
+    shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
+    assert shrink.count("dop_copy_ahead(") == 2
+    assert "L2::256B" in ahead.source
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
     assert not any("clusters" in s.name for s in build_space(few_columns, SM_90).sketches)
 

@@ -110,6 +110,15 @@ __device__ __forceinline__ void dop_wait_for_v() {
 }
 """
 
+AHEAD_COPY = """\
+__device__ __forceinline__ void dop_copy_ahead(unsigned to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+"""
+"""`dop_copy` that has L2 read 256 bytes of memory at a time: the next steps' pieces of the row."""
+
 CLUSTER_HELPERS = """\
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define dop__cluster_dims__(...) __cluster_dims__(__VA_ARGS__)

@@ -41,6 +41,7 @@ class PipelinedShrink:
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
+        l2_fetch: bytes that L2 reads for a copy, 256; 0: what the copy wants.
     """
 
     workload: Workload
@@ -56,6 +57,7 @@ class PipelinedShrink:
     workers: int = 0
     tile_blocks: int = 0
     early: bool = False
+    l2_fetch: int = 0
 
     @property
     def cluster_blocks(self) -> int:
@@ -173,7 +175,7 @@ class PipelinedShrink:
         text = _KERNEL
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
-        return text
+        return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
 
     def _of_part(self, operator: str, alone: str) -> str:
         """Place in the cluster (%) or number of the cluster (/) of a block that knows its part."""

@@ -23,6 +23,7 @@ from dop.space.step import Param
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
+L2_FETCH = Param("shrink.l2_fetch")
 HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
@@ -53,7 +54,7 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
-    `several`: a tile has several clusters along k.
+    `several`: a tile may have several clusters along k, and copies have L2 read ahead.
     """
 
     name: str = "cluster_split_k"
@@ -73,10 +74,9 @@ class ClusterSplitK:
         blocks = dividing(ranks, (2, 3, 4, 6)) if self.rank_blocks else ()
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
-        # Two clusters of blocks with four steps each, at least.
-        splits = dividing(w.in_features // 64, (2, 4, 8, 16, 32))
-        splits = tuple(n for n in splits if n <= w.in_features // 256)
-        if self.several and not splits:
+        splits = dividing(w.in_features // 64, (1, 2, 4, 8, 16, 32))
+        splits = tuple(n for n in splits if n <= w.in_features // 256)  # four steps each at least
+        if self.several and splits[-1:] <= (1,):
             return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
@@ -89,8 +89,9 @@ class ClusterSplitK:
             new.param(SPLIT_K.name, "split_k", splits, some)
             new.param(CLUSTER_BLOCKS.name, "split_k", parts, some // 2)
             _sums_of_clusters(new, WIDE_PARTS)
-            lone = "lone clusters, which are another sketch"
-            new.limit(lone, 0, lambda a: int(a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name]))
+            new.param(L2_FETCH.name, "vector", (0, 256), 0)
+            lone = "lone clusters that L2 reads nothing ahead for, which are another sketch"
+            new.limit(lone, 0, lambda a: int(_alone(a) and not a[L2_FETCH.name]))
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -142,6 +143,8 @@ class ClusterSplitK:
         new.pragma("shrink_rf", PART, "cluster")
         if "few" in new.notes or self.several:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
+        if self.several:
+            new.pragma("shrink_rf", PART, "l2_fetch", L2_FETCH)
         if "few" in new.notes or self.rank_blocks:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         if "few" in new.notes and new.workload.beside:
@@ -172,6 +175,11 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.pragma("accumulate", 0, "workers", workers)
     _sums_of_clusters(new, MAX_PARTS)
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
+
+
+def _alone(a: Annotation) -> bool:
+    """Whether a tile has one cluster."""
+    return a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name]
 
 
 def _sums_of_clusters(new: SketchState, most: int) -> None:
