@@ -165,6 +165,7 @@ def test_pipelined_shrink(
         rank_blocks=rank_blocks,
         workers=workers,
         early=early,
+        l2_fetch=256 if cluster and not workers else 0,
     )
     rng = np.random.default_rng(split)
     ranks = np.array([rank - 3, rank, 0], np.int32)

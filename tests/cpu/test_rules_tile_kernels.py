@@ -41,6 +41,13 @@ def build(workload: Workload, target: Target = SM_90, **numbers: int) -> Generat
     return generate(workload, sketch.bind(values), target)
 
 
+def with_pragma(trace: Trace, name: str, value: int) -> Trace:
+    """The trace with another value for a pragma."""
+    found = [s for s in trace.steps if isinstance(s, PragmaStep) and s.name == name]
+    assert found
+    return Trace(tuple(replace(s, value=value) if s in found else s for s in trace.steps))
+
+
 @pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (2048, 512, 512)])
 @pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("k", [2048, 4096, 14336])
@@ -152,6 +159,8 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
     assert shrink.count("dop_copy_ahead(") == 2
     assert "L2::256B" in ahead.source
+    with pytest.raises(TraceError, match="l2_fetch is 0 or 256"):
+        generate(QKV_64, with_pragma(sketch.bind(values), "l2_fetch", 128), SM_90)
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
     assert not any("clusters" in s.name for s in build_space(few_columns, SM_90).sketches)
 
@@ -272,12 +281,8 @@ def test_clusters_and_blocks_that_leave_something_over_are_refused(
 ) -> None:
     beside = replace(O_16, beside=True)
     sketch = next(s for s in build_space(beside, SM_90).sketches if s.name.startswith(FEW))
-    steps = [
-        replace(step, value=value) if isinstance(step, PragmaStep) and step.name == name else step
-        for step in sketch.bind(sketch.default()).steps
-    ]
     with pytest.raises(TraceError, match=message):
-        generate(beside, Trace(tuple(steps)), SM_90)
+        generate(beside, with_pragma(sketch.bind(sketch.default()), name, value), SM_90)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

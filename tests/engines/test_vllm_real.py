@@ -258,15 +258,9 @@ def test_the_lru_manager_activates_through_the_patch():
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
 
 
-def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
-    """vLLM's own list of graphs and its own mappings for capturing them."""
-    lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
+def capture_hook(lora_utils, config, wrapper):
+    """What vLLM calls in front of a capture: its own mappings of so many adapters."""
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-
-    from dop.integrations.vllm_wrapper import DopPunicaWrapper
-
-    config = SimpleNamespace(**{**vars(CONFIG), "max_loras": 64, "specialize_active_lora": True})
-    wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=config)
 
     class Runner(LoRAModelRunnerMixin):
         lora_manager = object()
@@ -276,10 +270,21 @@ def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
                 LoRAMapping(tokens, samples), list(range(1, 65)), 65, vocab_size=100
             )
 
+    return lora_utils.create_lora_capture_hook(config, Runner())
+
+
+def test_graphs_by_number_of_adapters_choose_kernels_for_that_number():
+    """vLLM's own list of graphs and its own mappings for capturing them."""
+    lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
+    from dop.integrations.vllm_wrapper import DopPunicaWrapper
+
+    config = SimpleNamespace(**{**vars(CONFIG), "max_loras": 64, "specialize_active_lora": True})
+    wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=config)
+
     compilation = SimpleNamespace(cudagraph_specialize_lora=True)
     counts = lora_utils.get_lora_capture_cases(config, compilation)
     assert counts == [0, 1, 2, 4, 8, 16, 32, 64, 65]
-    capture = lora_utils.create_lora_capture_hook(config, Runner())
+    capture = capture_hook(lora_utils, config, wrapper)
     for tokens in (1, 8, 32, 64):
         for count in counts:
             capture(count, tokens, tokens)
@@ -370,23 +375,13 @@ def test_the_second_runners_steps_of_few_adapters_have_graphs_of_their_own(
 def test_graphs_for_few_adapters_are_captured_with_kernels_for_few(many_slots):
     """vLLM's own mappings for capturing a graph tell the wrapper which it is."""
     lora_utils = pytest.importorskip("vllm.v1.worker.gpu.lora_utils")
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-
     from dop.integrations import vllm_graphs
     from dop.integrations.vllm_wrapper import DopPunicaWrapper
 
     vllm_graphs._SLOTS.add(64)
     wrapper = DopPunicaWrapper(128, 64, torch.device(DEVICE), lora_config=many_slots.lora_config)
 
-    class Runner(LoRAModelRunnerMixin):
-        lora_manager = object()
-
-        def _set_active_loras(self, samples, tokens, requests, *rest):
-            wrapper.update_metadata(
-                LoRAMapping(tokens, samples), list(range(1, 65)), 65, vocab_size=100
-            )
-
-    capture = lora_utils.create_lora_capture_hook(many_slots.lora_config, Runner())
+    capture = capture_hook(lora_utils, many_slots.lora_config, wrapper)
     for tokens, cases in ((8, {65: None}), (32, {65: None}), (64, {16: 16, 65: 64})):
         for count, told in {0: None, **cases}.items():
             capture(count, tokens, tokens)

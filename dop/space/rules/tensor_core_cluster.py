@@ -28,6 +28,9 @@ HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
+PART_DEPTH = 256
+"""Elements of k that a block of many rows has at least: four steps."""
+
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
 
@@ -74,24 +77,18 @@ class ClusterSplitK:
         blocks = dividing(ranks, (2, 3, 4, 6)) if self.rank_blocks else ()
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
-        splits = dividing(w.in_features // 64, (1, 2, 4, 8, 16, 32))
-        splits = tuple(n for n in splits if n <= w.in_features // 256)  # four steps each at least
-        if self.several and splits[-1:] <= (1,):
+        splits = dividing(w.in_features // 64, (2, 4, 8, 16, 32)) if self.several else ()
+        splits = tuple(n for n in splits if n <= w.in_features // PART_DEPTH)
+        if self.several and not splits:
             return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
-        most = min(CLUSTER, max(1, w.in_features // 256))  # four steps each at least
+        most = min(CLUSTER, max(1, w.in_features // PART_DEPTH))
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
         elif self.several:
-            some = max(n for n in splits if n <= 2 * CLUSTER)
-            new.param(SPLIT_K.name, "split_k", splits, some)
-            new.param(CLUSTER_BLOCKS.name, "split_k", parts, some // 2)
-            _sums_of_clusters(new, WIDE_PARTS)
-            new.param(L2_FETCH.name, "vector", (0, 256), 0)
-            lone = "lone clusters that L2 reads nothing ahead for, which are another sketch"
-            new.limit(lone, 0, lambda a: int(_alone(a) and not a[L2_FETCH.name]))
+            _several_clusters(new, splits, parts)
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -177,16 +174,26 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
 
 
-def _alone(a: Annotation) -> bool:
-    """Whether a tile has one cluster."""
-    return a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name]
+def _several_clusters(new: SketchState, splits: tuple[int, ...], clusters: tuple[int, ...]) -> None:
+    """Blocks of a tile of many rows: clusters along k, or one that L2 reads ahead for."""
+    some = max(n for n in splits if n <= 2 * CLUSTER)
+    new.param(SPLIT_K.name, "split_k", (1, *splits), some)
+    new.param(CLUSTER_BLOCKS.name, "split_k", clusters, some // 2)
+    _sums_of_clusters(new, WIDE_PARTS)
+    new.param(L2_FETCH.name, "vector", (0, 256), 0)
+
+    def lone(a: Annotation) -> int:
+        return int(a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name] and not a[L2_FETCH.name])
+
+    new.limit("lone clusters without a fetch, which are another sketch", 0, lone)
 
 
 def _sums_of_clusters(new: SketchState, most: int) -> None:
     """Clusters along k, each with a sum of its own."""
-    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a["shrink.cluster"])
-    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a["shrink.cluster"])
-    new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a["shrink.cluster"])
+    cluster = CLUSTER_BLOCKS.name
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[cluster])
+    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a[cluster])
+    new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a[cluster])
 
 
 @dataclass(frozen=True)
