@@ -16,6 +16,8 @@ vLLM asks for the wrapper class:
   adds; here that changes nothing.
 - Unless DOP_VLLM_SPLIT=0, sizes of CUDA graphs above 32 rows are captured twice, for steps of few
   adapters and of many (vllm_graphs.py).
+- Adapters of a step that are in their slots are marked as used without vLLM's copies of its list
+  of adapters (vllm_adapters.py).
 - The hash of LoRA's configuration differs from stock: vLLM loads compiled models from disk by
   hashes of configurations, and one that was compiled without Dop would never call it.
 """
@@ -42,7 +44,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from dop import ops
 from dop.errors import DopError
-from dop.integrations import vllm_graphs, vllm_metadata
+from dop.integrations import vllm_adapters, vllm_graphs, vllm_metadata
 from dop.integrations.step_plan import SMALL_TOKENS, StepPlans, capturing, slots_of
 from dop.integrations.vllm import LOG, allowed
 from dop.ops.beside import Beside, Pending
@@ -435,7 +437,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def install() -> None:
-    """Patch linears, `set_mapping`, adapter activation, graphs and the hash (module docstring)."""
+    """Patch linears, `set_mapping`, adapters, graphs and the hash (module docstring)."""
     if hasattr(LoRAModelManager.activate_adapter, "stock"):
         return
     direct_register_custom_op(
@@ -460,6 +462,7 @@ def install() -> None:
         if hasattr(linear, name):
             setattr(linear, name, _apply_beside(getattr(linear, name)))
     vllm_graphs.install()
+    vllm_adapters.install()
     packed = getattr(column_parallel_linear, "_mcp_apply", None)
     if packed is not None:
         column_parallel_linear._mcp_apply = _packed_apply(packed)

@@ -5,6 +5,7 @@ Runs wherever `import vllm.lora.model_manager` works (also a vLLM without its bi
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     UnquantizedLinearMethod,
@@ -256,6 +258,53 @@ def test_models_compiled_without_the_plugin_are_not_loaded_from_disk(streams):
 def test_the_lru_manager_activates_through_the_patch():
     assert hasattr(LoRAModelManager.activate_adapter, "stock")
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_steps_adapters_are_loaded_placed_and_marked_as_vllm_does(seed):
+    """Random steps through vLLM's own worker and through the patched one."""
+    from vllm.lora.model_manager import LoRALRUCache
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    patched = LRUCacheWorkerLoRAManager._apply_adapters
+    counts = {"stock": 0, "dop": 0}
+
+    def make(name, apply):
+        manager, _ = build(LRUCacheLoRAModelManager)
+        manager.lora_config = SimpleNamespace(**{**vars(CONFIG), "max_cpu_loras": 5})
+        manager._registered_adapters = LoRALRUCache(5, manager.deactivate_adapter)
+        manager._active_adapters = LoRALRUCache(SLOTS, manager._deactivate_adapter)
+        spare, _ = build()
+        worker = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
+        worker._adapter_manager = manager
+
+        def load(request):
+            counts[name] += 1
+            adapter(spare, request.lora_int_id, 8, request.lora_int_id)
+            return spare._registered_adapters[request.lora_int_id]
+
+        def add(model):
+            manager._registered_adapters[model.id] = model
+            spare.remove_adapter(model.id)
+            return True
+
+        worker._load_adapter, manager.add_adapter = load, add
+        return manager, lambda requests: apply(worker, requests)
+
+    sides = [make("stock", patched.stock), make("dop", patched)]
+    draw = random.Random(seed)
+    for _ in range(40):
+        step = {
+            LoRARequest(f"a{n}", n, "path", load_inplace=draw.random() < 0.05)
+            for n in draw.sample(range(1, 8), draw.randint(0, SLOTS))
+        }
+        for _, apply in sides:
+            apply(step)
+        (stock, _), (mine, _) = sides
+        for name in ("_registered_adapters", "_active_adapters"):
+            assert list(getattr(stock, name).order) == list(getattr(mine, name).order)
+        assert stock.lora_index_to_id == mine.lora_index_to_id
+    assert counts["stock"] == counts["dop"] > 7
 
 
 def capture_hook(lora_utils, config, wrapper):
