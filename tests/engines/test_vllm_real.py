@@ -260,51 +260,77 @@ def test_the_lru_manager_activates_through_the_patch():
     assert "activate_adapter" in vars(LRUCacheLoRAModelManager)
 
 
+class Side:
+    """A worker over vLLM's own manager; adapters are made when it loads them."""
+
+    def __init__(self, patched: bool, loaded: int = 5):
+        from vllm.lora.model_manager import LoRALRUCache
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+        manager, _ = build(LRUCacheLoRAModelManager)
+        manager.lora_config = SimpleNamespace(**{**vars(CONFIG), "max_cpu_loras": loaded})
+        manager._registered_adapters = LoRALRUCache(loaded, manager.deactivate_adapter)
+        manager._active_adapters = LoRALRUCache(SLOTS, manager._deactivate_adapter)
+        manager.add_adapter = self._add
+        self.manager, self.loads = manager, 0
+        self.spare, _ = build()
+        self.worker = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
+        self.worker._adapter_manager, self.worker._load_adapter = manager, self._load
+        apply = LRUCacheWorkerLoRAManager._apply_adapters
+        self._apply = apply if patched else apply.stock
+
+    def _load(self, request):
+        """Other weights each time; the same on both sides."""
+        self.loads += 1
+        number = request.lora_int_id
+        adapter(self.spare, number, 1 + self.loads % RANK, 100 * number + self.loads)
+        model = self.spare._registered_adapters[number]
+        self.spare.remove_adapter(number)
+        return model
+
+    def _add(self, model):
+        self.manager._registered_adapters[model.id] = model
+        return True
+
+    def step(self, requests):
+        self._apply(self.worker, requests)
+
+
+def steps(seed: int, count: int, adapters: int):
+    """Sets of requests; some are to be loaded again in place."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        numbers = draw.sample(range(1, adapters + 1), draw.randint(0, SLOTS))
+        again = draw.random() < 0.1
+        yield {LoRARequest(f"a{n}", n, "path", load_inplace=again) for n in numbers}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_steps_adapters_are_loaded_placed_and_marked_as_vllm_does(seed):
     """Random steps through vLLM's own worker and through the patched one."""
-    from vllm.lora.model_manager import LoRALRUCache
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-
-    patched = LRUCacheWorkerLoRAManager._apply_adapters
-    counts = {"stock": 0, "dop": 0}
-
-    def make(name, apply):
-        manager, _ = build(LRUCacheLoRAModelManager)
-        manager.lora_config = SimpleNamespace(**{**vars(CONFIG), "max_cpu_loras": 5})
-        manager._registered_adapters = LoRALRUCache(5, manager.deactivate_adapter)
-        manager._active_adapters = LoRALRUCache(SLOTS, manager._deactivate_adapter)
-        spare, _ = build()
-        worker = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
-        worker._adapter_manager = manager
-
-        def load(request):
-            counts[name] += 1
-            adapter(spare, request.lora_int_id, 8, request.lora_int_id)
-            return spare._registered_adapters[request.lora_int_id]
-
-        def add(model):
-            manager._registered_adapters[model.id] = model
-            spare.remove_adapter(model.id)
-            return True
-
-        worker._load_adapter, manager.add_adapter = load, add
-        return manager, lambda requests: apply(worker, requests)
-
-    sides = [make("stock", patched.stock), make("dop", patched)]
-    draw = random.Random(seed)
-    for _ in range(40):
-        step = {
-            LoRARequest(f"a{n}", n, "path", load_inplace=draw.random() < 0.05)
-            for n in draw.sample(range(1, 8), draw.randint(0, SLOTS))
-        }
-        for _, apply in sides:
-            apply(step)
-        (stock, _), (mine, _) = sides
+    stock, mine = Side(patched=False), Side(patched=True)
+    for requests in steps(seed, 40, adapters=7):
+        for side in (stock, mine):
+            side.step(requests)
         for name in ("_registered_adapters", "_active_adapters"):
-            assert list(getattr(stock, name).order) == list(getattr(mine, name).order)
-        assert stock.lora_index_to_id == mine.lora_index_to_id
-    assert counts["stock"] == counts["dop"] > 7
+            orders = [list(getattr(side.manager, name).order) for side in (stock, mine)]
+            assert orders[0] == orders[1], name
+        assert stock.manager.lora_index_to_id == mine.manager.lora_index_to_id
+        assert stock.loads == mine.loads
+    assert mine.loads > 7
+
+
+@pytest.mark.parametrize(("seed", "adapters"), [(5, 4), (6, 9), (7, 50)])
+def test_adapters_that_come_and_go_through_the_worker_never_leak(seed, adapters):
+    """Every token's result is that of its adapter's newest weights."""
+    side, draw = Side(patched=True), random.Random(seed)
+    for requests in steps(seed, 60, adapters):
+        side.step(requests)
+        numbers = [0, *(each.lora_int_id for each in requests)]
+        ids = tuple(draw.choice(numbers) for _ in range(draw.randint(1, 9)))
+        side.manager.set_adapter_mapping(LoRAMapping(ids, ids))
+        check(side.manager, ids)
+    assert side.loads > adapters
 
 
 def capture_hook(lora_utils, config, wrapper):
