@@ -301,6 +301,11 @@ def _say_pragma(tracker: LoopTracker, position: int, step: PragmaStep) -> str:
         return f"Turns squares of {value} x {value} elements in registers at {where}."
     if step.name in _FORM_WORDS:
         return _FORM_WORDS[step.name]
+    if step.name == "load_ahead" and tracker.name(step.stage) == "gather_b" and step.value == 2:
+        return "Loads all of B before it waits for v."
+    if step.name in _HINT_WORDS:
+        off, on = _HINT_WORDS[step.name]
+        return (on if step.value or not off else off).format(value=value, where=where)
     return f"Attaches pragma {step.name} = {value} to {where}."
 
 
@@ -310,6 +315,30 @@ _FORM_WORDS = {
     "transpose": "Lets the last two axes of the stage's result change places.",
 }
 """Pragmas that say something of the whole stage."""
+
+_HINT_WORDS = {
+    "block_order": (
+        "Neighbouring blocks have neighbouring tiles.",
+        "Neighbouring blocks have neighbouring columns of one tile.",
+    ),
+    "cluster": ("", "The blocks along {where} form clusters, which add up their sums of v."),
+    "cluster_blocks": ("", "A cluster has {value} blocks."),
+    "float_sums": ("", "Sums of v of several clusters are float32, and rounded once by expand."),
+    "l2_fetch": (
+        "L2 reads what copies of x and A want.",
+        "L2 reads {value} bytes of memory at a time for copies of x and A.",
+    ),
+    "load_ahead": ("Loads nothing ahead at {where}.", "Loads {value} steps ahead at {where}."),
+    "rank_blocks": ("", "{value} blocks share the ranks of a tile."),
+    "streaming": (
+        "y stays in the caches.",
+        "y is marked as used once, so that caches drop it first.",
+    ),
+    "tile_blocks": ("The grid has as many tiles as expand's.", "The grid has {value} tiles."),
+    "workers": ("", "Blocks go on to later tiles: {value} tiles beyond those that are full."),
+    "y_ahead": ("Expand asks for y.", "Brings the tile's rows of y into L2 while shrink runs."),
+}
+"""Pragmas of the block-level intrinsics: what 0 says, if anything, and what other values say."""
 
 _DEPENDENT_WORDS: dict[object, str] = {
     0: "Launches kernels one after the other.",

@@ -6,8 +6,8 @@ or warpgroup_product chooses them. Its steps are applied to the program like any
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
 streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
-rank_blocks and l2_fetch (of shrink_rf), and those of batches of few rows: workers (of accumulate)
-and tile_blocks (of shrink_rf).
+rank_blocks, l2_fetch, y_ahead and float_sums (of shrink_rf), and those of batches of few rows:
+workers (of accumulate) and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class TileKernels:
             + helpers
             + device_helpers.CLUSTER_HELPERS
             + (device_helpers.AHEAD_COPY if self.shrink.l2_fetch else "")
+            + (device_helpers.AHEAD_Y if self.shrink.y_ahead else "")
+            + (device_helpers.READ_SUMS if self.shrink.writes_floats else "")
             + (HELPERS if self.dependent > 1 else "")
             + {2: FRESH_TABLE, EARLY: EARLY_TABLE}.get(self.dependent, "")
             + shrink
@@ -123,9 +125,15 @@ def read_tiles(app: Application) -> TileKernels:
         tile_blocks=tile_blocks,
         early=app.dependent_launch == EARLY,
         l2_fetch=hints.get(("shrink_rf", "l2_fetch"), 0),
+        y_ahead=bool(hints.get(("shrink_rf", "y_ahead"), 0)),
+        float_sums=bool(hints.get(("shrink_rf", "float_sums"), 0)),
     )
     if shrink.l2_fetch not in (0, 256):
         raise TraceError("l2_fetch is 0 or 256.")
+    if workers and (shrink.y_ahead or shrink.float_sums):
+        raise TraceError("y_ahead and float_sums are for tiles of many rows.")
+    if shrink.y_ahead and workload.beside:
+        raise TraceError("y_ahead wants y, which is made beside shrink.")
     if tile_blocks < 0 or (tile_blocks and not workers):
         raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:
@@ -149,6 +157,7 @@ def read_tiles(app: Application) -> TileKernels:
         shared_b="gather_b_in" in app.stages.names,
         parts=shrink.parts,
         workers=workers,
+        float_sums=shrink.writes_floats,
     )
     whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
     if not whole or any(width % expand.columns for width in workload.out_features):

@@ -90,6 +90,17 @@ inline void dop_copy(unsigned to, const void* from, int bytes) {
   std::memcpy(block->shared.data() + to, from, bytes);
 }
 inline void dop_copy_ahead(unsigned to, const void* from, int bytes) { dop_copy(to, from, bytes); }
+thread_local const char* y_begin;
+thread_local unsigned char* y_asked;  // how often each 16 bytes were asked for
+inline void dop_bring_to_l2(const void* from, int bytes) {
+  if (bytes <= 0 || bytes % 16 || (size_t)from % 16) std::abort();
+  for (int i = 0; i < bytes; i += 16)
+    __atomic_add_fetch(y_asked + ((const char*)from - y_begin + i) / 16, 1, __ATOMIC_RELAXED);
+}
+template <int N> inline void dop_read_sums(float (&sums)[N], const float* at) {
+  if ((size_t)at % 16) std::abort();
+  for (int n = 0; n < N; ++n) sums[n] = at[n];
+}
 inline void dop_cluster_sync() { cluster->barrier.arrive_and_wait(); }
 inline float4 dop_read_peer(unsigned at, int peer) {
   float4 value;

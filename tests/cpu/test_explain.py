@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from export_logs import CPU
 from hypothesis import given
 from log_samples import SPLIT_K, record, records, small_traces, step_kinds, traces
 
@@ -67,6 +68,18 @@ def test_followed_splits_take_the_lengths_of_their_source() -> None:
 def test_packing_gives_the_k_axis_three_loops() -> None:
     steps = (PragmaStep(2, 0, "pack_k", (32, 8)), SplitStep(2, 4, None, (8,), False))
     assert "loop g of shrink into g.0 (8)" in words_of(*steps)[1]
+
+
+def test_every_pragma_of_the_spaces_has_words() -> None:
+    workloads = [
+        (Workload("down", 14336, (4096,), 64, "bfloat16"), SM_90),
+        (Workload("down", 14336, (4096,), 16, "bfloat16", beside=True), SM_90),
+        (Workload("o", 1024, (512,), 16, "float32"), CPU),
+    ]
+    for workload, target in workloads:
+        for sketch in build_space(workload, target).sketches:
+            said = words_of(*sketch.bind(sketch.default()).steps)
+            assert not [words for words in said if words.startswith("Attaches pragma")]
 
 
 def test_what_cannot_be_known_is_called_by_number() -> None:

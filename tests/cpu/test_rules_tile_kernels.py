@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dop.errors import ConstraintError, TraceError
+from dop.measure.artifact import is_pair
 from dop.space.generate import build_space
 from dop.space.sketch import Sketch
 from dop.space.step import AnnotationStep, PragmaStep
@@ -149,12 +150,17 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     assert code.kernels[0].grid[:2] == ("tiles", str(values["shrink.split_k"]))
     assert f"__cluster_dims__(1, {values['shrink.cluster']}, 1)" in code.source
     (v,) = [space for space in code.workspaces if space.name == "v"]
-    assert evaluate(v.elements, tokens=64, tiles=1) == 2 * 64 * QKV_64.slices * QKV_64.rank
-    for split_k, cluster, why in ((8, 8, "lone"), (16, 2, "sums of v"), (2, 4, "left over")):
+    sums = 2 * 64 * QKV_64.slices * QKV_64.rank
+    assert evaluate(v.elements, tokens=64, tiles=1) == 2 * sums  # float32
+    for split_k, cluster, why in ((8, 8, "plain"), (16, 2, "sums of v"), (2, 4, "left over")):
         wrong = {**values, "shrink.split_k": split_k, "shrink.cluster": cluster}
-        assert why in (sketch.broken_limit(wrong) or ""), (split_k, cluster)
+        broken = [limit.name for limit in sketch.limits if limit.value(wrong) > limit.maximum]
+        assert any(why in name for name in broken), (split_k, cluster)
     assert "L2::256B" not in code.source
     lone = {"shrink.split_k": 1, "shrink.cluster": 1, "shrink.l2_fetch": 256}
+    whole = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
+    (v,) = [space for space in whole.workspaces if space.name == "v"]
+    assert evaluate(v.elements, tokens=64, tiles=1) == sums // 2  # one, of the operands' type
     ahead = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
     shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
     assert shrink.count("dop_copy_ahead(") == 2
@@ -163,6 +169,38 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
         generate(QKV_64, with_pragma(sketch.bind(values), "l2_fetch", 128), SM_90)
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
     assert not any("clusters" in s.name for s in build_space(few_columns, SM_90).sketches)
+
+
+def test_clusters_of_seven_where_seven_divides_the_steps() -> None:
+    def sizes(width: int) -> tuple[int, ...]:
+        w = Workload("w", width, (4096,), 64, "bfloat16")
+        sketch = next(s for s in build_space(w, SM_90).sketches if "warpgroup_clusters" in s.name)
+        return next(d.choices for d in sketch.domains if d.name == "shrink.cluster")
+
+    assert sizes(14336) == (1, 2, 4, 7, 8)
+    assert sizes(4096) == (1, 2, 4, 8)
+    assert sizes(12288) == (1, 2, 3, 4, 6, 8)
+
+
+def test_y_is_brought_into_l2_for_expand_where_there_is_one() -> None:
+    sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
+    sketch = next(s for n, s in sketches.items() if "register_b/warpgroup_clusters" in n)
+    values = {**sketch.default(), "shrink.y_ahead": 1}
+    made = generate(QKV_64, sketch.bind(values), SM_90)
+    assert "y" in made.kernels[0].arguments
+    assert not is_pair(made.kernels)
+    plain = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
+    assert "y" not in plain.kernels[0].arguments
+    assert is_pair(plain.kernels)
+    beside = replace(QKV_64, beside=True)
+    same = next(s for s in build_space(beside, SM_90).sketches if s.name == sketch.name)
+    assert "shrink.y_ahead" not in same.default()
+    steps = same.bind(same.default()).steps
+    wrong = [isinstance(s, PragmaStep) and s.name == "float_sums" for s in steps]
+    pairs = zip(steps, wrong, strict=True)
+    trace = Trace(tuple(replace(s, name="y_ahead") if w else s for s, w in pairs))
+    with pytest.raises(TraceError, match="y, which is made beside"):
+        generate(beside, trace, SM_90)
 
 
 def test_blocks_that_share_ranks_are_neighbours() -> None:

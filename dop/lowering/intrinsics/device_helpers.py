@@ -119,6 +119,27 @@ __device__ __forceinline__ void dop_copy_ahead(unsigned to, const void* from, in
 """
 """`dop_copy` that has L2 read 256 bytes of memory at a time: the next steps' pieces of the row."""
 
+AHEAD_Y = """\
+__device__ __forceinline__ void dop_bring_to_l2(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+"""
+"""A hint: the bytes will be read soon. Address and number are multiples of 16."""
+
+READ_SUMS = """\
+template <int N>
+__device__ __forceinline__ void dop_read_sums(float (&sums)[N], const float* at) {
+#pragma unroll
+  for (int n = 0; n < N; n += 4)
+    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(sums[n]), "=f"(sums[n + 1]), "=f"(sums[n + 2]), "=f"(sums[n + 3])
+                 : "l"(at + n) : "memory");
+}
+"""
+"""Sums of v in float32."""
+
 CLUSTER_HELPERS = """\
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define dop__cluster_dims__(...) __cluster_dims__(__VA_ARGS__)

@@ -6,7 +6,10 @@ more with their 16-byte pieces swizzled so that ldmatrix meets no bank conflict.
 are one thread-block cluster (sm_90): its blocks add their sums through distributed shared memory,
 in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank]. Where
 a tile has more parts than a cluster holds, each cluster writes a v of its own, v[part, slice, tile,
-row, rank], which expand adds up.
+row, rank], which expand adds up; with `float_sums` these are float32 and are rounded once, there.
+
+With `y_ahead` the blocks of a tile ask L2 for its rows of y, some of every row at each step, so
+that expand, which waits for memory, finds them there.
 
 With `workers` the kernel is for batches of few rows, where a tile or two must occupy the whole GPU
 and where most tiles of the bound are empty: ranks spread over blocks, all of A asked for before x,
@@ -36,12 +39,14 @@ class PipelinedShrink:
         row_warps, rank_warps: warps along rows and along ranks of all slices.
         warpgroups: wgmma instead of mma (sm_90a): four row warps multiply 64 rows with all ranks
             of their rank warp, straight from shared memory. Wants depth 64, a row warp per 16 rows.
-        cluster: parts of a cluster, 1, 2, 4 or 8; 0: all of them.
+        cluster: parts of a cluster, at most 8; 0: all of them.
         rank_blocks: blocks that share the ranks of all slices; neighbours in the grid.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
         tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
         l2_fetch: bytes that L2 reads for a copy, 256; 0: what the copy wants.
+        y_ahead: y is brought into L2 meanwhile; a caller who has no y yet gives a null pointer.
+        float_sums: sums of several clusters are written in float32.
     """
 
     workload: Workload
@@ -58,6 +63,8 @@ class PipelinedShrink:
     tile_blocks: int = 0
     early: bool = False
     l2_fetch: int = 0
+    y_ahead: bool = False
+    float_sums: bool = False
 
     @property
     def cluster_blocks(self) -> int:
@@ -115,7 +122,14 @@ class PipelinedShrink:
     @property
     def v_elements(self) -> str:
         """Elements of v."""
-        return f"tiles * {self.parts * self.workload.slices * self.tile_rows * self.padded_rank}"
+        words = 2 if self.writes_floats else 1
+        count = self.parts * self.workload.slices * self.tile_rows * self.padded_rank
+        return f"tiles * {words * count}"
+
+    @property
+    def writes_floats(self) -> bool:
+        """Whether v is float32 sums, each of two elements' size."""
+        return self.float_sums and self.parts > 1
 
     def source(self, name: str) -> str:
         """The kernel (its helpers: device_helpers.py)."""
@@ -128,7 +142,11 @@ class PipelinedShrink:
         close = (
             few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
         )
+        floats = self.writes_floats
         values = {
+            "STORE_PAIRS": _STORE_FLOAT_PAIRS if floats else _STORE_PAIRS,
+            "STORE_TOTAL": _STORE_FLOAT_TOTAL if floats else _STORE_TOTAL,
+            **self._ahead_of_expand(),
             "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
             "WHERE": _RANK_BLOCK if self.rank_blocks > 1 else _WHOLE_TILE,
             "RANK_BLOCKS": self.rank_blocks,
@@ -177,6 +195,27 @@ class PipelinedShrink:
             text = text.replace(f"@{key}@", str(value))
         return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
 
+    def _ahead_of_expand(self) -> dict[str, str]:
+        """What y_ahead adds: a parameter, a row for some threads, and a hint at each step."""
+        if not self.y_ahead:
+            return {"Y_PARAMETER": "", "Y_ROW": "", "Y_STEP": ""}
+        w, blocks = self.workload, self.split_k * self.rank_blocks
+        share = "part"
+        if self.rank_blocks > 1:
+            share = f"part + {self.split_k} * (blockIdx.x % {self.rank_blocks})"
+        steps = w.in_features // (self.split_k * self.depth)
+        values = {
+            "Y_BYTES": 2 * w.total_out,
+            "Y_PIECE": -(-2 * w.total_out // (steps * 128)) * 128,
+            "Y_THREADS": -(-self.tile_rows // blocks),
+            "Y_BLOCKS": blocks,
+            "Y_SHARE": share,
+        }
+        found = {"Y_PARAMETER": ", const @TYPE@* y_ptr", "Y_ROW": _Y_ROW, "Y_STEP": _Y_STEP}
+        for key, value in values.items():
+            found = {name: text.replace(f"@{key}@", str(value)) for name, text in found.items()}
+        return found
+
     def _of_part(self, operator: str, alone: str) -> str:
         """Place in the cluster (%) or number of the cluster (/) of a block that knows its part."""
         return f"part {operator} {self.cluster_blocks}" if self.parts > 1 else alone
@@ -208,6 +247,44 @@ def _shift_of(w: Workload) -> str:
         text = f"(slice == {s} ? a{s}_shift * 8 : {text})"
     return text
 
+
+_STORE_PAIRS = """\
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
+      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
+"""
+
+_STORE_FLOAT_PAIRS = """\
+      float2* to = reinterpret_cast<float2*>(
+          reinterpret_cast<float*>(v_ptr) + at * @PADDED@ + @R@ % @PADDED@);
+      to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
+"""
+
+_STORE_TOTAL = """\
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
+        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+"""
+
+_STORE_FLOAT_TOTAL = """\
+    *reinterpret_cast<float4*>(
+        reinterpret_cast<float*>(v_ptr) + at * @PADDED@ + @R@ % @PADDED@) = total;
+"""
+
+_Y_ROW = """\
+  // Some threads have a row of y that they bring into L2, a piece of it at each step.
+  const char* y_from = 0;
+  const int y_row = thread * @Y_BLOCKS@ + @Y_SHARE@;
+  if (y_ptr && thread < @Y_THREADS@ && y_row < rows) {
+    const int token = dop_table(row_index_ptr + row0 + y_row);
+    y_from = reinterpret_cast<const char*>(y_ptr + (long long)token * (@Y_BYTES@ / 2));
+  }
+"""
+
+_Y_STEP = """\
+    if (y_from && step * @Y_PIECE@ < @Y_BYTES@)
+      dop_bring_to_l2(y_from + step * @Y_PIECE@, min(@Y_PIECE@, @Y_BYTES@ - step * @Y_PIECE@));
+"""
 
 _WHOLE_TILE = "  const int tile = blockIdx.x, part = blockIdx.y;"
 
@@ -241,7 +318,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
-    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@Y_PARAMETER@@SHIFTS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
 @OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   const int lane = threadIdx.x;
@@ -290,7 +367,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         dop_copy(x_stage + x_to[c], x_from[c] + (step) * @DEPTH@, x_bytes[c]);      \\
   }                                                                                 \\
   dop_commit();
-@PRELOAD@  float sum[@MI@][2 * @NI@][4];
+@Y_ROW@@PRELOAD@  float sum[@MI@][2 * @NI@][4];
 #pragma unroll
   for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
@@ -332,7 +409,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     } else {
       dop_commit();
     }
-#if @WARPGROUPS@
+@Y_STEP@#if @WARPGROUPS@
     dop_wgmma_wait();
 #else
     const unsigned stage = (unsigned)(step % @STAGES@);
@@ -370,10 +447,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
       const int row = row_warp * (@MI@ * 16) + m * 16 + g;
       const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
-      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
-      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
-    }
+@STORE_PAIRS@    }
   }
 #else
   dop_wait_but<0>();
@@ -405,9 +479,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
     }
     const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
-        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
-  }
+@STORE_TOTAL@  }
   dop_cluster_sync();
 #endif
 @CLOSE@}

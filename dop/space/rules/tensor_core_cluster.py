@@ -4,8 +4,11 @@ Block: one tile of rows, one of the split-K parts, the ranks of all slices. The 
 one thread-block cluster, whose blocks add their sums through distributed shared memory, so that
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
-Several clusters along k, whose sums expand adds up, occupy a GPU with the tiles of a few hundred
-rows. Tiles for few rows (note "few") are also spread over several blocks along the ranks.
+The tiles of many rows may be spread further: over several clusters along k, whose sums expand adds
+up, and over blocks along the ranks. How many clusters run at once is the GPU's affair: an H100
+holds 15 of eight blocks that need a multiprocessor each, 30 of four, 66 of two (docs/performance.md
+43), so clusters of three, five, six or seven blocks are worth having. Tiles for few rows (note
+"few") are spread likewise.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from dop.space.step import Param
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
-L2_FETCH = Param("shrink.l2_fetch")
+L2_FETCH, Y_AHEAD = Param("shrink.l2_fetch"), Param("shrink.y_ahead")
 HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
@@ -57,7 +60,8 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
-    `several`: a tile may have several clusters along k, and copies have L2 read ahead.
+    `several`: a tile may have several clusters along k, whose sums are float32, and blocks that
+    share its ranks; copies have L2 read ahead, and y is brought into L2 for expand.
     """
 
     name: str = "cluster_split_k"
@@ -74,11 +78,11 @@ class ClusterSplitK:
         few = "few" in state.notes
         if self.warpgroups and (few or state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
             return []
-        blocks = dividing(ranks, (2, 3, 4, 6)) if self.rank_blocks else ()
+        shared = (2, 3, 4, 6) if self.rank_blocks else (2, 3, 4, 6, 8) if self.several else ()
+        blocks = dividing(ranks, shared)
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
-        splits = dividing(w.in_features // 64, (2, 4, 8, 16, 32)) if self.several else ()
-        splits = tuple(n for n in splits if n <= w.in_features // PART_DEPTH)
+        splits = _splits(w.in_features) if self.several else ()
         if self.several and not splits:
             return []
         new = state.fork(self.name)
@@ -88,7 +92,7 @@ class ClusterSplitK:
         if few:
             _spread(new, parts, ranks)
         elif self.several:
-            _several_clusters(new, splits, parts)
+            _several_clusters(new, splits, blocks)
         else:
             new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
@@ -105,6 +109,7 @@ class ClusterSplitK:
             if self.rank_blocks:
                 first = next(n for n in groups if n % blocks[0] == 0)
                 new.param(RANK_BLOCKS.name, "split_k", blocks, blocks[0])
+            if blocks:
                 new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a[RANK_BLOCKS.name])
             new.param(RANK_WARPS.name, "warps", groups, first)
         else:
@@ -142,7 +147,10 @@ class ClusterSplitK:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if self.several:
             new.pragma("shrink_rf", PART, "l2_fetch", L2_FETCH)
-        if "few" in new.notes or self.rank_blocks:
+            new.pragma("shrink_rf", PART, "float_sums", 1)
+            if not new.workload.beside:
+                new.pragma("shrink_rf", PART, "y_ahead", Y_AHEAD)
+        if "few" in new.notes or self.rank_blocks or self.several:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         if "few" in new.notes and new.workload.beside:
             # A base matmul leaves few multiprocessors, on which even empty blocks take their turn.
@@ -174,18 +182,30 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
 
 
-def _several_clusters(new: SketchState, splits: tuple[int, ...], clusters: tuple[int, ...]) -> None:
-    """Blocks of a tile of many rows: clusters along k, or one that L2 reads ahead for."""
-    some = max(n for n in splits if n <= 2 * CLUSTER)
+def _splits(width: int) -> tuple[int, ...]:
+    """Parts of k for tiles of many rows: those of up to four clusters of up to eight blocks."""
+    counts = {n * c for n in range(1, WIDE_PARTS + 1) for c in range(1, CLUSTER + 1)}
+    every = dividing(width // 64, sorted(counts))
+    return tuple(n for n in every if 1 < n <= width // PART_DEPTH)
+
+
+def _several_clusters(new: SketchState, splits: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    """Blocks of a tile of many rows: clusters along k, and blocks along the ranks."""
+    some = max((n for n in splits if n <= 2 * CLUSTER and n % 2 == 0), default=splits[-1])
     new.param(SPLIT_K.name, "split_k", (1, *splits), some)
-    new.param(CLUSTER_BLOCKS.name, "split_k", clusters, some // 2)
+    sizes = [c for c in range(1, CLUSTER + 1) if any(n % c == 0 for n in splits)]
+    new.param(CLUSTER_BLOCKS.name, "split_k", sizes, some // 2 if some % 2 == 0 else some)
+    new.param(RANK_BLOCKS.name, "split_k", (1, *blocks), 1)
     _sums_of_clusters(new, WIDE_PARTS)
     new.param(L2_FETCH.name, "vector", (0, 256), 0)
+    if not new.workload.beside:
+        new.param(Y_AHEAD.name, "binding", (0, 1), 0)
 
-    def lone(a: Annotation) -> int:
-        return int(a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name] and not a[L2_FETCH.name])
+    def plain(a: Annotation) -> int:
+        whole = a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name] in (1, 2, 4, CLUSTER)
+        return int(whole and not a[L2_FETCH.name] and not a.get(Y_AHEAD.name, 0))
 
-    new.limit("lone clusters without a fetch, which are another sketch", 0, lone)
+    new.limit("plain clusters, which are another sketch", 0, plain)
 
 
 def _sums_of_clusters(new: SketchState, most: int) -> None:

@@ -34,6 +34,10 @@ ROW_TILES, COLUMN_WARPS, STEPS = (
     Param("expand.column_warps"),
     Param("expand.steps"),
 )
+FLOAT_SUMS = "shrink.l2_fetch"
+"""Parameter of the sketches whose sums of v are float32: expand adds them and rounds once, where
+others multiply what rounding left over as well."""
+
 BLOCK, WARP, STEP, TILE = 1, 3, 4, 5
 """Loop positions in accumulate: tile, column block, row warp, column warp, step, 16-row tile."""
 
@@ -106,9 +110,11 @@ class RegisterColumns:
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
             split_k = a.get("shrink.split_k", 1)
             parts = split_k // a.get("shrink.cluster", split_k)
-            v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 else 1)
+            floats = FLOAT_SUMS in a
+            v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 and not floats else 1)
             operands = v_words + groups * rank // 2
-            adding = 4 * parts + 4 if parts > 1 else 0  # the parts of one piece, and their sum
+            piece = 16 if floats else 4
+            adding = piece * parts + 4 if parts > 1 else 0  # parts of a piece or two, their sum
             return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)
