@@ -91,7 +91,7 @@ def _workloads(
     model: str | None, layer: str | None, key: str | None, rank: int, dtype: str, tp: int
 ) -> list[Workload]:
     """The layers that are asked about; none if neither a model nor a key is given."""
-    from dop.config import workloads_from_model
+    from dop.config import layers_of, workloads_from_model
     from dop.export.dtypes import parse_dtypes
     from dop.workload import Workload
 
@@ -105,14 +105,7 @@ def _workloads(
         return []
     types = parse_dtypes(dtype)
     found = [w for t in types for w in workloads_from_model(model, ranks=[rank], tp=tp, dtype=t)]
-    if layer is None:
-        return found
-    names = list(dict.fromkeys(w.name for w in found))
-    wanted = {layer, f"{layer}_proj"}
-    mine = [w for w in found if w.name in wanted]
-    if not mine:
-        raise ConfigError(f"{model} has no layer {layer!r}.", f"Its layers: {', '.join(names)}.")
-    return mine
+    return found if layer is None else layers_of(found, [layer], model)
 
 
 def _required(workloads: list[Workload]) -> list[Workload]:

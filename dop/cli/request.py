@@ -12,6 +12,7 @@ from dop.config import (
     ModelShape,
     bucketize,
     default_scenarios,
+    layers_of,
     left_out,
     model_shape,
     parse_ranks,
@@ -50,6 +51,7 @@ class Request:
     tokens: str | None = None
     mix: str | None = None
     beside: bool = False
+    layers: str | None = None
 
     def families(self, target: Target) -> list[Family]:
         """One family per distinct workload of the model, ranks and adapters.
@@ -61,6 +63,8 @@ class Request:
         ranks, targets = self._adapters(shape)
         dtype = self.dtype or ("float32" if target.kind == "cpu" else "bfloat16")
         found = workloads_of(shape, ranks=ranks, tp=self.tp, dtype=dtype, targets=targets)
+        if self.layers is not None:
+            found = layers_of(found, self.layers.split(","), self.model)
         if self.beside:
             if target.kind == "cpu":
                 raise ConfigError(

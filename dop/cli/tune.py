@@ -48,6 +48,7 @@ def tune(
     dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
     tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,
     mix: Annotated[str | None, Option(help="Some of distinct,uniform,skewed,identical.")] = None,
+    layers: Annotated[str | None, Option(help="Only these layers, such as o,down.")] = None,
     beside: Annotated[
         bool,
         Option(
@@ -77,7 +78,7 @@ def tune(
         if budget is None:
             profile = replace(profile, budget_s=float("inf"))
     target = find_target(device)
-    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix, beside)
+    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix, beside, layers)
     families = request.families(target)
     stand_ins = request.left_out(families[0].scenarios)
     for line in left_out_lines(stand_ins, families[0].scenarios):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dop.config.adapters import Adapter, AdapterSet, read_adapters
 from dop.config.hf import (
     ModelShape,
+    layers_of,
     model_shape,
     parse_ranks,
     shipped_models,
@@ -24,6 +25,7 @@ __all__ = [
     "ModelShape",
     "bucketize",
     "default_scenarios",
+    "layers_of",
     "left_out",
     "model_shape",
     "parse_ranks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -195,6 +195,24 @@ def workloads_of(
         for rank in parse_ranks(ranks)
         for name in wanted
     ]
+
+
+def layers_of(workloads: Sequence[Workload], layers: Sequence[str], model: str) -> list[Workload]:
+    """The workloads of some layers, named such as "down" or "down_proj".
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    names = list(dict.fromkeys(workload.name for workload in workloads))
+    wanted = set()
+    for layer in map(str.strip, layers):
+        mine = {layer, f"{layer}_proj"} & set(names)
+        if not mine:
+            raise ConfigError(
+                f"{model} has no layer {layer!r}.", f"Its layers: {', '.join(names)}."
+            )
+        wanted |= mine
+    return [workload for workload in workloads if workload.name in wanted]
 
 
 def parse_ranks(ranks: str | Iterable[int]) -> tuple[int, ...]:

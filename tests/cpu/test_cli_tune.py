@@ -93,6 +93,8 @@ def test_ctrl_c_exits_130_with_the_best_and_can_be_continued(tmp_path):
         (["--adapters", "/nowhere"], "/nowhere"),
         (["--traffic", "/nowhere"], "--tokens"),
         (["--tp", "0"], "--tp"),
+        (["--layers", "o,head"], "no layer 'head'. Its layers: qkv_proj, o_proj"),
+        (["--layers", ""], "no layer ''"),
         (["--trials", "0"], "--trials"),
         (["--log", "/proc/nowhere/log"], "/proc/nowhere"),
         (["--like", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
@@ -115,6 +117,12 @@ def test_families_merge_equal_shapes_and_follow_the_adapters(tmp_path):
     scenarios = families[0].scenarios
     assert {s.tokens for s in scenarios} == {1, 8, 16, 32, 64, 128, 2048}
     assert max(s.adapters for s in scenarios) == 128
+
+
+@pytest.mark.parametrize("layers", ["o,down_proj", " down, o_proj"])
+def test_some_layers_only(layers):
+    families = Request("Llama-3.1-8B", ranks="8,64", layers=layers).families(SM_90)
+    assert [f.workload.name for f in families] == 2 * ["o_proj", "down_proj"]
 
 
 def test_traffic_replaces_the_mixes(tmp_path):
