@@ -321,8 +321,9 @@ _HINT_WORDS = {
         "Neighbouring blocks have neighbouring tiles.",
         "Neighbouring blocks have neighbouring columns of one tile.",
     ),
-    "cluster": ("", "The blocks along {where} form clusters, which add up their sums of v."),
+    "cluster": ("", "Blocks along {where} form clusters, whose blocks add up their sums of v."),
     "cluster_blocks": ("", "A cluster has {value} blocks."),
+    "clusters": ("", "They form {value} clusters a tile, each with a sum of v of its own."),
     "float_sums": ("", "Sums of v of several clusters are float32, and rounded once by expand."),
     "l2_fetch": (
         "L2 reads what copies of x and A want.",

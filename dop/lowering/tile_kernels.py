@@ -6,8 +6,8 @@ or warpgroup_product chooses them. Its steps are applied to the program like any
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
 streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
-rank_blocks, l2_fetch, y_ahead and float_sums (of shrink_rf), and those of batches of few rows:
-workers (of accumulate) and tile_blocks (of shrink_rf).
+clusters, rank_blocks, l2_fetch, y_ahead and float_sums (of shrink_rf), and those of batches of few
+rows: workers (of accumulate) and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def read_tiles(app: Application) -> TileKernels:
     _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, product, 12)
     workers = hints.get(("accumulate", "workers"), 0)
     cluster = hints.get(("shrink_rf", "cluster_blocks"), part)
+    if clusters := hints.get(("shrink_rf", "clusters"), 0):
+        cluster = part // clusters if clusters > 0 and part % clusters == 0 else 0
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:

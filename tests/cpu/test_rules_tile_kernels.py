@@ -145,19 +145,19 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
     sketch = next(s for n, s in sketches.items() if "register_b/warpgroup_clusters" in n)
     values = sketch.default()
-    assert values["shrink.split_k"] == 2 * values["shrink.cluster"]
+    assert values["shrink.clusters"] == 2
     code = generate(QKV_64, sketch.bind(values), SM_90)
     assert code.kernels[0].grid[:2] == ("tiles", str(values["shrink.split_k"]))
-    assert f"__cluster_dims__(1, {values['shrink.cluster']}, 1)" in code.source
+    assert f"__cluster_dims__(1, {values['shrink.split_k'] // 2}, 1)" in code.source
     (v,) = [space for space in code.workspaces if space.name == "v"]
     sums = 2 * 64 * QKV_64.slices * QKV_64.rank
     assert evaluate(v.elements, tokens=64, tiles=1) == 2 * sums  # float32
-    for split_k, cluster, why in ((8, 8, "plain"), (16, 2, "sums of v"), (2, 4, "left over")):
-        wrong = {**values, "shrink.split_k": split_k, "shrink.cluster": cluster}
+    for split_k, clusters, why in ((8, 1, "plain"), (16, 1, "blocks of a"), (2, 4, "left over")):
+        wrong = {**values, "shrink.split_k": split_k, "shrink.clusters": clusters}
         broken = [limit.name for limit in sketch.limits if limit.value(wrong) > limit.maximum]
-        assert any(why in name for name in broken), (split_k, cluster)
+        assert any(why in name for name in broken), (split_k, clusters)
     assert "L2::256B" not in code.source
-    lone = {"shrink.split_k": 1, "shrink.cluster": 1, "shrink.l2_fetch": 256}
+    lone = {"shrink.split_k": 1, "shrink.clusters": 1, "shrink.l2_fetch": 256}
     whole = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
     (v,) = [space for space in whole.workspaces if space.name == "v"]
     assert evaluate(v.elements, tokens=64, tiles=1) == sums // 2  # one, of the operands' type
@@ -165,6 +165,9 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
     assert shrink.count("dop_copy_ahead(") == 2
     assert "L2::256B" in ahead.source
+    for clusters in (3, -2):
+        with pytest.raises(TraceError, match="do not fit"):
+            generate(QKV_64, with_pragma(sketch.bind(values), "clusters", clusters), SM_90)
     with pytest.raises(TraceError, match="l2_fetch is 0 or 256"):
         generate(QKV_64, with_pragma(sketch.bind(values), "l2_fetch", 128), SM_90)
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
@@ -172,14 +175,16 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
 
 
 def test_clusters_of_seven_where_seven_divides_the_steps() -> None:
-    def sizes(width: int) -> tuple[int, ...]:
+    def parts(width: int) -> tuple[int, ...]:
         w = Workload("w", width, (4096,), 64, "bfloat16")
         sketch = next(s for s in build_space(w, SM_90).sketches if "warpgroup_clusters" in s.name)
-        return next(d.choices for d in sketch.domains if d.name == "shrink.cluster")
+        assert sketch.broken_limit(sketch.default()) is None
+        return next(d.choices for d in sketch.domains if d.name == "shrink.split_k")
 
-    assert sizes(14336) == (1, 2, 4, 7, 8)
-    assert sizes(4096) == (1, 2, 4, 8)
-    assert sizes(12288) == (1, 2, 3, 4, 6, 8)
+    assert parts(14336) == (1, 2, 4, 7, 8, 14, 16, 28, 32)
+    assert parts(4096) == (1, 2, 4, 8, 16)
+    assert parts(12288) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    assert parts(64 * 21) == (1, 3)
 
 
 def test_y_is_brought_into_l2_for_expand_where_there_is_one() -> None:

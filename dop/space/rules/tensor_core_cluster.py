@@ -19,13 +19,14 @@ from dop.space.rule import SketchState
 from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
-from dop.space.rules.tensor_core_registers import WARP, padded
+from dop.space.rules.tensor_core_registers import WARP, padded, sums_of_v
 from dop.space.sketch import Annotation
 from dop.space.step import Param
 
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
+CLUSTERS = Param("shrink.clusters")
 L2_FETCH, Y_AHEAD = Param("shrink.l2_fetch"), Param("shrink.y_ahead")
 HOPPER = "90"
 CLUSTER = 8
@@ -143,9 +144,11 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
-        if "few" in new.notes or self.several:
+        if "few" in new.notes:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
         if self.several:
+            # Their number, not their size: parts of k may then change alone.
+            new.pragma("shrink_rf", PART, "clusters", CLUSTERS)
             new.pragma("shrink_rf", PART, "l2_fetch", L2_FETCH)
             new.pragma("shrink_rf", PART, "float_sums", 1)
             if not new.workload.beside:
@@ -178,7 +181,10 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     spare = 3 * new.target.units // (enough[0] * wide) - 1
     workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
-    _sums_of_clusters(new, MAX_PARTS)
+    cluster = CLUSTER_BLOCKS.name
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[cluster])
+    new.limit("sums of v", MAX_PARTS, sums_of_v)
+    new.estimate("shrink.parts", sums_of_v)
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
 
 
@@ -191,29 +197,23 @@ def _splits(width: int) -> tuple[int, ...]:
 
 def _several_clusters(new: SketchState, splits: tuple[int, ...], blocks: tuple[int, ...]) -> None:
     """Blocks of a tile of many rows: clusters along k, and blocks along the ranks."""
-    some = max((n for n in splits if n <= 2 * CLUSTER and n % 2 == 0), default=splits[-1])
+    whole = max(n for n in splits if n <= CLUSTER)
+    some = max((n for n in splits if n <= 2 * CLUSTER and n % 2 == 0), default=whole)
     new.param(SPLIT_K.name, "split_k", (1, *splits), some)
-    sizes = [c for c in range(1, CLUSTER + 1) if any(n % c == 0 for n in splits)]
-    new.param(CLUSTER_BLOCKS.name, "split_k", sizes, some // 2 if some % 2 == 0 else some)
+    new.param(CLUSTERS.name, "split_k", range(1, WIDE_PARTS + 1), 2 - some % 2)
     new.param(RANK_BLOCKS.name, "split_k", (1, *blocks), 1)
-    _sums_of_clusters(new, WIDE_PARTS)
+    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[CLUSTERS.name])
+    new.limit("blocks of a cluster", CLUSTER, lambda a: a[SPLIT_K.name] // a[CLUSTERS.name])
+    new.estimate("shrink.parts", sums_of_v)
     new.param(L2_FETCH.name, "vector", (0, 256), 0)
     if not new.workload.beside:
         new.param(Y_AHEAD.name, "binding", (0, 1), 0)
 
     def plain(a: Annotation) -> int:
-        whole = a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name] in (1, 2, 4, CLUSTER)
-        return int(whole and not a[L2_FETCH.name] and not a.get(Y_AHEAD.name, 0))
+        other = a[CLUSTERS.name] == 1 and a[SPLIT_K.name] in (1, 2, 4, CLUSTER)
+        return int(other and not a[L2_FETCH.name] and not a.get(Y_AHEAD.name, 0))
 
     new.limit("plain clusters, which are another sketch", 0, plain)
-
-
-def _sums_of_clusters(new: SketchState, most: int) -> None:
-    """Clusters along k, each with a sum of its own."""
-    cluster = CLUSTER_BLOCKS.name
-    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[cluster])
-    new.limit("sums of v", most, lambda a: a[SPLIT_K.name] // a[cluster])
-    new.estimate("shrink.parts", lambda a: a[SPLIT_K.name] / a[cluster])
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,10 @@ def _limits(new: SketchState) -> None:
         return max(a[RANK_WARPS.name] // a.get(RANK_BLOCKS.name, 1), 1)
 
     def cluster(a: Annotation) -> int:
-        return a.get(CLUSTER_BLOCKS.name, a[SPLIT_K.name])
+        parts = a[SPLIT_K.name]  # annotations are judged that leave parts over, too
+        return (
+            parts // a[CLUSTERS.name] if CLUSTERS.name in a else a.get(CLUSTER_BLOCKS.name, parts)
+        )
 
     def threads(a: Annotation) -> int:
         return 32 * a[ROW_WARPS.name] * rank_warps(a)

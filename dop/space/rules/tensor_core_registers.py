@@ -47,6 +47,12 @@ def padded(rank: int) -> int:
     return -(-rank // EDGE) * EDGE
 
 
+def sums_of_v(a: Annotation) -> int:
+    """Sums that make up v: one of each cluster along k."""
+    split_k = a.get("shrink.split_k", 1)
+    return a.get("shrink.clusters") or split_k // a.get("shrink.cluster", split_k)
+
+
 @dataclass(frozen=True)
 class RegisterColumns:
     """accumulate: warps own rows and columns; the old values of y are loaded steps ahead."""
@@ -108,8 +114,7 @@ class RegisterColumns:
             old = 8 * min(a["expand.ahead"], a[STEPS.name]) * a[ROW_TILES.name]
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
-            split_k = a.get("shrink.split_k", 1)
-            parts = split_k // a.get("shrink.cluster", split_k)
+            parts = sums_of_v(a)
             floats = FLOAT_SUMS in a
             v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 and not floats else 1)
             operands = v_words + groups * rank // 2
