@@ -18,15 +18,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from dop.cli.replay import jobs_of
 from dop.database.jsonl import read_log
 from dop.database.query import best
 from dop.database.wire import Entry
 from dop.errors import DopError, LogError
-from dop.measure.base import Job, Measurer
+from dop.measure.base import Measurer
 from dop.measure.hostinfo import find_target
 from dop.measure.local import LocalMeasurer
-from dop.scenario import Scenario
-from dop.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ def both(
     for number in range(rounds):
         pairs = ((0, entries), (1, others))
         for which, mine in pairs if number % 2 == 0 else reversed(pairs):
-            jobs = {id(job): (task, job) for task in tasks for job in [_job(mine[task])]}
-            for job, _, found in measurer.measure([job for _, job in jobs.values()]):
-                task = jobs[id(job)][0]
+            jobs, recorded = jobs_of(mine[task] for task in tasks)
+            for job, scenario, found in measurer.measure(jobs):
+                task = recorded[job.workload.key, job.trace.key, scenario.key].task_key
                 if found.ok:
                     seconds[task, which].append(found.median_s)
                 else:
@@ -65,11 +64,6 @@ def both(
     return [
         _row(task, seconds[task, 0], seconds[task, 1], failures.get(task, "")) for task in tasks
     ]
-
-
-def _job(entry: Entry) -> Job:
-    scenario = Scenario.parse(entry.scenario_key)
-    return Job(entry.record().trace, Workload.parse(entry.workload_key), (scenario,))
 
 
 def _row(task: str, first: Sequence[float], other: Sequence[float], failure: str) -> Row:

@@ -79,14 +79,16 @@ def _measure_again(
     """Second measurements; entries that share a trace share its build."""
     from dop.measure.local import LocalMeasurer
 
-    jobs, recorded = _jobs(entries)
+    jobs, recorded = jobs_of(entries)
     with LocalMeasurer(target) as measurer:
         for job, scenario, found in measurer.measure(jobs):
             entry = recorded[job.workload.key, job.trace.key, scenario.key]
             yield _compare(entry, found, tolerance)
 
 
-def _jobs(entries: Iterable[Entry]) -> tuple[list[Job], dict[tuple[str, str, str], Entry]]:
+def jobs_of(entries: Iterable[Entry]) -> tuple[list[Job], dict[tuple[str, str, str], Entry]]:
+    """A job for each trace, with the batches it is best for; the entries by workload, trace and
+    batch."""
     from dop.measure.base import Job
     from dop.scenario import Scenario
     from dop.workload import Workload

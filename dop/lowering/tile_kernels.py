@@ -105,9 +105,10 @@ def read_tiles(app: Application) -> TileKernels:
     workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
     _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, product, 12)
     workers = hints.get(("accumulate", "workers"), 0)
-    cluster = hints.get(("shrink_rf", "cluster_blocks"), part)
-    if clusters := hints.get(("shrink_rf", "clusters"), 0):
-        cluster = part // clusters if clusters > 0 and part % clusters == 0 else 0
+    clusters = hints.get(("shrink_rf", "clusters"), 1)
+    if clusters < 1 or part % clusters:
+        raise TraceError(f"{clusters} clusters for {part} parts of k do not fit.")
+    cluster = hints.get(("shrink_rf", "cluster_blocks"), part // clusters)
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:

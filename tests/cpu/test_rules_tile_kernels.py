@@ -158,16 +158,16 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
         assert any(why in name for name in broken), (split_k, clusters)
     assert "L2::256B" not in code.source
     lone = {"shrink.split_k": 1, "shrink.clusters": 1, "shrink.l2_fetch": 256}
-    whole = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
-    (v,) = [space for space in whole.workspaces if space.name == "v"]
-    assert evaluate(v.elements, tokens=64, tiles=1) == sums // 2  # one, of the operands' type
     ahead = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
+    (v,) = [space for space in ahead.workspaces if space.name == "v"]
+    assert evaluate(v.elements, tokens=64, tiles=1) == sums // 2  # one, of the operands' type
     shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
     assert shrink.count("dop_copy_ahead(") == 2
     assert "L2::256B" in ahead.source
-    for clusters in (3, -2):
+    four = sketch.bind({**values, "shrink.split_k": 4})
+    for clusters in (3, 0, -2):
         with pytest.raises(TraceError, match="do not fit"):
-            generate(QKV_64, with_pragma(sketch.bind(values), "clusters", clusters), SM_90)
+            generate(QKV_64, with_pragma(four, "clusters", clusters), SM_90)
     with pytest.raises(TraceError, match="l2_fetch is 0 or 256"):
         generate(QKV_64, with_pragma(sketch.bind(values), "l2_fetch", 128), SM_90)
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")

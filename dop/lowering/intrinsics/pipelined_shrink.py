@@ -77,6 +77,11 @@ class PipelinedShrink:
         return self.split_k // self.cluster_blocks
 
     @property
+    def steps(self) -> int:
+        """Steps of a block along k."""
+        return self.workload.in_features // (self.split_k * self.depth)
+
+    @property
     def block_ranks(self) -> int:
         """Ranks of a block, of all slices together."""
         return self.ranks // self.rank_blocks
@@ -180,7 +185,7 @@ class PipelinedShrink:
             "X_PIECES": self.tile_rows * pieces,
             "A_PIECES": ranks * pieces,
             "STAGES": self.stages,
-            "STEPS": w.in_features // (self.split_k * self.depth),
+            "STEPS": self.steps,
             "RANK_WARPS": self.rank_warps,
             "MI": self.tile_rows // (16 * self.row_warps),
             "NI": ranks // (16 * self.rank_warps),
@@ -195,26 +200,25 @@ class PipelinedShrink:
             text = text.replace(f"@{key}@", str(value))
         return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
 
-    def _ahead_of_expand(self) -> dict[str, str]:
-        """What y_ahead adds: a parameter, a row for some threads, and a hint at each step."""
+    def _ahead_of_expand(self) -> dict[str, str | int]:
+        """What y_ahead adds: a parameter, a row for some threads, and a hint at each step; then
+        the numbers of these texts."""
         if not self.y_ahead:
             return {"Y_PARAMETER": "", "Y_ROW": "", "Y_STEP": ""}
-        w, blocks = self.workload, self.split_k * self.rank_blocks
+        blocks, row_bytes = self.split_k * self.rank_blocks, 2 * self.workload.total_out
         share = "part"
         if self.rank_blocks > 1:
             share = f"part + {self.split_k} * (blockIdx.x % {self.rank_blocks})"
-        steps = w.in_features // (self.split_k * self.depth)
-        values = {
-            "Y_BYTES": 2 * w.total_out,
-            "Y_PIECE": -(-2 * w.total_out // (steps * 128)) * 128,
+        return {
+            "Y_PARAMETER": ", const @TYPE@* y_ptr",
+            "Y_ROW": _Y_ROW,
+            "Y_STEP": _Y_STEP,
+            "Y_BYTES": row_bytes,
+            "Y_PIECE": -(-row_bytes // (self.steps * 128)) * 128,
             "Y_THREADS": -(-self.tile_rows // blocks),
             "Y_BLOCKS": blocks,
             "Y_SHARE": share,
         }
-        found = {"Y_PARAMETER": ", const @TYPE@* y_ptr", "Y_ROW": _Y_ROW, "Y_STEP": _Y_STEP}
-        for key, value in values.items():
-            found = {name: text.replace(f"@{key}@", str(value)) for name, text in found.items()}
-        return found
 
     def _of_part(self, operator: str, alone: str) -> str:
         """Place in the cluster (%) or number of the cluster (/) of a block that knows its part."""

@@ -19,14 +19,13 @@ from dop.space.rule import SketchState
 from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
-from dop.space.rules.tensor_core_registers import WARP, padded, sums_of_v
+from dop.space.rules.tensor_core_registers import CLUSTERS, WARP, padded, sums_of_v
 from dop.space.sketch import Annotation
 from dop.space.step import Param
 
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
-CLUSTERS = Param("shrink.clusters")
 L2_FETCH, Y_AHEAD = Param("shrink.l2_fetch"), Param("shrink.y_ahead")
 HOPPER = "90"
 CLUSTER = 8

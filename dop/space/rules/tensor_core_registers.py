@@ -34,9 +34,9 @@ ROW_TILES, COLUMN_WARPS, STEPS = (
     Param("expand.column_warps"),
     Param("expand.steps"),
 )
-FLOAT_SUMS = "shrink.l2_fetch"
-"""Parameter of the sketches whose sums of v are float32: expand adds them and rounds once, where
-others multiply what rounding left over as well."""
+CLUSTERS = Param("shrink.clusters")
+"""Clusters along k of a tile of many rows. Their sums of v are float32: expand adds them and rounds
+once, where for tiles of few rows it multiplies what rounding left over as well."""
 
 BLOCK, WARP, STEP, TILE = 1, 3, 4, 5
 """Loop positions in accumulate: tile, column block, row warp, column warp, step, 16-row tile."""
@@ -50,7 +50,7 @@ def padded(rank: int) -> int:
 def sums_of_v(a: Annotation) -> int:
     """Sums that make up v: one of each cluster along k."""
     split_k = a.get("shrink.split_k", 1)
-    return a.get("shrink.clusters") or split_k // a.get("shrink.cluster", split_k)
+    return a.get(CLUSTERS.name) or split_k // a.get("shrink.cluster", split_k)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class RegisterColumns:
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
             parts = sums_of_v(a)
-            floats = FLOAT_SUMS in a
+            floats = CLUSTERS.name in a
             v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 and not floats else 1)
             operands = v_words + groups * rank // 2
             piece = 16 if floats else 4
