@@ -324,7 +324,7 @@ _HINT_WORDS = {
     "cluster": ("", "Blocks along {where} form clusters, whose blocks add up their sums of v."),
     "cluster_blocks": ("", "A cluster has {value} blocks."),
     "clusters": ("", "They form {value} clusters a tile, each with a sum of v of its own."),
-    "float_sums": ("", "Sums of v of several clusters are float32, and rounded once by expand."),
+    "engine": ("", "The copy engine brings x and A, on four warps of its own."),
     "l2_fetch": (
         "L2 reads what copies of x and A want.",
         "L2 reads {value} bytes of memory at a time for copies of x and A.",
@@ -337,7 +337,6 @@ _HINT_WORDS = {
     ),
     "tile_blocks": ("The grid has as many tiles as expand's.", "The grid has {value} tiles."),
     "workers": ("", "Blocks go on to later tiles: {value} tiles beyond those that are full."),
-    "y_ahead": ("Expand asks for y.", "Brings the tile's rows of y into L2 while shrink runs."),
 }
 """Pragmas of the block-level intrinsics: what 0 says, if anything, and what other values say."""
 

@@ -182,6 +182,9 @@ def _generate_tiles(app: Application) -> Generated:
     tiles, program = read_tiles(app), app.program
     source = tiles.source
     shrink, expand = tiles.shrink, tiles.expand
+    spaces = [Workspace("v", program.workload.dtype, shrink.v_elements)]
+    if tiles.engine:
+        spaces.append(Workspace("maps", "int32", tiles.engine.map_words))
     (first, given), (second, wanted) = signatures(source)
     kernels = (
         KernelLaunch(
@@ -199,7 +202,7 @@ def _generate_tiles(app: Application) -> Generated:
         program.tile_rows,
         source,
         kernels,
-        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
+        tuple(spaces),
         b"",
         program.arguments,
     )

@@ -6,8 +6,8 @@ or warpgroup_product chooses them. Its steps are applied to the program like any
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
 streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
-clusters, rank_blocks, l2_fetch, y_ahead and float_sums (of shrink_rf), and those of batches of few
-rows: workers (of accumulate) and tile_blocks (of shrink_rf).
+clusters, rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of few rows: workers
+(of accumulate) and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
-from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
+from dop.lowering.cuda_launch import HELPERS, WAIT, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
+from dop.lowering.intrinsics.engine_shrink import MAKES_MAPS, EngineShrink
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 from dop.space.early import EARLY
@@ -74,7 +75,7 @@ class TileKernels:
             helpers += few_rows.LANE_HELPERS
         if self.dependent == 2:
             # No load through the read-only path may pass the wait.
-            shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
+            shrink = self._waiting(shrink).replace(" dop_table(", " dop_fresh_table(")
         if self.dependent == EARLY:
             shrink = shrink.replace(" __restrict__", "").replace(" dop_table(", " dop_early_table(")
         if self.dependent > 1:
@@ -84,13 +85,23 @@ class TileKernels:
             + helpers
             + device_helpers.CLUSTER_HELPERS
             + (device_helpers.AHEAD_COPY if self.shrink.l2_fetch else "")
-            + (device_helpers.AHEAD_Y if self.shrink.y_ahead else "")
-            + (device_helpers.READ_SUMS if self.shrink.writes_floats else "")
+            + (device_helpers.ENGINE_HELPERS if self.engine else "")
             + (HELPERS if self.dependent > 1 else "")
             + {2: FRESH_TABLE, EARLY: EARLY_TABLE}.get(self.dependent, "")
-            + shrink
+            + shrink.replace(MAKES_MAPS, "")
             + expand
         )
+
+    @property
+    def engine(self) -> EngineShrink | None:
+        """Shrink, if the copy engine makes its copies."""
+        return self.shrink if isinstance(self.shrink, EngineShrink) else None
+
+    def _waiting(self, shrink: str) -> str:
+        """Shrink's text, which waits for its predecessor before it reads memory."""
+        if self.engine is None:
+            return wait_first(shrink)
+        return shrink.replace(" __restrict__", "").replace(MAKES_MAPS, WAIT)
 
 
 def read_tiles(app: Application) -> TileKernels:
@@ -113,7 +124,8 @@ def read_tiles(app: Application) -> TileKernels:
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:
         raise TraceError(f"clusters of {cluster}, {rank_blocks} blocks of ranks do not fit.")
-    shrink = PipelinedShrink(
+    engine = hints.get(("shrink_rf", "engine"), 0)
+    shrink = (EngineShrink if engine else PipelinedShrink)(
         workload,
         rows,
         split_k=part,
@@ -128,15 +140,11 @@ def read_tiles(app: Application) -> TileKernels:
         tile_blocks=tile_blocks,
         early=app.dependent_launch == EARLY,
         l2_fetch=hints.get(("shrink_rf", "l2_fetch"), 0),
-        y_ahead=bool(hints.get(("shrink_rf", "y_ahead"), 0)),
-        float_sums=bool(hints.get(("shrink_rf", "float_sums"), 0)),
     )
     if shrink.l2_fetch not in (0, 256):
         raise TraceError("l2_fetch is 0 or 256.")
-    if workers and (shrink.y_ahead or shrink.float_sums):
-        raise TraceError("y_ahead and float_sums are for tiles of many rows.")
-    if shrink.y_ahead and workload.beside:
-        raise TraceError("y_ahead wants y, which is made beside shrink.")
+    if engine and (workers or shrink.parts > 1 or shrink.l2_fetch or k_tiles != 4):
+        raise TraceError("engine wants one cluster a tile of many rows, and steps of 64 elements.")
     if tile_blocks < 0 or (tile_blocks and not workers):
         raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:
@@ -160,7 +168,6 @@ def read_tiles(app: Application) -> TileKernels:
         shared_b="gather_b_in" in app.stages.names,
         parts=shrink.parts,
         workers=workers,
-        float_sums=shrink.writes_floats,
     )
     whole = blocks == expand.blocks and row_warps * row_tiles * 16 == rows and edge == [16, 32]
     if not whole or any(width % expand.columns for width in workload.out_features):

@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -33,11 +36,18 @@ struct Warp {
   std::barrier<> barrier{32};
   unsigned words[32][8];
 };
+struct Arrivals {  // an mbarrier: a phase ends when all have arrived and no bytes are due
+  int wanted, due, bytes, phase;
+};
 struct Block {
   Block(int threads, int smem) : barrier(threads), warps(threads / 32), shared(smem, 0xff) {
     for (auto& w : warps) w = std::make_unique<Warp>();
   }
   std::barrier<> barrier;
+  std::mutex lock;
+  std::condition_variable moved;
+  std::map<unsigned, Arrivals> arrivals;
+  bool all;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<unsigned char> shared;
 };
@@ -53,6 +63,7 @@ thread_local Warp* warp;
 thread_local Block* block;
 thread_local Cluster* cluster;
 thread_local unsigned char* dop_shared_memory;
+thread_local int warp_of_four;  // in its warpgroup
 inline void __syncthreads() { block->barrier.arrive_and_wait(); }
 inline float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 inline unsigned as_bits(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
@@ -90,16 +101,94 @@ inline void dop_copy(unsigned to, const void* from, int bytes) {
   std::memcpy(block->shared.data() + to, from, bytes);
 }
 inline void dop_copy_ahead(unsigned to, const void* from, int bytes) { dop_copy(to, from, bytes); }
-thread_local const char* y_begin;
-thread_local unsigned char* y_asked;  // how often each 16 bytes were asked for
-inline void dop_bring_to_l2(const void* from, int bytes) {
-  if (bytes <= 0 || bytes % 16 || (size_t)from % 16) std::abort();
-  for (int i = 0; i < bytes; i += 16)
-    __atomic_add_fetch(y_asked + ((const char*)from - y_begin + i) / 16, 1, __ATOMIC_RELAXED);
+// Arrival barriers and the copy engine.
+inline void __syncwarp() { warp->barrier.arrive_and_wait(); }
+inline bool dop_all_of_block(bool here) {
+  block->all = true;
+  __syncthreads();
+  if (!here) __atomic_store_n(&block->all, false, __ATOMIC_RELAXED);
+  __syncthreads();
+  const bool all = block->all;
+  __syncthreads();
+  return all;
 }
-template <int N> inline void dop_read_sums(float (&sums)[N], const float* at) {
-  if ((size_t)at % 16) std::abort();
-  for (int n = 0; n < N; ++n) sums[n] = at[n];
+inline void dop_barrier_init(unsigned at, int wanted) {
+  std::lock_guard<std::mutex> held(block->lock);
+  if (at % 8 || at + 8 > block->shared.size() || block->arrivals.count(at)) std::abort();
+  block->arrivals[at] = {wanted, wanted, 0, 0};
+}
+inline void dop_barriers_are_ready() {}
+inline void dop_barrier_change(unsigned at, int arrived, int bytes) {
+  std::lock_guard<std::mutex> held(block->lock);
+  Arrivals& one = block->arrivals.at(at);
+  one.due -= arrived;
+  one.bytes += bytes;
+  if (one.due < 0) std::abort();
+  if (one.due == 0 && one.bytes == 0) {
+    one.due = one.wanted;
+    one.phase ^= 1;
+    block->moved.notify_all();
+  }
+}
+inline void dop_barrier_arrive(unsigned at) { dop_barrier_change(at, 1, 0); }
+inline void dop_barrier_arrive_with(unsigned at, int bytes) { dop_barrier_change(at, 1, bytes); }
+inline void dop_barrier_arrive_behind_copies(unsigned at) { dop_barrier_change(at, 1, 0); }
+inline void dop_barrier_wait(unsigned at, int parity) {
+  std::unique_lock<std::mutex> held(block->lock);
+  block->moved.wait(held, [&] { return block->arrivals.at(at).phase != parity; });
+}
+struct Map {
+  const char* from;
+  int columns, rows, planes, box_rows;
+};
+template <int type>
+void dop_map_make(unsigned at, const void* from, int columns, int rows, int planes, int box_rows) {
+  const Map map{(const char*)from, columns, rows, planes, box_rows};
+  for (int i = 0; i < 128; ++i)
+    if (at % 128 || block->shared[at + i]) std::abort();
+  if (type != 10 || box_rows > 256 || (size_t)from % 16) std::abort();
+  std::memcpy(block->shared.data() + at, &map, sizeof(map));
+}
+inline void dop_map_publish(void* to, unsigned at) {
+  if (!waited || (size_t)to % 64) std::abort();
+  if (threadIdx.x == 0) std::memcpy(to, block->shared.data() + at, 128);
+  __syncwarp();
+}
+inline void dop_copy_box(unsigned to, const void* with, int column, int row, int plane,
+                         unsigned barrier) {
+  const Map& map = *(const Map*)with;
+  if (!waited || to % 1024 || column % 8 || plane < 0 || plane >= map.planes) std::abort();
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int c = 0; c < 64; ++c) {
+      uint16_t value = 0;
+      if (row + r < map.rows && column + c < map.columns)
+        std::memcpy(&value, map.from + 2ll * (((long long)plane * map.rows + row + r) * map.columns +
+                                              column + c), 2);
+      std::memcpy(block->shared.data() + to + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2, &value, 2);
+    }
+  dop_barrier_change(barrier, 0, -128 * map.box_rows);
+}
+// wgmma of 64 rows, 16 of k and 8 * N ranks, both sides in shared memory, rows of 128 bytes.
+inline void dop_fence_copies() {}
+inline void dop_wgmma_begin() {}
+inline void dop_wgmma_commit() {}
+inline void dop_wgmma_wait() {}
+inline void dop_wgmma_wait_but_one() { warp->barrier.arrive_and_wait(); }
+template <int N>
+void emulated_wgmma(float (&sum)[N][4], unsigned long long x, unsigned long long a) {
+  auto at = [](unsigned long long box, int row, int k) {
+    unsigned place = (unsigned)(box & 0x3fff) * 16 + row * 128 + k * 2;
+    place ^= (place >> 7 & 7) << 4;
+    uint16_t value;
+    std::memcpy(&value, block->shared.data() + place, 2);
+    return low(value);
+  };
+  const int lane = threadIdx.x;
+  for (int n = 0; n < N; ++n)
+    for (int e = 0; e < 4; ++e)
+      for (int k = 0; k < 16; ++k)
+        sum[n][e] += at(x, warp_of_four * 16 + lane / 4 + e / 2 * 8, k) *
+                     at(a, n * 8 + lane % 4 * 2 + e % 2, k);
 }
 inline void dop_cluster_sync() { cluster->barrier.arrive_and_wait(); }
 inline float4 dop_read_peer(unsigned at, int peer) {
@@ -169,6 +258,7 @@ void launch(int grid_x, int grid_y, dim3 shape, int smem, F kernel, int size = 0
           gridDim = {unsigned(grid_x), unsigned(grid_y), 1};
           block = together.blocks[y - first].get();
           warp = block->warps[t / 32].get();
+          warp_of_four = t / 32 % 4;
           dop_shared_memory = block->shared.data();
           threadIdx = {t % shape.x, t / shape.x % shape.y, t / (shape.x * shape.y)};
           blockIdx = {unsigned(x), unsigned(y), 0};

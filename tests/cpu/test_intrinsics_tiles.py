@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dop.lowering.intrinsics.engine_shrink import MAKES_MAPS, EngineShrink
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 from dop.workload import Workload
@@ -63,24 +64,20 @@ SLOT = np.array([1, 0, 0], np.int32)
 
 
 @pytest.mark.parametrize(
-    ("rank", "shared", "parts", "workers", "floats"),
+    ("rank", "shared", "parts", "workers"),
     [
-        (24, False, 1, 0, False),
-        (64, False, 1, 0, False),
-        (64, True, 1, 0, False),
-        (24, False, 3, 1, False),
-        (64, False, 1, 2, False),
-        (64, True, 2, 1, False),
-        (64, True, 1, 2, False),
-        (64, True, 2, 0, False),
-        (24, False, 4, 0, False),
-        (64, True, 2, 0, True),
-        (24, False, 4, 0, True),
+        (24, False, 1, 0),
+        (64, False, 1, 0),
+        (64, True, 1, 0),
+        (24, False, 3, 1),
+        (64, False, 1, 2),
+        (64, True, 2, 1),
+        (64, True, 1, 2),
+        (64, True, 2, 0),
+        (24, False, 4, 0),
     ],
 )
-def test_register_expand(
-    tmp_path: Path, rank: int, shared: bool, parts: int, workers: int, floats: bool
-) -> None:
+def test_register_expand(tmp_path: Path, rank: int, shared: bool, parts: int, workers: int) -> None:
     """With one worker its blocks go on from tile to tile."""
     w = Workload("two", 64, (128, 64), rank, "bfloat16")
     k = RegisterExpand(
@@ -90,7 +87,6 @@ def test_register_expand(
         shared_b=shared,
         parts=parts,
         workers=workers,
-        float_sums=floats,
     )
     rng = np.random.default_rng(rank)
     ranks = np.array([rank if rank < 24 else rank - 12, rank, 0], np.int32)
@@ -105,16 +101,15 @@ def test_register_expand(
         v[:, :, tile, :, ranks[tile] :] = 0
         b[0][SLOT[tile], :, -(-ranks[tile] // 8) * 8 :] = 0x7FC0  # NaN must not be touched
         b[1][SLOT[tile], :, -(-ranks[tile] // 8) * 8 :] = 0x7FC0
-    given = v if floats else _bf16(v)
+    v_bits = _bf16(v)
     for tile in range(2):
         rows = row_index[ROW0[tile] : ROW0[tile] + ROWS[tile]]
         for s, offset in enumerate(w.offsets):
             r = ranks[tile]
-            left = (v if floats else _float(given))[:, s, tile, : ROWS[tile], :r].sum(0)
-            left = _float(_bf16(left)) if floats else left  # rounded once, here
+            left = _float(v_bits)[:, s, tile, : ROWS[tile], :r].sum(0)
             update = left @ _float(b[s])[SLOT[tile], :, :r].T
             want[rows, offset : offset + w.out_features[s]] += scale[tile] * update
-        given[:, :, tile, ROWS[tile] :] = np.nan if floats else 0x7FC0
+        v_bits[:, :, tile, ROWS[tile] :] = 0x7FC0
     flat = np.concatenate([t.ravel() for t in b])
     blocks = (workers or TILES) * k.blocks
     kernel = k.source("kernel")
@@ -129,9 +124,9 @@ def test_register_expand(
     )
     library = _library(tmp_path, kernel, launch, parameters)
     shift = b[0].nbytes // 16
-    _call(library, flat, row_index, ranks, ROW0, ROWS, scale, SLOT, TILES, given, y, shift)
+    _call(library, flat, row_index, ranks, ROW0, ROWS, scale, SLOT, TILES, v_bits, y, shift)
     np.testing.assert_allclose(_float(y), want, rtol=0.01, atol=0.02)
-    if parts > 1:  # their sum is not rounded (again): the error is that of rounding y
+    if parts > 1:  # their sum is not rounded again: the error is that of rounding y
         least = np.square(_float(_bf16(want)) - want).mean() ** 0.5
         assert np.square(_float(y) - want).mean() ** 0.5 < 1.03 * least
 
@@ -173,89 +168,131 @@ def test_pipelined_shrink(
         early=early,
         l2_fetch=256 if cluster and not workers else 0,
     )
-    _check_shrink(tmp_path, k, seed=split)
-
-
-@pytest.mark.parametrize("with_y", [True, False])
-@pytest.mark.parametrize(
-    ("split", "cluster", "rank_blocks", "depth"),
-    [(7, 7, 1, 64), (14, 7, 2, 64), (4, 2, 1, 64), (2, 1, 2, 64), (7, 1, 1, 128), (1, 1, 1, 64)],
-)
-def test_sums_in_float32_and_y_ahead(
-    tmp_path: Path, split: int, cluster: int, rank_blocks: int, depth: int, with_y: bool
-) -> None:
-    """Each piece of the rows of y is asked for once, and none besides; without y nothing is."""
-    w = Workload("two", 14 * 128, (128, 64), 32, "bfloat16")
-    k = PipelinedShrink(
-        *(w, 16, split, depth, 2, 1, 1),
-        cluster=cluster,
-        rank_blocks=rank_blocks,
-        y_ahead=True,
-        float_sums=True,
-    )
-    assert k.writes_floats == (split > cluster)
-    asked = _check_shrink(tmp_path, k, seed=split, with_y=with_y)
-    want = np.zeros_like(asked)
-    want[: ROWS[:2].sum() if with_y else 0] = 1
-    np.testing.assert_array_equal(asked, want)
-
-
-def _check_shrink(
-    tmp_path: Path, k: PipelinedShrink, seed: int, with_y: bool = False
-) -> NDArray[np.uint8]:
-    """Runs the kernel and checks v; gives how often pieces of y were asked for, rows in order."""
-    w, width, rank = k.workload, k.workload.in_features, k.workload.rank
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(split)
     ranks = np.array([rank - 3, rank, 0], np.int32)
     row_index = rng.permutation(32).astype(np.int32)
-    x = _bf16(rng.standard_normal((32, width), np.float32))
-    a = [_bf16(rng.standard_normal((2, rank, width), np.float32)) for _ in range(2)]
+    x = _bf16(rng.standard_normal((32, 512), np.float32))
+    a = [_bf16(rng.standard_normal((2, rank, 512), np.float32)) for _ in range(2)]
     for stack in a:
         stack[1, rank - 3 :] = 0x7FC0
-    sums = np.full((k.parts, 2, TILES, 16, k.padded_rank), np.nan, np.float32)
-    v = sums if k.writes_floats else _bf16(sums)
-    y = np.zeros((32, w.total_out), np.uint16)
-    asked = np.zeros((32, w.total_out // 8), np.uint8)
+    v = np.full((k.parts, 2, TILES, 16, k.padded_rank), 0x7FC0, np.uint16)
     kernel = k.source("kernel")
     block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
     # The emulator's clusters lie along y.
     turned = "std::swap(blockIdx.x, blockIdx.y); std::swap(gridDim.x, gridDim.y);"
-    turned = turned if k.workers else ""
-    turned += f" waited = {int(not k.early)}; x_begin = x; x_end = x + 32 * {width};"
-    turned += " y_begin = (const char*)y; y_asked = asked;"
-    grid = f"{k.workers or TILES}, {k.split_k * k.rank_blocks}"
-    if k.rank_blocks > 1 and not k.workers:
-        grid = f"{TILES * k.rank_blocks}, {k.split_k}"
-    y_argument = f" {'y' if with_y else 'nullptr'}," if k.y_ahead else ""
+    turned = turned if workers else ""
+    turned += f" waited = {int(not early)}; x_begin = x; x_end = x + 32 * 512;"
     launch = (
-        f"launch({grid}, {block}, {k.smem_bytes}, [&] {{ {turned} kernel("
-        f"a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x,{y_argument} a1);"
+        f"launch({workers or TILES}, {split * rank_blocks}, {block}, {k.smem_bytes}, [&] {{ "
+        f"{turned} kernel("
+        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, a1);"
         " if (!waited) std::abort(); }, "
         f"{k.cluster_blocks});"
     )
     parameters = (
         "uint16_t* a, int* row_index, int* tile_rank, int* tile_row0, int* tile_rows, "
-        "int* tile_slot, long long tiles, uint16_t* v, uint16_t* x, uint16_t* y, "
-        "unsigned char* asked, long long a1"
+        "int* tile_slot, long long tiles, uint16_t* v, uint16_t* x, long long a1"
     )
     library = _library(tmp_path, kernel, launch, parameters)
     flat = np.concatenate([t.ravel() for t in a])
     shift = a[0].nbytes // 16
-    _call(
-        library, flat, row_index, ranks, ROW0, ROWS, SLOT, TILES, v, x, y, asked, shift
-    )  # fmt: skip
+    _call(library, flat, row_index, ranks, ROW0, ROWS, SLOT, TILES, v, x, shift)
     for tile in range(2):
         rows = row_index[ROW0[tile] : ROW0[tile] + ROWS[tile]]
         for s in range(2):
             want = np.zeros((ROWS[tile], k.padded_rank), np.float32)
             stack = _float(a[s])[SLOT[tile], : ranks[tile]]
             want[:, : ranks[tile]] = _float(x)[rows] @ stack.T
-            found = v if k.writes_floats else _float(v)
-            got = found[:, s, tile, : ROWS[tile]].sum(0)
-            if k.writes_floats:
-                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
-            else:
-                np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1 * k.parts)
-    used = np.concatenate([row_index[ROW0[t] : ROW0[t] + ROWS[t]] for t in range(2)])
-    others = np.setdiff1d(np.arange(32), used)
-    return asked[np.concatenate([used, others])]
+            got = _float(v)[:, s, tile, : ROWS[tile]].sum(0)
+            np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1 * k.parts)
+
+
+@pytest.mark.parametrize("straight", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "rows", "split", "rank_blocks", "rank_warps", "stages"),
+    [
+        (32, 16, 1, 1, 2, 3),
+        (24, 32, 7, 1, 1, 2),
+        (32, 16, 2, 4, 1, 4),
+        (48, 32, 4, 2, 3, 2),
+        (32, 64, 2, 1, 1, 3),
+        (64, 128, 1, 2, 1, 2),
+    ],
+)
+def test_engine_shrink(
+    tmp_path: Path,
+    rank: int,
+    rows: int,
+    split: int,
+    rank_blocks: int,
+    rank_warps: int,
+    stages: int,
+    straight: bool,
+) -> None:
+    """Tiles of 64 rows and more multiply with wgmma. Where rows of x lie one behind the other the
+    engine brings them, else threads; what lies beyond an adapter's rank, NaN here, counts as zero,
+    and nothing beyond the stack's rank or x's rows is read."""
+    width, wide = 64 * 2 * split * stages, rows >= 64
+    w = Workload("two", width, (128, 64), rank, "bfloat16")
+    k = EngineShrink(
+        *(w, rows, split, 64, stages, rows // 16, rank_warps),
+        warpgroups=wide,
+        rank_blocks=rank_blocks,
+    )
+    rng = np.random.default_rng(split)
+    tokens = rows + rows // 2 + 4
+    tile_rows = np.array([rows // 2 + 3, rows, 0], np.int32)
+    row0 = np.array([1, rows // 2 + 4, 0], np.int32)
+    ranks = np.array([rank - 3, rank, 0], np.int32)
+    row_index = np.arange(tokens, dtype=np.int32)
+    if not straight:
+        row_index[row0[0] : row0[0] + tile_rows[0]] = row_index[row0[0] : row0[0] + tile_rows[0]][
+            ::-1
+        ]
+        row_index[row0[1] + 1], row_index[row0[1] + 2] = (
+            row_index[row0[1] + 2],
+            row_index[row0[1] + 1],
+        )
+    x = _bf16(rng.standard_normal((tokens, width), np.float32))
+    a = [_bf16(rng.standard_normal((2, rank, width), np.float32)) for _ in range(2)]
+    for stack in a:
+        stack[1, rank - 3 :] = 0x7FC0
+    v = np.full((2, TILES, rows, k.padded_rank), 0x7FC0, np.uint16)
+    room = np.zeros(TILES * split * rank_blocks * k.maps * 128 + 64, np.uint8)
+    maps = room[-room.ctypes.data % 64 :]
+    ranks_of_warp = k.block_ranks // rank_warps
+    product = f"emulated_wgmma<{ranks_of_warp // 8}>(sum[0], x_at, a_at)"
+    kernel = re.sub(
+        r"#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define DOP_WGMMA.*?#endif",
+        f"#define DOP_WGMMA(x_at, a_at) {product}",
+        k.source("kernel"),
+        flags=re.DOTALL,
+    ).replace(MAKES_MAPS, "dop_wait_for_predecessor();\n")
+    block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
+    launch = (
+        f"launch({TILES * rank_blocks}, {split}, {block}, {k.smem_bytes}, [&] {{ "
+        f"waited = false; x_begin = x; x_end = x + {x.size}; kernel("
+        "a, maps, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, tokens, v, x, a1);"
+        " }, "
+        f"{split});"
+    )
+    parameters = (
+        "uint16_t* a, unsigned char* maps, int* row_index, int* tile_rank, int* tile_row0, "
+        "int* tile_rows, int* tile_slot, long long tiles, long long tokens, uint16_t* v, "
+        "uint16_t* x, long long a1"
+    )
+    library = _library(tmp_path, kernel, launch, parameters)
+    flat = np.concatenate([t.ravel() for t in a])
+    shift = a[0].nbytes // 16
+    _call(
+        *(library, flat, maps, row_index, ranks, row0, tile_rows, SLOT, TILES, tokens, v, x),
+        shift,
+    )
+    for tile in range(2):
+        mine = row_index[row0[tile] : row0[tile] + tile_rows[tile]]
+        for s in range(2):
+            want = np.zeros((tile_rows[tile], k.padded_rank), np.float32)
+            stack = _float(a[s])[SLOT[tile], : ranks[tile]]
+            want[:, : ranks[tile]] = _float(x)[mine] @ stack.T
+            got = _float(v)[s, tile, : tile_rows[tile]]
+            np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1)

@@ -119,27 +119,6 @@ __device__ __forceinline__ void dop_copy_ahead(unsigned to, const void* from, in
 """
 """`dop_copy` that has L2 read 256 bytes of memory at a time: the next steps' pieces of the row."""
 
-AHEAD_Y = """\
-__device__ __forceinline__ void dop_bring_to_l2(const void* from, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-"""
-"""A hint: the bytes will be read soon. Address and number are multiples of 16."""
-
-READ_SUMS = """\
-template <int N>
-__device__ __forceinline__ void dop_read_sums(float (&sums)[N], const float* at) {
-#pragma unroll
-  for (int n = 0; n < N; n += 4)
-    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(sums[n]), "=f"(sums[n + 1]), "=f"(sums[n + 2]), "=f"(sums[n + 3])
-                 : "l"(at + n) : "memory");
-}
-"""
-"""Sums of v in float32."""
-
 CLUSTER_HELPERS = """\
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define dop__cluster_dims__(...) __cluster_dims__(__VA_ARGS__)
@@ -190,3 +169,102 @@ __device__ __forceinline__ void dop_wgmma_wait() {
 }
 """
 """ldmatrix, clusters and wgmma: what shrink uses besides."""
+
+ENGINE_HELPERS = """\
+__device__ __forceinline__ void dop_wgmma_wait_but_one() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ bool dop_all_of_block(bool here) { return __syncthreads_and(here); }
+__device__ __forceinline__ void dop_barrier_init(unsigned at, int arrivals) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barriers_are_ready() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barrier_arrive(unsigned at) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barrier_arrive_with(unsigned at, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barrier_arrive_behind_copies(unsigned at) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barrier_wait(unsigned at, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+                 "selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  } while (!done);
+#endif
+}
+// A tensor map in shared memory, 128 zeroed bytes before: planes of rows, boxes of 64 columns
+// (128 bytes, swizzled) and some rows. Rows beyond the planes' read as zeros.
+template <int type>
+__device__ __forceinline__ void dop_map_make(unsigned at, const void* from, int columns, int rows,
+                                             int planes, int box_rows) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ <= 1205
+  const int unit = 4;  // up to here ptxas wants strides in units of 16 bytes
+#else
+  const int unit = 0;
+#endif
+  const unsigned long long row_bytes = 2ull * columns, plane_bytes = row_bytes * rows;
+#define DOP_MAP(field, kind, value) \
+  asm volatile("tensormap.replace.tile." field " [%0], %1;" ::"r"(at), kind(value) : "memory");
+#define DOP_MAP_AT(field, which, kind, value)                                                  \
+  asm volatile("tensormap.replace.tile." field " [%0], " which ", %1;" ::"r"(at), kind(value) \
+               : "memory");
+  DOP_MAP("global_address.shared::cta.b1024.b64", "l", from)
+  DOP_MAP("rank.shared::cta.b1024.b32", "r", 2)
+  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "0", "r", 64)
+  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "1", "r", box_rows)
+  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "2", "r", 1)
+  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "0", "r", columns)
+  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "1", "r", rows)
+  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "2", "r", planes)
+  DOP_MAP_AT("global_stride.shared::cta.b1024.b64", "0", "l", row_bytes >> unit)
+  DOP_MAP_AT("global_stride.shared::cta.b1024.b64", "1", "l", plane_bytes >> unit)
+  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "0", "r", 1)
+  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "1", "r", 1)
+  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "2", "r", 1)
+  DOP_MAP("elemtype.shared::cta.b1024.b32", "n", type)
+  DOP_MAP("interleave_layout.shared::cta.b1024.b32", "n", 0)
+  DOP_MAP("swizzle_mode.shared::cta.b1024.b32", "n", 3)
+  DOP_MAP("fill_mode.shared::cta.b1024.b32", "n", 0)
+#undef DOP_MAP
+#undef DOP_MAP_AT
+#endif
+}
+// A warp hands a map to the copy engine, in global memory, and may use it afterwards.
+__device__ __forceinline__ void dop_map_publish(void* to, unsigned at) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync"
+               ".aligned [%0], [%1], 128;" ::"l"(to), "r"(at) : "memory");
+  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(to) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_copy_box(unsigned to, const void* map, int column, int row,
+                                             int plane, unsigned barrier) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(map), "r"(column), "r"(row),
+               "r"(plane), "r"(barrier) : "memory");
+#endif
+}
+"""
+"""What a kernel whose copies the copy engine makes uses besides (sm_90a)."""

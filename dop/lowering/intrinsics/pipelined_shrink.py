@@ -6,10 +6,9 @@ more with their 16-byte pieces swizzled so that ldmatrix meets no bank conflict.
 are one thread-block cluster (sm_90): its blocks add their sums through distributed shared memory,
 in the parts' order, and v is written once, in the operands' type: v[slice, tile, row, rank]. Where
 a tile has more parts than a cluster holds, each cluster writes a v of its own, v[part, slice, tile,
-row, rank], which expand adds up; with `float_sums` these are float32 and are rounded once, there.
+row, rank], which expand adds up.
 
-With `y_ahead` the blocks of a tile ask L2 for its rows of y, some of every row at each step, so
-that expand, which waits for memory, finds them there.
+The copy engine (TMA) instead of threads' copies: engine_shrink.py.
 
 With `workers` the kernel is for batches of few rows, where a tile or two must occupy the whole GPU
 and where most tiles of the bound are empty: ranks spread over blocks, all of A asked for before x,
@@ -45,8 +44,6 @@ class PipelinedShrink:
         tile_blocks: with workers: tiles of the grid altogether; 0: as expand has them.
         early: it waits for its predecessor between A's first copies and x's (needs workers).
         l2_fetch: bytes that L2 reads for a copy, 256; 0: what the copy wants.
-        y_ahead: y is brought into L2 meanwhile; a caller who has no y yet gives a null pointer.
-        float_sums: sums of several clusters are written in float32.
     """
 
     workload: Workload
@@ -63,8 +60,6 @@ class PipelinedShrink:
     tile_blocks: int = 0
     early: bool = False
     l2_fetch: int = 0
-    y_ahead: bool = False
-    float_sums: bool = False
 
     @property
     def cluster_blocks(self) -> int:
@@ -127,17 +122,21 @@ class PipelinedShrink:
     @property
     def v_elements(self) -> str:
         """Elements of v."""
-        words = 2 if self.writes_floats else 1
         count = self.parts * self.workload.slices * self.tile_rows * self.padded_rank
-        return f"tiles * {words * count}"
-
-    @property
-    def writes_floats(self) -> bool:
-        """Whether v is float32 sums, each of two elements' size."""
-        return self.float_sums and self.parts > 1
+        return f"tiles * {count}"
 
     def source(self, name: str) -> str:
         """The kernel (its helpers: device_helpers.py)."""
+        text = self._text()
+        for key, value in {**self._values(), "NAME": name}.items():
+            text = text.replace(f"@{key}@", str(value))
+        return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
+
+    def _text(self) -> str:
+        return _KERNEL
+
+    def _values(self) -> dict[str, str | int]:
+        """What stands for the names in the text."""
         w, threads = self.workload, self.threads
         cluster, ranks = self.cluster_blocks, self.block_ranks
         pieces = self.depth // 8
@@ -147,12 +146,8 @@ class PipelinedShrink:
         close = (
             few_rows.SHRINK_CLOSE if cluster > 1 else few_rows.SHRINK_SYNC + few_rows.SHRINK_CLOSE
         )
-        floats = self.writes_floats
-        values = {
-            "STORE_PAIRS": _STORE_FLOAT_PAIRS if floats else _STORE_PAIRS,
-            "STORE_TOTAL": _STORE_FLOAT_TOTAL if floats else _STORE_TOTAL,
-            **self._ahead_of_expand(),
-            "OPEN": few_rows.SHRINK_OPEN if self.workers else _OPEN_TILE,
+        return {
+            "OPEN": few_rows.SHRINK_OPEN if self.workers else OPEN_TILE,
             "WHERE": _RANK_BLOCK if self.rank_blocks > 1 else _WHOLE_TILE,
             "RANK_BLOCKS": self.rank_blocks,
             "CLOSE": (close if self.workers else "") + (few_rows.EARLY_CLOSE if self.early else ""),
@@ -161,7 +156,6 @@ class PipelinedShrink:
             "WAIT": few_rows.EARLY_WAIT if self.early else "",
             "AHEAD": self.stages if at_once else f"{self.stages} - 1",
             "LATER": self.stages - 1 if at_once else f"{self.stages} - 2",
-            "NAME": name,
             "THREADS": threads,
             "CLUSTER": f"dop__cluster_dims__({shape}) " if cluster > 1 else "",
             "SHARE": "share" if self.workers else self._of_part("%", "part"),
@@ -194,30 +188,6 @@ class PipelinedShrink:
             "WGMMA": self._wgmma() if self.warpgroups else "",
             "X_COPIES": -(-self.tile_rows * pieces // threads),
             "A_COPIES": -(-ranks * pieces // threads),
-        }
-        text = _KERNEL
-        for key, value in values.items():
-            text = text.replace(f"@{key}@", str(value))
-        return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
-
-    def _ahead_of_expand(self) -> dict[str, str | int]:
-        """What y_ahead adds: a parameter, a row for some threads, and a hint at each step; then
-        the numbers of these texts."""
-        if not self.y_ahead:
-            return {"Y_PARAMETER": "", "Y_ROW": "", "Y_STEP": ""}
-        blocks, row_bytes = self.split_k * self.rank_blocks, 2 * self.workload.total_out
-        share = "part"
-        if self.rank_blocks > 1:
-            share = f"part + {self.split_k} * (blockIdx.x % {self.rank_blocks})"
-        return {
-            "Y_PARAMETER": ", const @TYPE@* y_ptr",
-            "Y_ROW": _Y_ROW,
-            "Y_STEP": _Y_STEP,
-            "Y_BYTES": row_bytes,
-            "Y_PIECE": -(-row_bytes // (self.steps * 128)) * 128,
-            "Y_THREADS": -(-self.tile_rows // blocks),
-            "Y_BLOCKS": blocks,
-            "Y_SHARE": share,
         }
 
     def _of_part(self, operator: str, alone: str) -> str:
@@ -252,51 +222,13 @@ def _shift_of(w: Workload) -> str:
     return text
 
 
-_STORE_PAIRS = """\
-      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
-      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
-      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
-"""
-
-_STORE_FLOAT_PAIRS = """\
-      float2* to = reinterpret_cast<float2*>(
-          reinterpret_cast<float*>(v_ptr) + at * @PADDED@ + @R@ % @PADDED@);
-      to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
-      to[8 * @PADDED@ / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
-"""
-
-_STORE_TOTAL = """\
-    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
-        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
-"""
-
-_STORE_FLOAT_TOTAL = """\
-    *reinterpret_cast<float4*>(
-        reinterpret_cast<float*>(v_ptr) + at * @PADDED@ + @R@ % @PADDED@) = total;
-"""
-
-_Y_ROW = """\
-  // Some threads have a row of y that they bring into L2, a piece of it at each step.
-  const char* y_from = 0;
-  const int y_row = thread * @Y_BLOCKS@ + @Y_SHARE@;
-  if (y_ptr && thread < @Y_THREADS@ && y_row < rows) {
-    const int token = dop_table(row_index_ptr + row0 + y_row);
-    y_from = reinterpret_cast<const char*>(y_ptr + (long long)token * (@Y_BYTES@ / 2));
-  }
-"""
-
-_Y_STEP = """\
-    if (y_from && step * @Y_PIECE@ < @Y_BYTES@)
-      dop_bring_to_l2(y_from + step * @Y_PIECE@, min(@Y_PIECE@, @Y_BYTES@ - step * @Y_PIECE@));
-"""
-
 _WHOLE_TILE = "  const int tile = blockIdx.x, part = blockIdx.y;"
 
 _RANK_BLOCK = """\
   const int tile = blockIdx.x / @RANK_BLOCKS@, part = blockIdx.y;
   const int first_rank = blockIdx.x % @RANK_BLOCKS@ * @RANKS@;"""
 
-_OPEN_TILE = """\
+OPEN_TILE = """\
 @WHERE@
   dop_dependents_may_start();
   // The tables' entries are read side by side; a table that is not given reads as another one.
@@ -322,7 +254,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
     const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
     const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
-    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@Y_PARAMETER@@SHIFTS@) {
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
 @OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   const int lane = threadIdx.x;
@@ -371,7 +303,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         dop_copy(x_stage + x_to[c], x_from[c] + (step) * @DEPTH@, x_bytes[c]);      \\
   }                                                                                 \\
   dop_commit();
-@Y_ROW@@PRELOAD@  float sum[@MI@][2 * @NI@][4];
+@PRELOAD@  float sum[@MI@][2 * @NI@][4];
 #pragma unroll
   for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
@@ -413,7 +345,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     } else {
       dop_commit();
     }
-@Y_STEP@#if @WARPGROUPS@
+#if @WARPGROUPS@
     dop_wgmma_wait();
 #else
     const unsigned stage = (unsigned)(step % @STAGES@);
@@ -451,7 +383,10 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
       const int row = row_warp * (@MI@ * 16) + m * 16 + g;
       const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-@STORE_PAIRS@    }
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@);
+      to[0] = dop_pack_@KIND@(sum[m][n][0], sum[m][n][1]);
+      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(sum[m][n][2], sum[m][n][3]);
+    }
   }
 #else
   dop_wait_but<0>();
@@ -483,7 +418,9 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
     }
     const long long at = ((long long)@V_SLICE@ * tiles + tile) * @TM@ + row;
-@STORE_TOTAL@  }
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + @R@ % @PADDED@) =
+        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+  }
   dop_cluster_sync();
 #endif
 @CLOSE@}

@@ -43,7 +43,6 @@ class RegisterExpand:
         streaming: y is marked as used once (evict first).
         shared_b: the block's rows of B come through shared memory, once for all its rows.
         parts: sums that make up v.
-        float_sums: several of them are float32, else they are of the operands' type.
         workers: tiles of the grid beyond tokens // tile_rows; 0: the grid has all tiles.
     """
 
@@ -60,7 +59,6 @@ class RegisterExpand:
     shared_b: bool = False
     parts: int = 1
     workers: int = 0
-    float_sums: bool = False
 
     @property
     def smem_bytes(self) -> int:
@@ -119,8 +117,8 @@ class RegisterExpand:
             "OPEN": few_rows.EXPAND_OPEN if self.workers else _OPEN_TILE,
             "CLOSE": few_rows.expand_close(self.shared_b) if self.workers else "",
             "LEAVE": "continue" if self.workers else "return",
-            "READ_V": self._read_v(),
-            "REST": few_rows.EXPAND_REST if self.parts > 1 and not self.float_sums else "",
+            "READ_V": _READ_V if self.parts == 1 else few_rows.EXPAND_ADD_V,
+            "REST": few_rows.EXPAND_REST if self.parts > 1 else "",
             "FIRST_B": few_rows.EXPAND_ALL_B if all_b else _FIRST_B,
             "NEXT_B": "" if all_b else _NEXT_B,
             "COPIES": few_rows.EXPAND_COPIES if self.workers else _COPIES_UNBOUND,
@@ -163,11 +161,6 @@ class RegisterExpand:
             text = text.replace(f"@{key}@", str(value))
         return text
 
-    def _read_v(self) -> str:
-        if self.parts == 1:
-            return _READ_V
-        return _ADD_FLOATS if self.float_sums else few_rows.EXPAND_ADD_V
-
 
 def _slice(w: Workload) -> str:
     """Statements that find the block's slice: `slice`, `offset`, `width`, and b of the slice."""
@@ -199,33 +192,6 @@ _READ_V = """\
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         dop_read_v(vw[p][m][h], v + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
-    }
-  }
-"""
-
-_ADD_FLOATS = """\
-  const float* v_sums = reinterpret_cast<const float*>(v_ptr) + (v - v_ptr);
-  const long long v_part = (long long)(@SLICES@ * @TM@ * @PADDED@) * tiles;
-#pragma unroll
-  for (int p = 0; p < @KB@; ++p) {
-#pragma unroll
-    for (int m = 0; m < @MI@; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float sums[@PARTS@][2 * @WORDS@];
-#pragma unroll
-        for (int e = 0; e < @PARTS@; ++e)
-          dop_read_sums(sums[e],
-                        v_sums + e * v_part + (m * 16 + h * 8) * @PADDED@ + p * (4 * @PIECE@));
-#pragma unroll
-        for (int k = 0; k < 2 * @WORDS@; ++k) {
-#pragma unroll
-          for (int e = 1; e < @PARTS@; ++e) sums[0][k] += sums[e][k];
-        }
-#pragma unroll
-        for (int k = 0; k < @WORDS@; ++k)
-          vw[p][m][h][k] = dop_pack_@KIND@(sums[0][2 * k], sums[0][2 * k + 1]);
-      }
     }
   }
 """

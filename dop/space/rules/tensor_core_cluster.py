@@ -4,11 +4,9 @@ Block: one tile of rows, one of the split-K parts, the ranks of all slices. The 
 one thread-block cluster, whose blocks add their sums through distributed shared memory, so that
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
-The tiles of many rows may be spread further: over several clusters along k, whose sums expand adds
-up, and over blocks along the ranks. How many clusters run at once is the GPU's affair: an H100
-holds 15 of eight blocks that need a multiprocessor each, 30 of four, 66 of two (docs/performance.md
-43), so clusters of three, five, six or seven blocks are worth having. Tiles for few rows (note
-"few") are spread likewise.
+How many clusters run at once is the GPU's affair: an H100 holds 15 of seven or eight blocks that
+need a multiprocessor each, 30 of four, 66 of two (docs/performance.md 43, 47). Tiles for few rows
+(note "few") may be spread over several clusters along k, whose sums expand adds up.
 """
 
 from __future__ import annotations
@@ -19,14 +17,13 @@ from dop.space.rule import SketchState
 from dop.space.rules.launches import A_FIRST, dependent_launch
 from dop.space.rules.numbers import ceil_div, dividing
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, PIECE, TILE_ROWS
-from dop.space.rules.tensor_core_registers import CLUSTERS, WARP, padded, sums_of_v
+from dop.space.rules.tensor_core_registers import WARP, padded, sums_of_v
 from dop.space.sketch import Annotation
 from dop.space.step import Param
 
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
-L2_FETCH, Y_AHEAD = Param("shrink.l2_fetch"), Param("shrink.y_ahead")
 HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
@@ -37,14 +34,14 @@ PART_DEPTH = 256
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
 
-WIDE_PARTS = 4
-"""Likewise, for tiles of many rows."""
-
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
 MANY_RANKS = 8
 """16-rank tiles of all slices from which on blocks may share them."""
+
+COPY_WARPS, ENGINE_BYTES = 4, 1 << 10
+"""Warps that ask the copy engine or gather rows, and shared memory for its maps and barriers."""
 
 MIN_WGMMA_TILES = 2
 """16-rank tiles of all slices from which on wgmma may pay."""
@@ -60,14 +57,13 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
-    `several`: a tile may have several clusters along k, whose sums are float32, and blocks that
-    share its ranks; copies have L2 read ahead, and y is brought into L2 for expand.
+    `engine`: the copy engine brings x and A, on warps of its own; blocks may share the ranks.
     """
 
     name: str = "cluster_split_k"
     warpgroups: bool = False
     rank_blocks: bool = False
-    several: bool = False
+    engine: bool = False
     stage: str = "shrink"
 
     def apply(self, state: SketchState) -> list[SketchState]:
@@ -78,12 +74,9 @@ class ClusterSplitK:
         few = "few" in state.notes
         if self.warpgroups and (few or state.target.arch != "sm_90a" or ranks < MIN_WGMMA_TILES):
             return []
-        shared = (2, 3, 4, 6) if self.rank_blocks else (2, 3, 4, 6, 8) if self.several else ()
+        shared = (2, 3, 4, 6) if self.rank_blocks else (2, 3, 4, 6, 8) if self.engine else ()
         blocks = dividing(ranks, shared)
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
-            return []
-        splits = _splits(w.in_features) if self.several else ()
-        if self.several and not splits:
             return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
@@ -91,10 +84,13 @@ class ClusterSplitK:
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
-        elif self.several:
-            _several_clusters(new, splits, blocks)
         else:
-            new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
+            if self.engine:
+                parts = tuple(range(1, CLUSTER + 1))
+                new.param(RANK_BLOCKS.name, "split_k", (1, *blocks), 1)
+            few_enough = [n for n in parts if n <= most]
+            splits = dividing(w.in_features // 64, few_enough if self.engine else parts)
+            new.param(SPLIT_K.name, "split_k", splits, splits[-1] if self.engine else most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
         new.param(K_TILES.name, "tile", depths, 4)
         if few:
@@ -145,14 +141,10 @@ class ClusterSplitK:
         new.pragma("shrink_rf", PART, "cluster")
         if "few" in new.notes:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
-        if self.several:
-            # Their number, not their size: parts of k may then change alone.
-            new.pragma("shrink_rf", PART, "clusters", CLUSTERS)
-            new.pragma("shrink_rf", PART, "l2_fetch", L2_FETCH)
-            new.pragma("shrink_rf", PART, "float_sums", 1)
-            if not new.workload.beside:
-                new.pragma("shrink_rf", PART, "y_ahead", Y_AHEAD)
-        if "few" in new.notes or self.rank_blocks or self.several:
+        if self.engine:
+            new.notes["engine"] = 1
+            new.pragma("shrink_rf", PART, "engine", 1)
+        if "few" in new.notes or self.rank_blocks or self.engine:
             new.pragma("shrink_rf", PART, "rank_blocks", RANK_BLOCKS)
         if "few" in new.notes and new.workload.beside:
             # A base matmul leaves few multiprocessors, on which even empty blocks take their turn.
@@ -185,34 +177,6 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     new.limit("sums of v", MAX_PARTS, sums_of_v)
     new.estimate("shrink.parts", sums_of_v)
     new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
-
-
-def _splits(width: int) -> tuple[int, ...]:
-    """Parts of k for tiles of many rows: those of up to four clusters of up to eight blocks."""
-    counts = {n * c for n in range(1, WIDE_PARTS + 1) for c in range(1, CLUSTER + 1)}
-    every = dividing(width // 64, sorted(counts))
-    return tuple(n for n in every if 1 < n <= width // PART_DEPTH)
-
-
-def _several_clusters(new: SketchState, splits: tuple[int, ...], blocks: tuple[int, ...]) -> None:
-    """Blocks of a tile of many rows: clusters along k, and blocks along the ranks."""
-    whole = max(n for n in splits if n <= CLUSTER)
-    some = max((n for n in splits if n <= 2 * CLUSTER and n % 2 == 0), default=whole)
-    new.param(SPLIT_K.name, "split_k", (1, *splits), some)
-    new.param(CLUSTERS.name, "split_k", range(1, WIDE_PARTS + 1), 2 - some % 2)
-    new.param(RANK_BLOCKS.name, "split_k", (1, *blocks), 1)
-    new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[CLUSTERS.name])
-    new.limit("blocks of a cluster", CLUSTER, lambda a: a[SPLIT_K.name] // a[CLUSTERS.name])
-    new.estimate("shrink.parts", sums_of_v)
-    new.param(L2_FETCH.name, "vector", (0, 256), 0)
-    if not new.workload.beside:
-        new.param(Y_AHEAD.name, "binding", (0, 1), 0)
-
-    def plain(a: Annotation) -> int:
-        other = a[CLUSTERS.name] == 1 and a[SPLIT_K.name] in (1, 2, 4, CLUSTER)
-        return int(other and not a[L2_FETCH.name] and not a.get(Y_AHEAD.name, 0))
-
-    new.limit("plain clusters, which are another sketch", 0, plain)
 
 
 @dataclass(frozen=True)
@@ -263,6 +227,7 @@ class ClusterX:
 def _limits(new: SketchState) -> None:
     w, target = new.workload, new.target
     all_ranks = w.slices * padded(w.rank)
+    copy_warps = COPY_WARPS if "engine" in new.notes else 0
 
     def ranks_of(a: Annotation) -> int:
         return all_ranks // a.get(RANK_BLOCKS.name, 1)
@@ -271,13 +236,10 @@ def _limits(new: SketchState) -> None:
         return max(a[RANK_WARPS.name] // a.get(RANK_BLOCKS.name, 1), 1)
 
     def cluster(a: Annotation) -> int:
-        parts = a[SPLIT_K.name]  # annotations are judged that leave parts over, too
-        return (
-            parts // a[CLUSTERS.name] if CLUSTERS.name in a else a.get(CLUSTER_BLOCKS.name, parts)
-        )
+        return a.get(CLUSTER_BLOCKS.name, a[SPLIT_K.name])
 
     def threads(a: Annotation) -> int:
-        return 32 * a[ROW_WARPS.name] * rank_warps(a)
+        return 32 * (a[ROW_WARPS.name] * rank_warps(a) + copy_warps)
 
     def depth(a: Annotation) -> int:
         return EDGE * a[K_TILES.name]
@@ -293,6 +255,8 @@ def _limits(new: SketchState) -> None:
         )
 
     def copies(a: Annotation) -> int:
+        if copy_warps:  # a tile whose rows lie apart: x alone
+            return ceil_div(a[TILE_ROWS.name], PIECE * copy_warps // 2)
         share = PIECE * threads(a)
         pieces = (a[TILE_ROWS.name] * depth(a), ranks_of(a) * depth(a))
         return sum(ceil_div(n, share) for n in pieces)
@@ -307,7 +271,8 @@ def _limits(new: SketchState) -> None:
     def smem(a: Annotation) -> int:
         pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks_of(a))
         sums = 4 * a[TILE_ROWS.name] * (ranks_of(a) + 4) if cluster(a) > 1 else 0
-        return max(pipeline, sums)
+        maps = ENGINE_BYTES if copy_warps else 0
+        return max(pipeline, sums) + maps
 
     new.limit("threads per shrink block", target.max_threads, threads)
     new.limit("elements left over by shrink's tiles", 0, left_over)

@@ -34,10 +34,6 @@ ROW_TILES, COLUMN_WARPS, STEPS = (
     Param("expand.column_warps"),
     Param("expand.steps"),
 )
-CLUSTERS = Param("shrink.clusters")
-"""Clusters along k of a tile of many rows. Their sums of v are float32: expand adds them and rounds
-once, where for tiles of few rows it multiplies what rounding left over as well."""
-
 BLOCK, WARP, STEP, TILE = 1, 3, 4, 5
 """Loop positions in accumulate: tile, column block, row warp, column warp, step, 16-row tile."""
 
@@ -50,7 +46,7 @@ def padded(rank: int) -> int:
 def sums_of_v(a: Annotation) -> int:
     """Sums that make up v: one of each cluster along k."""
     split_k = a.get("shrink.split_k", 1)
-    return a.get(CLUSTERS.name) or split_k // a.get("shrink.cluster", split_k)
+    return split_k // a.get("shrink.cluster", split_k)
 
 
 @dataclass(frozen=True)
@@ -115,11 +111,9 @@ class RegisterColumns:
             ahead = a.get("expand.b_ahead", 0)
             groups = a[STEPS.name] if ahead == ALL_AHEAD else 1 + ahead
             parts = sums_of_v(a)
-            floats = CLUSTERS.name in a
-            v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 and not floats else 1)
+            v_words = a[ROW_TILES.name] * rank // 4 * (2 if parts > 1 else 1)
             operands = v_words + groups * rank // 2
-            piece = 16 if floats else 4
-            adding = piece * parts + 4 if parts > 1 else 0  # parts of a piece or two, their sum
+            adding = 4 * parts + 4 if parts > 1 else 0  # the parts of one piece, and their sum
             return old + operands + adding + 4 * a[ROW_TILES.name] + EDGE + 32
 
         new.limit("threads per expand block", target.max_threads, threads)

@@ -1,0 +1,315 @@
+"""Block-level intrinsic: pipelined_shrink whose copies the copy engine (TMA) makes.
+
+Four more warps bring what the others multiply. One thread of them asks for a whole step, a box of
+x's rows and boxes of A's, and an arrival barrier in shared memory counts the bytes; the warps that
+multiply wait for it, and for nothing else. Where each thread copies 16 bytes at a time, as
+pipelined_shrink does, the copies' own instructions and the fence between them and the tensor cores
+take 4 of 36 us (docs/performance.md 47).
+
+The engine wants a map of each tensor in memory. The kernel makes its own, since only it knows where
+x is: each block 128 bytes per tensor, in the workspace `maps`. Rows of a box lie one behind the
+other. So do a long prefill's; in a tile whose rows do not, the four warps gather x's by 16 bytes,
+and the engine brings A alone.
+
+A's boxes are read up to the stack's rank. An adapter of less has what it likes beyond, so its
+columns of v are set to zero at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, PipelinedShrink
+
+COPY_WARPS = 4
+MAP_BYTES = 128
+ELEMENT_KIND = {"float16": 6, "bfloat16": 10}
+"""Numbers of the types in a tensor map (PTX ISA, tensormap.replace)."""
+MAKES_MAPS = "@MAKES_MAPS@"
+"""In the text: what is above it reads no memory, and need not wait for a predecessor."""
+
+
+@dataclass(frozen=True)
+class EngineShrink(PipelinedShrink):
+    """Numbers of the intrinsic; those of `PipelinedShrink`, of which `depth` is 64 and `workers`,
+    `tile_blocks`, `early` and `l2_fetch` are not for it."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return super().threads + 32 * COPY_WARPS
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads."""
+        return (32, 1, self.threads // 32)
+
+    @property
+    def maps(self) -> int:
+        """Tensor maps of a block: x's, and one of each stack A."""
+        return 1 + self.workload.slices
+
+    @property
+    def pipeline_bytes(self) -> int:
+        """Shared memory of all steps in flight, whose place the sums take later."""
+        return super().smem_bytes
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory: the pipeline, maps, and two barriers a step in flight."""
+        aligned = -(-self.pipeline_bytes // MAP_BYTES) * MAP_BYTES
+        return aligned + MAP_BYTES * self.maps + 16 * self.stages
+
+    @property
+    def map_words(self) -> str:
+        """Words of four bytes of the workspace `maps`."""
+        return f"tiles * {self.split_k * self.rank_blocks * self.maps * MAP_BYTES // 4}"
+
+    def _text(self) -> str:
+        return _KERNEL + _STORE
+
+    def _values(self) -> dict[str, str | int]:
+        box_rows = math.gcd(self.block_ranks, self.padded_rank)
+        multiplying = super().threads
+        return {
+            **super()._values(),
+            "OPEN": OPEN_TILE,
+            "MULTIPLYING": multiplying // 32,
+            "COPYING": 32 * COPY_WARPS,
+            "MAPS": self.maps,
+            "MAPS_AT": -(-self.pipeline_bytes // MAP_BYTES) * MAP_BYTES,
+            "ELEMENT_KIND": ELEMENT_KIND[self.workload.dtype],
+            "BOX_ROWS": box_rows,
+            "BOXES": self.block_ranks // box_rows,
+            "STEP_BYTES": 128 * (self.tile_rows + self.block_ranks),
+            "A_BYTES": 128 * self.block_ranks,
+            "X_COPIES": self.tile_rows // (4 * COPY_WARPS),
+            "SLICES": self.workload.slices,
+        }
+
+
+_KERNEL = """\
+extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
+    const @TYPE@* __restrict__ a_ptr, unsigned char* maps_ptr,
+    const int* __restrict__ row_index_ptr, const int* __restrict__ tile_rank_ptr,
+    const int* __restrict__ tile_row0_ptr, const int* __restrict__ tile_rows_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, int tokens, @TYPE@* __restrict__ v_ptr,
+    const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+  extern __shared__ __align__(1024) unsigned char dop_shared[];
+  const int lane = threadIdx.x, warp = threadIdx.z, thread = warp * 32 + lane;
+  const unsigned x_shared = dop_shared_address(dop_shared);
+  const unsigned a_shared = x_shared + @STAGES@ * @TM@ * 128;
+  const unsigned maps_shared = x_shared + @MAPS_AT@;
+  const unsigned full = maps_shared + @MAPS@ * 128, empty = full + @STAGES@ * 8;
+  if (warp == @MULTIPLYING@) {
+    for (int i = lane; i < @MAPS@ * 32; i += 32)
+      reinterpret_cast<unsigned*>(dop_shared + @MAPS_AT@)[i] = 0;
+    __syncwarp();
+    if (lane == 0) {
+      dop_map_make<@ELEMENT_KIND@>(maps_shared, x_ptr, @K@, tokens, 1, @TM@);
+#pragma unroll
+      for (int slice = 0; slice < @SLICES@; ++slice)
+        dop_map_make<@ELEMENT_KIND@>(maps_shared + (1 + slice) * 128, a_ptr + @SHIFT_OF@, @K@,
+                                     @RANK@, 1 << 20, @BOX_ROWS@);
+    }
+    __syncwarp();
+  }
+@MAKES_MAPS@@OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+  // Whether the tile's rows of x lie one behind the other.
+  const int token0 = dop_table(row_index_ptr + row0);
+  bool straight = true;
+  for (int row = thread; row < rows; row += @THREADS@)
+    straight = straight && dop_table(row_index_ptr + row0 + row) == token0 + row;
+  straight = dop_all_of_block(straight);
+  if (thread == 0) {
+#pragma unroll
+    for (int stage = 0; stage < @STAGES@; ++stage) {
+      dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);
+      dop_barrier_init(empty + stage * 8, @MULTIPLYING@);
+    }
+    dop_barriers_are_ready();
+  }
+  __syncthreads();
+#if @WARPGROUPS@
+  const int row_warp = warp / 4 % @ROW_GROUPS@ * 4 + warp % 4;
+  const int rank_warp = warp / (@ROW_GROUPS@ * 4);
+#else
+  const int row_warp = warp / @RANK_WARPS@, rank_warp = warp % @RANK_WARPS@;
+#endif
+  float sum[@MI@][2 * @NI@][4];
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
+    }
+  }
+  if (warp >= @MULTIPLYING@) {
+    // Steps are brought as their places become free.
+    const int copier = thread - @MULTIPLYING@ * 32, column = copier % 8;
+    unsigned char* maps =
+        maps_ptr + (long long)(blockIdx.y * gridDim.x + blockIdx.x) * (@MAPS@ * 128);
+    if (warp == @MULTIPLYING@) {
+      for (int map = 0; map < @MAPS@; ++map)
+        dop_map_publish(maps + map * 128, maps_shared + map * 128);
+    }
+    const @TYPE@* x_from[@X_COPIES@];
+    int x_bytes[@X_COPIES@];
+    if (!straight) {
+#pragma unroll
+      for (int c = 0; c < @X_COPIES@; ++c) {
+        const int row = copier / 8 + c * (@COPYING@ / 8);
+        x_bytes[c] = row < rows ? 16 : 0;
+        const int token = row < rows ? dop_table(row_index_ptr + row0 + row) : 0;
+        x_from[c] = x_ptr + (long long)token * @K@ + (part * (@STEPS@ * 64) + column * 8);
+      }
+    }
+    for (int step = 0; step < (straight && copier > 0 ? 0 : @STEPS@); ++step) {
+      const unsigned stage = (unsigned)(step % @STAGES@);
+      const int k = (part * @STEPS@ + step) * 64;
+      if (step >= @STAGES@) dop_barrier_wait(empty + stage * 8, (step / @STAGES@ - 1) & 1);
+      if (copier == 0) {
+        dop_barrier_arrive_with(full + stage * 8, straight ? @STEP_BYTES@ : @A_BYTES@);
+#pragma unroll
+        for (int box = 0; box < @BOXES@; ++box) {
+          const int row = box * @BOX_ROWS@, slice = @ROW@ / @PADDED@;
+          dop_copy_box(a_shared + stage * @A_BYTES@ + box * (@BOX_ROWS@ * 128),
+                       maps + (1 + slice) * 128, k, @ROW@ % @PADDED@, (int)slot,
+                       full + stage * 8);
+        }
+        if (straight)
+          dop_copy_box(x_shared + stage * (@TM@ * 128), maps, k, token0, 0, full + stage * 8);
+      }
+      if (!straight) {
+#pragma unroll
+        for (int c = 0; c < @X_COPIES@; ++c) {
+          const int row = copier / 8 + c * (@COPYING@ / 8);
+          dop_copy(x_shared + stage * (@TM@ * 128) + row * 128 + (column ^ (row & 7)) * 16,
+                   x_from[c] + step * 64, x_bytes[c]);
+        }
+        dop_barrier_arrive_behind_copies(full + stage * 8);
+      }
+    }
+    dop_commit();
+    dop_wait_but<0>();
+  } else {
+#if @WARPGROUPS@
+@WGMMA@
+    // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
+    const unsigned long long layout = 1ull << 62 | 64ull << 32 | 1ull << 16;
+    const unsigned x_box = x_shared + row_warp / 4 * 8192;
+    const unsigned a_box = a_shared + rank_warp * (@NI@ * 16 * 128);
+#else
+    const int x_row = row_warp * (@MI@ * 16) + (lane & 15), x_piece = lane >> 4;
+    const int a_row = rank_warp * (@NI@ * 16) + (lane >> 4) * 8 + (lane & 7);
+    const int a_piece = (lane >> 3) & 1;
+#endif
+#pragma unroll 1
+    for (int step = 0; step < @STEPS@; ++step) {
+      const unsigned stage = (unsigned)(step % @STAGES@);
+      dop_barrier_wait(full + stage * 8, step / @STAGES@ & 1);
+#if @WARPGROUPS@
+      if (!straight) dop_fence_copies();
+      dop_wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        DOP_WGMMA(layout | ((x_box + stage * (@TM@ * 128) + k * 32) & 0x3ffff) >> 4,
+                  layout | ((a_box + stage * @A_BYTES@ + k * 32) & 0x3ffff) >> 4);
+      dop_wgmma_commit();
+      dop_wgmma_wait_but_one();
+      if (step > 0 && lane == 0) dop_barrier_arrive(empty + (unsigned)((step - 1) % @STAGES@) * 8);
+#else
+      const unsigned xs = x_shared + stage * (@TM@ * 128) + x_row * 128;
+      const unsigned as = a_shared + stage * @A_BYTES@ + a_row * 128;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        unsigned xw[@MI@][4];
+#pragma unroll
+        for (int m = 0; m < @MI@; ++m)
+          dop_ldmatrix(xw[m], xs + m * (32 * 64) + ((2 * k + x_piece) ^ (x_row & 7)) * 16);
+#pragma unroll
+        for (int n = 0; n < @NI@; ++n) {
+          unsigned aw[4];
+          dop_ldmatrix(aw, as + n * (32 * 64) + ((2 * k + a_piece) ^ (a_row & 7)) * 16);
+#pragma unroll
+          for (int m = 0; m < @MI@; ++m) {
+            dop_mma_@KIND@(sum[m][2 * n], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[0], aw[1]);
+            dop_mma_@KIND@(sum[m][2 * n + 1], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[2],
+                           aw[3]);
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) dop_barrier_arrive(empty + stage * 8);
+#endif
+    }
+#if @WARPGROUPS@
+    dop_wgmma_wait();
+#undef DOP_WGMMA
+#endif
+  }
+"""
+
+_STORE = """\
+  const int g = lane >> 2, q = lane & 3;
+#if @SPLIT@ == 1
+  if (warp >= @MULTIPLYING@) return;
+#pragma unroll
+  for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * @NI@; ++n) {
+      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
+      const int row = row_warp * (@MI@ * 16) + m * 16 + g, column = @R@ % @PADDED@;
+      const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
+      const float* s = sum[m][n];
+      const bool first = column < rank, second = column + 1 < rank;
+      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + column);
+      to[0] = dop_pack_@KIND@(first ? s[0] : 0.0f, second ? s[1] : 0.0f);
+      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(first ? s[2] : 0.0f, second ? s[3] : 0.0f);
+    }
+  }
+#else
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(dop_shared);
+  if (warp < @MULTIPLYING@) {
+#pragma unroll
+    for (int m = 0; m < @MI@; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * @NI@; ++n) {
+        const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2;
+        const int row = row_warp * (@MI@ * 16) + m * 16 + g;
+        float2* to = reinterpret_cast<float2*>(sums + row * (@RANKS@ + 4) + r);
+        to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
+        to[8 * (@RANKS@ + 4) / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
+      }
+    }
+  }
+  dop_cluster_sync();
+  // Each block adds up its share of the tile.
+  for (int i = part * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
+    const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = @R@ / @PADDED@;
+    if (row >= rows) break;
+    float4 parts[@SPLIT@];
+#pragma unroll
+    for (int p = 0; p < @SPLIT@; ++p)
+      parts[p] = dop_read_peer(x_shared + (row * (@RANKS@ + 4) + r) * 4, p);
+    float4 total = parts[0];
+#pragma unroll
+    for (int p = 1; p < @SPLIT@; ++p) {
+      total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
+    }
+    const int column = @R@ % @PADDED@;
+    if (column >= rank) total.x = 0.0f;
+    if (column + 1 >= rank) total.y = 0.0f;
+    if (column + 2 >= rank) total.z = 0.0f;
+    if (column + 3 >= rank) total.w = 0.0f;
+    const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
+    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + column) =
+        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+  }
+  dop_cluster_sync();
+#endif
+}
+"""
