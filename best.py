@@ -4,7 +4,9 @@
 
 With a GPU: Llama-3.1-8B in bfloat16; else Llama-3.2-1B in float32; rank 16. Writes a tuning log
 and a report, and prints Dop's best kernels beside its untuned default and torch's two ways to do
-the same, all measured here and now. Run again to continue from the log.
+the same, all measured here and now. Behind the untuned defaults the search begins with what the
+installed packs know of the model or the nearest ones (--no-packs: from nothing; none that ships is
+for CPUs). Run again to continue from the log.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.bench_cpu import Row
     from dop.family import Family
-    from dop.progress import TuneResult
     from dop.target import Target
 
 MODELS = {"cuda": "Llama-3.1-8B", "cpu": "Llama-3.2-1B"}
@@ -36,30 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, default=Path("best.log.jsonl"))
     parser.add_argument("--report", type=Path, default=Path("best.report.html"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-packs", action="store_true", help="search from nothing")
     return parser.parse_args()
-
-
-def search(
-    families: Sequence[Family], target: Target, log: Path, budget_s: float, seed: int
-) -> TuneResult:
-    """Tune the families within the budget; every measurement is in the log at once."""
-    from dop import collect_env
-    from dop.cli.progress import display
-    from dop.database.jsonl import Log
-    from dop.measure.local import LocalMeasurer
-    from dop.tune import Provenance, tune
-
-    provenance = Provenance(collect_env.versions(), collect_env.revision())
-    with display() as show, Log.open(log) as out, LocalMeasurer(target) as measurer:
-        return tune(
-            families,
-            measurer=measurer,
-            log=out,
-            budget_s=budget_s,
-            seed=seed,
-            on_event=show,
-            provenance=provenance,
-        )
 
 
 def compare(families: Sequence[Family], target: Target, log: Path) -> Iterator[Row]:
@@ -126,7 +106,9 @@ def conclude(rows: Sequence[Row]) -> str:
 def run(options: argparse.Namespace) -> int:
     """Tune, compare, report; returns the exit code."""
     from dop.cli.request import Request, seconds_of
+    from dop.cli.tune import search
     from dop.database.jsonl import read_log
+    from dop.effort import QUICK
     from dop.measure.hostinfo import find_target
     from dop.report.data import collect
     from dop.report.html import write
@@ -137,8 +119,8 @@ def run(options: argparse.Namespace) -> int:
     families = Request(model, ranks=options.ranks).families(target)
     cases = sum(len(family.scenarios) for family in families)
     print(f"{model}, rank {options.ranks}, on {target.device_name}: {cases} cases to tune")
-    budget_s = seconds_of(options.budget)
-    result = search(families, target, options.log, budget_s, options.seed)
+    effort = replace(QUICK, budget_s=seconds_of(options.budget))
+    result = search(families, options.log, effort, options.seed, packs=not options.no_packs)
     progress = result.progress
     print(f"tuned {progress.trials} candidates in {progress.elapsed_s:.0f} s", flush=True)
     if not result.interrupted:

@@ -1,7 +1,7 @@
 """Times the best kernels of two logs in one run, task by task, and says how much slower the first
 log's are. Asks whether a search finds again what a longer one found:
 
-    dop tune --model Llama-3.1-8B --log again.jsonl            # from nothing, default budget
+    dop tune --model Llama-3.1-8B --no-packs --log again.jsonl       # from nothing, default budget
     python -m benchmarks.compare_logs again.jsonl logs/h100.best.jsonl
 
 Tasks are those that both logs have for this device. Exit status 1 if the geometric mean is above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dop.errors import Failure
 from dop.family import Best, FamilyState
@@ -93,11 +93,14 @@ class TuneResult:
         progress: the state at the end.
         interrupted: Ctrl-C ended it; everything measured is in the log.
         stopped_by: "budget", "trials", "exhausted" or "interrupt".
+        begun_with: kernels of earlier searches that were to be tried first, by where they came from
+            (`Prior.origin`).
     """
 
     progress: Progress
     interrupted: bool
     stopped_by: str
+    begun_with: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[TaskResult, ...]:

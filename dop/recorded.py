@@ -47,9 +47,14 @@ def alike(space: Space, entry: Entry) -> Candidate | None:
         trace = entry.trace()
     except DopError:
         return None
+    return alike_trace(space, trace, entry.sketch)
+
+
+def alike_trace(space: Space, trace: Trace, name: str) -> Candidate | None:
+    """As `alike`, of a trace and the name of its sketch."""
     with contextlib.suppress(TraceError):
         return space.match(trace)
-    name = entry.sketch.removesuffix(DEFAULT_MARK)
+    name = name.removesuffix(DEFAULT_MARK)
     for sketch in space.sketches:
         values = sketch.resembling(trace) if sketch.name == name else None
         if values is not None:

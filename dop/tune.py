@@ -25,11 +25,13 @@ from dop.errors import ConfigError, DopError, Failure
 from dop.family import Family, FamilyState, adapted, neighbours
 from dop.measure.base import Job, Measurer
 from dop.measurement import Measurement
+from dop.prior import Prior, in_order
 from dop.progress import Event, Note, Progress, TuneResult, view
 from dop.recorded import (
     DEFAULT_MARK,
     Recorded,
     alike,
+    alike_trace,
     check_device,
     figures_of,
     recorded,
@@ -39,6 +41,7 @@ from dop.scenario import Scenario
 from dop.search.history import Result, point_key
 from dop.space.early import may_serve, plainly
 from dop.space.sketch import Candidate, Space
+from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import Workload
 
@@ -55,6 +58,12 @@ _CONFIRM = {"cpu": 0.12}
 host has slow spells longer than a timing: a candidate that met one lost to a worse one."""
 _RIVALS = 5
 _CLOSE = 1.35
+
+_PRIORS = 16
+"""Most kernels of earlier searches for its own workload that a family tries first."""
+
+_NEAR_PRIORS = 8
+"""Likewise, of the nearest workloads where nothing is known of its own."""
 
 _ALONE = 6
 """Likewise, of calls beside the base layer's matmul, for those of each batch without it."""
@@ -96,6 +105,7 @@ def tune(
     build: Callable[[Workload, Target], Space] | None = None,
     provenance: Provenance | None = None,
     like: Iterable[Entry] = (),
+    priors: Iterable[Prior] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> TuneResult:
     """Tune families until the budget, the trials or the spaces run out.
@@ -114,6 +124,9 @@ def tune(
         provenance: goes into every record.
         like: records of another device; the fastest candidates of each batch there are tried
             first here. Their times count for nothing.
+        priors: what earlier searches found, of any workload and device: a family tries first what
+            was fastest for its own workload, else for the nearest ones, whose kernels are hints,
+            too. Their times count for nothing either.
         clock: seconds that only grow.
 
     Returns:
@@ -140,12 +153,13 @@ def tune(
     try:
         run.start(families)
         run.try_first(like)
+        run.begin_with(priors)
         reason = run.loop()
     except KeyboardInterrupt:
         reason = "interrupt"
     finally:
         run.trainer.shutdown(wait=False, cancel_futures=True)
-    return TuneResult(run.progress(), reason == "interrupt", reason)
+    return TuneResult(run.progress(), reason == "interrupt", reason, run.begun_with)
 
 
 def _build_space(workload: Workload, target: Target) -> Space:
@@ -188,6 +202,7 @@ class _Run:
         self.trials = 0
         self.records = 0
         self.resumed = 0
+        self.begun_with: Counter[str] = Counter()
         self.current = ""
         self.told = -math.inf
         self.cost_s: dict[str, float] = {}
@@ -234,6 +249,77 @@ class _Run:
             by_workload.setdefault(entry.workload_key, []).append(entry)
         for state in self.states:
             _offer(state, by_workload.get(state.family.workload.key, []), _LIKE)
+
+    def begin_with(self, priors: Iterable[Prior]) -> None:
+        """Offer every family what earlier searches found for its workload, else for the nearest."""
+        known: dict[str, list[Prior]] = {}
+        for prior in priors:
+            known.setdefault(prior.workload.key, []).append(prior)
+        near: dict[str, Space] = {}
+        for state in self.states if known else ():
+            found = self._own_priors(state, known) or self._near_priors(state, known, near)
+            saw, default_place = state.strategy.history.saw, state.default_place
+            new = [(c, p) for c, p in found if default_place(c.trace) is None]
+            new = [(c, p) for c, p in new if not saw(point_key(c))]
+            state.strategy.first([candidate for candidate, _ in new])
+            self.begun_with.update(prior.origin for _, prior in new)
+        if self.begun_with:
+            parts = ", ".join(f"{count} of {origin}" for origin, count in self.begun_with.items())
+            self._note(f"Kernels of earlier searches come first: {parts}.")
+
+    def _own_priors(
+        self, state: FamilyState, known: Mapping[str, Sequence[Prior]]
+    ) -> list[tuple[Candidate, Prior]]:
+        """Kernels of a family's own workload; of calls beside a matmul also those without it."""
+        family = state.family
+        keys = (family.workload.key, replace(family.workload, beside=False).key)
+        priors = next((known[key] for key in keys if key in known), ())
+        return self._candidates(state.space, priors, family)[:_PRIORS]
+
+    def _near_priors(
+        self, state: FamilyState, known: Mapping[str, Sequence[Prior]], spaces: dict[str, Space]
+    ) -> list[tuple[Candidate, Prior]]:
+        """Kernels of the nearest workloads, with the nearest numbers that this one allows; those of
+        this device first, and of each device the nearest workload's.
+
+        Args:
+            state: the family.
+            known: priors by workload key.
+            spaces: of these workloads as far as they were built; added to.
+        """
+        family = state.family
+        workloads = [priors[0].workload for priors in known.values()]
+        workloads.sort(key=lambda w: (w.beside != family.workload.beside, w.key))
+        found: dict[Trace, tuple[Candidate, Prior]] = {}
+        pools = dict(self.foreign)
+        for workload in neighbours(family, workloads)[:_NEAREST]:
+            if workload.key not in spaces:
+                with contextlib.suppress(DopError):
+                    spaces[workload.key] = self.build(workload, family.target)
+            if workload.key not in spaces:
+                continue
+            theirs = self._candidates(spaces[workload.key], known[workload.key], family)
+            for candidate, prior in theirs:
+                for mine in adapted(state.space, [candidate], repair=True):
+                    found.setdefault(mine.trace, (mine, prior))
+            if theirs and workload not in pools:
+                self.foreign.append((workload, [c for c, _ in theirs[:_NEAR_PRIORS]]))
+        here = family.target.device_name
+        return sorted(found.values(), key=lambda item: item[1].device_name != here)[:_NEAR_PRIORS]
+
+    @staticmethod
+    def _candidates(
+        space: Space, priors: Sequence[Prior], family: Family
+    ) -> list[tuple[Candidate, Prior]]:
+        """Candidates of one workload's priors in its space, as `in_order` has them, each once."""
+        found: dict[Trace, tuple[Candidate, Prior]] = {}
+        for prior, scenario in in_order(priors, family.scenarios, family.target.device_name):
+            candidate = alike_trace(space, prior.trace, prior.sketch)
+            if candidate is not None:
+                candidate = _serving(candidate, scenario)
+            if candidate is not None:
+                found.setdefault(candidate.trace, (candidate, prior))
+        return list(found.values())
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -570,6 +656,16 @@ def _bests(state: FamilyState) -> list[Candidate]:
             if candidate is not None:
                 found[best.trace.key] = candidate
     return list(found.values())
+
+
+def _serving(candidate: Candidate, scenario: Scenario) -> Candidate | None:
+    """The candidate, or its plain twin where it may not serve a batch; None if there is none."""
+    if may_serve(candidate.annotation, scenario.tokens):
+        return candidate
+    try:
+        return plainly(candidate)
+    except DopError:
+        return None
 
 
 def _offer(state: FamilyState, entries: Iterable[Entry], most: int) -> None:

@@ -36,6 +36,7 @@ _FILE = typer.Option(Path("src/sgmv.cuh"), "--output", "-o", help="File to write
 _FOLDER = typer.Option(..., "--output", "-o", help="Folder to write.", show_default=False)
 _LOG_FIRST = typer.Argument(..., help="The tuning log.", show_default=False)
 _PACK = typer.Option(..., "--output", "-o", help="File to write, NAME.doppack.", show_default=False)
+_OLD_PACK = typer.Argument(..., help="The pack.", show_default=False)
 _CATALOG = typer.Argument(..., help="The folder.", show_default=False)
 _JSON = typer.Option(False, "--json", help="Print one JSON document.")
 _REUSE = typer.Option(
@@ -148,6 +149,21 @@ def pack(
     for line in packed.notes:
         note(f"note: {line}")
     _report(packed.selection, output, packed.size_bytes, as_json, packed.notes)
+
+
+@app.command()
+def traces(pack: Path = _OLD_PACK, log: Path = _LOG, as_json: bool = _JSON) -> None:
+    """Add the kernels' steps to a pack of an older version: dop tune can then begin with them."""
+    from dop.database.jsonl import read_log
+    from dop.export.traces import add_traces
+
+    found, missing = add_traces(pack, read_log(log).require_entries().entries)
+    lacking = f"; {missing} are not in {log}" if missing else ""
+    emit(
+        {"pack": str(pack), "traces": found, "missing": missing},
+        as_json,
+        f"{pack}: {found} traces{lacking}.",
+    )
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dop.effort import Effort
     from dop.family import Family
     from dop.measure.base import Measurer
-    from dop.progress import TuneResult
+    from dop.prior import Prior
+    from dop.progress import Event, TuneResult
     from dop.scenario import Scenario
     from dop.target import Target
 
@@ -45,6 +46,14 @@ def tune(
     like: Annotated[
         Path | None, Option(help="Log of another device: what was fastest there is tried first.")
     ] = None,
+    packs: Annotated[
+        bool,
+        Option(
+            "--packs/--no-packs",
+            help="Try first what the installed packs know of these workloads, or of the nearest "
+            "ones; --no-packs searches from nothing.",
+        ),
+    ] = True,
     dtype: Annotated[str | None, Option(help="float16, bfloat16 or float32.")] = None,
     tokens: Annotated[str | None, Option(help="Batch sizes, such as 1,8,32.")] = None,
     mix: Annotated[str | None, Option(help="Some of distinct,uniform,skewed,identical.")] = None,
@@ -62,13 +71,14 @@ def tune(
 ) -> int:
     """Tune SGMV for a model, its adapters and its traffic on this machine.
 
-    Everything measured is appended to the log at once. The same command continues from it.
+    Everything measured is appended to the log at once. The same command continues from it. Behind
+    the untuned defaults come kernels of the installed packs (DOP_PACK_PATH, then those that ship
+    with Dop).
     """
     from dop.cli.output import note
     from dop.cli.request import Request, log_path, seconds_of
     from dop.effort import effort_of
     from dop.measure.hostinfo import find_target
-    from dop.measure.local import MAX_BUILDERS
 
     profile = effort_of(effort)
     if budget is not None:
@@ -83,26 +93,33 @@ def tune(
     stand_ins = request.left_out(families[0].scenarios)
     for line in left_out_lines(stand_ins, families[0].scenarios):
         note(line)
-    if target.kind == "cuda":
-        # Builds overlap with timing there: a batch keeps every builder busy twice over.
-        batch = max(profile.batch, 2 * MAX_BUILDERS)
-        profile = replace(profile, batch=batch, search=replace(profile.search, first_batch=batch))
     path = log or log_path(model, target)
-    result = _run(families, target, path, profile, seed, as_json, like)
+    result = search(families, path, profile, seed, quiet=as_json, like=like, packs=packs)
     _report(result, path, as_json, stand_ins)
     return INTERRUPTED if result.interrupted else 0
 
 
-def _run(
-    families: list[Family],
-    target: Target,
+def search(
+    families: Sequence[Family],
     path: Path,
     effort: Effort,
-    seed: int,
-    quiet: bool,
-    like: Path | None,
+    seed: int = 0,
+    *,
+    quiet: bool = False,
+    like: Path | None = None,
+    packs: bool = True,
 ) -> TuneResult:
-    """Tune with everything opened and closed around it."""
+    """Tune with everything opened and closed around it.
+
+    Args:
+        families: of one target.
+        path: the log.
+        effort: as for any device; batches grow where builds overlap with timing.
+        seed: of the search.
+        quiet: print notes only.
+        like: log of another device.
+        packs: begin with what the installed packs know.
+    """
     from dop import collect_env
     from dop.cli.progress import display
     from dop.database.jsonl import Log, read_log
@@ -111,6 +128,7 @@ def _run(
 
     others = read_log(like).require_entries().entries if like is not None else ()
     provenance = Provenance(collect_env.versions(), collect_env.revision())
+    target = families[0].target
     with display(quiet) as show, Log.open(path) as log, _measurer(target) as measurer:
         batches = len(families[0].scenarios)
         show(
@@ -118,23 +136,47 @@ def _run(
                 f"{len(families)} workloads x {batches} batches on {target.device_name}; log {path}"
             )
         )
+        priors = installed_kernels(families, show) if packs else []
         return tune(
             families,
             measurer=measurer,
             log=log,
-            effort=effort,
+            effort=_for_builders(effort, target),
             seed=seed,
             on_event=show,
             provenance=provenance,
             like=others,
+            priors=priors,
         )
+
+
+def installed_kernels(families: Sequence[Family], show: Callable[[Event], None]) -> list[Prior]:
+    """What the installed packs know in the families' types; packs that cannot be read are notes."""
+    from dop.packs.priors import known_kernels
+    from dop.progress import Note
+
+    kind = families[0].target.kind
+    found: list[Prior] = []
+    for dtype in dict.fromkeys(family.workload.dtype for family in families):
+        found += known_kernels(kind, dtype, lambda line: show(Note(line)))
+    return found
+
+
+def _for_builders(effort: Effort, target: Target) -> Effort:
+    """On CUDA builds overlap with timing: a batch keeps every builder busy twice over."""
+    from dop.measure.local import MAX_BUILDERS
+
+    if target.kind != "cuda":
+        return effort
+    batch = max(effort.batch, 2 * MAX_BUILDERS)
+    return replace(effort, batch=batch, search=replace(effort.search, first_batch=batch))
 
 
 def _measurer(target: Target) -> Measurer:
     from dop.measure.local import LocalMeasurer
 
     measurer = LocalMeasurer(target)
-    measurer.warm_up()  # the workers import while the spaces are built
+    measurer.warm_up()  # the workers import while packs are read and spaces built
     return measurer
 
 
@@ -172,8 +214,9 @@ def _report(result: TuneResult, path: Path, as_json: bool, stand_ins: StandIns) 
 
 
 def summary(result: TuneResult, path: Path, stand_ins: StandIns = ()) -> dict[str, object]:
-    """What --json prints: the run, one object per task with times in microseconds, and the batches
-    of a traffic file that were not measured, each with the one that stands for it."""
+    """What --json prints: the run (`packs`: kernels that came first, by the pack they are of), one
+    object per task with times in microseconds, and the batches of a traffic file that were not
+    measured, each with the one that stands for it."""
     progress = result.progress
     return {
         "log": str(path),
@@ -182,6 +225,7 @@ def summary(result: TuneResult, path: Path, stand_ins: StandIns = ()) -> dict[st
         "trials": progress.trials,
         "records": progress.records,
         "resumed": progress.resumed,
+        "packs": dict(result.begun_with),
         "failures": {f.name.lower(): n for f, n in progress.failures.items()},
         "spearman": {f.workload.key: f.spearman for f in progress.families},
         "tasks": [

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from dop.database.query import problems_of, ranked
@@ -40,10 +40,12 @@ class Built:
     Attributes:
         table: the decisions.
         entries: for (workload key, trace key) in use, the entry whose record holds the trace.
+        fastest: likewise, of the fastest of each batch (`Fit.best_trace_key`); not checked.
     """
 
     table: Table
     entries: Mapping[tuple[str, str], Entry]
+    fastest: Mapping[tuple[str, str], Entry] = field(default_factory=dict)
 
 
 def build_table(
@@ -73,24 +75,27 @@ def build_table(
         by_workload.setdefault(found[0].workload_key, []).append(found)
     workloads: dict[str, WorkloadTable] = {}
     used: dict[tuple[str, str], Entry] = {}
+    fastest: dict[tuple[str, str], Entry] = {}
     for key, tasks in sorted(by_workload.items()):
         chosen = _without_broken(key, tasks, max_regret, (given or {}).get(key, ()))
         if chosen is not None:
             workloads[key], kept = chosen
-            used |= {(key, trace): entry for trace, entry in kept.items()}
+            used |= {(key, trace): kept[trace] for trace in workloads[key].trace_keys}
+            wanted = {fit.best_trace_key for fit in workloads[key].fits}
+            fastest |= {(key, trace): kept[trace] for trace in kept if trace in wanted}
     if not workloads:
         raise ExportError(
             f"no usable record of {device} is in the log.",
             "Run dop tune on it, or see dop log stats for what failed.",
         )
-    return Built(Table(device, target_key, workloads), used)
+    return Built(Table(device, target_key, workloads), used, fastest)
 
 
 def _without_broken(
     key: str, tasks: list[list[Entry]], max_regret: float, given: Sequence[str]
 ) -> tuple[WorkloadTable, dict[str, Entry]] | None:
-    """The workload's table; a trace that turns out to be unreadable is banned and all begins
-    anew, so that only the chosen ones are ever parsed."""
+    """The workload's table, and an entry of every trace; a trace that turns out to be unreadable is
+    banned and all begins anew, so that only the chosen ones are ever parsed."""
     banned: set[str] = set()
     while True:
         left = [[e for e in found if e.trace_key not in banned] for found in tasks]
@@ -101,10 +106,9 @@ def _without_broken(
         if table is None:
             return None
         kept = {e.trace_key: e for found in left for e in found}
-        in_use = {trace: kept[trace] for trace in table.trace_keys}
-        broken = {trace for trace, entry in in_use.items() if problems_of(entry)}
+        broken = {trace for trace in table.trace_keys if problems_of(kept[trace])}
         if not broken:
-            return table, in_use
+            return table, kept
         banned |= broken
 
 

@@ -1,7 +1,8 @@
 """`dop export library`: the chosen kernels as binaries with an index, to be loaded without TVM.
 
-A library is a folder: `index.json`, and either one cubin per kernel (CUDA) or `libdop_sgmv.so` with
-a plain C entry per kernel and `dop_sgmv.h` that declares them (CPU). `dop.export.load` reads it.
+A library is a folder: `index.json`, `traces.json` (`dop.export.traces`), and either one cubin per
+kernel (CUDA) or `libdop_sgmv.so` with a plain C entry per kernel and `dop_sgmv.h` that declares
+them (CPU). `dop.export.load` reads it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dop.export.build import BuildJob, Generate, build_all, generated
 from dop.export.files import sha256_hex, write_folder
 from dop.export.index import FORMAT, INDEX, VERSION, describe
 from dop.export.select import Kernel, Selection
+from dop.export.traces import TRACES, traces_of
 from dop.measure.artifact import Artifact, pack
 
 CPU_LIBRARY = "libdop_sgmv.so"
@@ -49,6 +51,7 @@ def export_library(
         files, artifacts, places = _build_cuda(jobs, generate, processes)
     else:
         files, artifacts, places = _build_cpu(selection, jobs, generate)
+    files[TRACES] = traces_of(selection)
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

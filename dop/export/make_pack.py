@@ -17,6 +17,7 @@ from dop.export.library import described, job_of
 from dop.export.pack import SOURCES, hashed_name, write_pack
 from dop.export.reuse import BUILDER, MIN_ARCH, Reusable, builder
 from dop.export.select import Kernel, Measured, Selection, choose, having, is_early
+from dop.export.traces import TRACES, traces_of
 from dop.export.transfer import in_dtypes, without
 from dop.measure.artifact import Artifact
 from dop.scenario import Scenario
@@ -281,6 +282,7 @@ def _contents(
         kernels.append(entry)
     if texts.joined():
         files[SOURCES] = texts.joined()
+    files[TRACES] = traces_of(selection)
     transferred = sorted({k.workload.key for k in selection.kernels if k.transferred_from})
     provenance = {
         **selection.provenance.to_json(),

@@ -1,7 +1,8 @@
 """Packs: an exported CUDA library as one compressed file, NAME.doppack. Standard library only.
 
 A pack is a zip file (LZMA inside) that holds what a library's folder holds: `index.json`, the
-cubins, and the generated CUDA sources, from which other architectures can be served by NVRTC.
+cubins, the generated CUDA sources, from which other architectures can be served by NVRTC, and the
+kernels' traces (`dop.export.traces`), with which a search elsewhere may begin.
 Cubins are named by their hash, so equal ones are stored once; sources are one file, of which each
 kernel has a span. Opening reads the index only; a file is read, and its hash checked, when it is
 first wanted.
@@ -67,6 +68,17 @@ def write_pack(path: Path, index: Mapping[str, Any], files: Mapping[str, bytes])
             archive.writestr(member, data)
     write_file(path, room.getvalue())
     return len(room.getvalue())
+
+
+def add_file(path: Path, name: str, data: bytes) -> int:
+    """Adds a file to a pack, or replaces it; everything else stays. Returns the size in bytes.
+
+    Raises:
+        ExportError: the pack is damaged, or cannot be written.
+    """
+    pack = PackFile(path)
+    index = json.loads(pack._member(INDEX))
+    return write_pack(path, index, {**{n: pack.read(n) for n in pack.index.files}, name: data})
 
 
 def is_pack(path: Path) -> bool:

@@ -60,6 +60,7 @@ class Selection:
         target: the device that was measured, as far as the records tell.
         kernels: by workload, in the order of the table.
         warnings: what a person should know, one line each.
+        winners: records of the fastest of each batch, shipped or not: what tuning may begin with.
     """
 
     table: Table
@@ -67,6 +68,7 @@ class Selection:
     kernels: tuple[Kernel, ...]
     provenance: Provenance
     warnings: tuple[str, ...] = ()
+    winners: tuple[Entry, ...] = ()
 
     def of(self, workload_key: str) -> tuple[Kernel, ...]:
         """The kernels of one workload."""
@@ -190,7 +192,8 @@ def choose(
             kernels.append(Kernel(workload, trace, built.entries[key, trace].record(), fits))
     target = target_of(kernels[0].record)
     origin = provenance_of(measured.log, measured.entries)
-    return Selection(built.table, target, tuple(kernels), origin, measured.warnings)
+    winners = tuple(built.fastest.values())
+    return Selection(built.table, target, tuple(kernels), origin, measured.warnings, winners)
 
 
 def having(measured: Measured, is_it: Callable[[Step], bool]) -> set[tuple[str, str]]:

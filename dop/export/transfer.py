@@ -67,16 +67,17 @@ def _transferred(kernel: Kernel, dtype: str) -> Kernel:
 
 def translated(trace: Trace, old: str, new: str) -> Trace:
     """The trace with the intrinsics of another type, e.g. mma_f16 for mma_bf16."""
+    return Trace(tuple(step_in(step, old, new) for step in trace.steps))
+
+
+def step_in(step: Step, old: str, new: str) -> Step:
+    """A step with the intrinsics of another type."""
     word = re.compile(rf"(?<![a-z0-9]){_SHORT[old]}(?![a-z0-9])")
-
-    def step_in(step: Step) -> Step:
-        if isinstance(step, AnnotationStep) and step.intrinsic:
-            return replace(step, intrinsic=word.sub(_SHORT[new], step.intrinsic))
-        if isinstance(step, PragmaStep) and isinstance(step.value, str):
-            return replace(step, value=word.sub(_SHORT[new], step.value))
-        return step
-
-    return Trace(tuple(step_in(step) for step in trace.steps))
+    if isinstance(step, AnnotationStep) and step.intrinsic:
+        return replace(step, intrinsic=word.sub(_SHORT[new], step.intrinsic))
+    if isinstance(step, PragmaStep) and isinstance(step.value, str):
+        return replace(step, value=word.sub(_SHORT[new], step.value))
+    return step
 
 
 def _renamed(table: WorkloadTable, key: str, names: Mapping[str, str]) -> WorkloadTable:

@@ -81,13 +81,13 @@ def scan(folder: Path) -> tuple[PackEntry, ...]:
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is no folder.", "Check DOP_PACK_PATH.")
-    libraries = [path.parent for path in folder.rglob(INDEX) if _is_ours(path)]
+    libraries = [path.parent for path in folder.rglob(INDEX) if is_library(path)]
     found = sorted([*folder.rglob(f"*{SUFFIX}"), *libraries])
     entries = (entry_of(path, read_index(path)) for path in found)
     return tuple(entry for entry in entries if entry is not None)
 
 
-def _is_ours(path: Path) -> bool:
+def is_library(path: Path) -> bool:
     """Whether an index.json is a library's: other programs have files of that name."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from dop.database.jsonl import read_log
 from dop.measure.base import Job
 from dop.measurement import Measurement
+from dop.target import SM_90
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +37,8 @@ class QuickMeasurer:
                 digest = hashlib.sha256((job.trace.key + scenario.key).encode()).digest()
                 seconds = (10 + digest[0]) * 1e-6
                 yield job, scenario, Measurement((seconds,), accuracy=1e-6, floor_s=5e-6)
+
+    def warm_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -91,6 +95,17 @@ def test_tunes_compares_and_reports(best, bench, monkeypatch, capsys):
     before = len(entries)
     assert run(best, monkeypatch, "--budget", "1s") == 0
     assert len(read_log("best.log.jsonl").entries) >= before
+
+
+def test_on_a_gpu_it_begins_with_what_the_packs_know(best, monkeypatch, capsys):
+    target = replace(SM_90, device_name="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("dop.measure.hostinfo.find_target", lambda device: target)
+    monkeypatch.setattr(best, "compare", lambda *_: iter(()))
+    assert run(best, monkeypatch) == 0
+    assert "Kernels of earlier searches come first: " in capsys.readouterr().err
+    Path("best.log.jsonl").unlink()
+    assert run(best, monkeypatch, "--no-packs") == 0
+    assert "earlier searches" not in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_the_log_and_says_so(best, bench, monkeypatch, capsys):

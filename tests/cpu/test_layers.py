@@ -20,7 +20,7 @@ FLOW = (
     ("lowering",),
     ("measure",),
     ("database",),
-    ("family", "progress", "recorded", "tune", "engine_kernels", "collect_env"),
+    ("family", "prior", "progress", "recorded", "tune", "engine_kernels", "collect_env"),
     ("dispatch",),
     ("export", "packs"),
     ("ops",),
