@@ -323,7 +323,6 @@ _HINT_WORDS = {
     ),
     "cluster": ("", "Blocks along {where} form clusters, whose blocks add up their sums of v."),
     "cluster_blocks": ("", "A cluster has {value} blocks."),
-    "clusters": ("", "They form {value} clusters a tile, each with a sum of v of its own."),
     "engine": ("", "The copy engine brings x and A, on four warps of its own."),
     "l2_fetch": (
         "L2 reads what copies of x and A want.",

@@ -66,7 +66,7 @@ PLACED_STAGES = ("gather_x", "gather_a", "shrink", "gather_b", "expand")
 PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
 HINTS = (
     *("block_order", "load_ahead", "streaming", "cluster"),
-    *("workers", "cluster_blocks", "rank_blocks", "tile_blocks", "l2_fetch", "clusters", "engine"),
+    *("workers", "cluster_blocks", "rank_blocks", "tile_blocks", "l2_fetch", "engine"),
 )
 """Pragmas that a tile's intrinsic reads, see lowering/tile_kernels.py."""
 

@@ -6,7 +6,7 @@ or warpgroup_product chooses them. Its steps are applied to the program like any
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
 streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
-clusters, rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of few rows: workers
+rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of few rows: workers
 (of accumulate) and tile_blocks (of shrink_rf).
 """
 
@@ -116,10 +116,7 @@ def read_tiles(app: Application) -> TileKernels:
     workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
     _, part, _, row_warps, rank_warps, _, k_tiles, *tiles = _loops(app, product, 12)
     workers = hints.get(("accumulate", "workers"), 0)
-    clusters = hints.get(("shrink_rf", "clusters"), 1)
-    if clusters < 1 or part % clusters:
-        raise TraceError(f"{clusters} clusters for {part} parts of k do not fit.")
-    cluster = hints.get(("shrink_rf", "cluster_blocks"), part // clusters)
+    cluster = hints.get(("shrink_rf", "cluster_blocks"), part)
     rank_blocks = hints.get(("shrink_rf", "rank_blocks"), 1)
     tile_blocks = hints.get(("shrink_rf", "tile_blocks"), 0)
     if min(workers, cluster - 1, rank_blocks - 1) < 0 or part % cluster or rank_warps % rank_blocks:

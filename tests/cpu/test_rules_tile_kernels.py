@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from dop.errors import ConstraintError, TraceError
-from dop.measure.artifact import is_pair
 from dop.space.generate import build_space
 from dop.space.sketch import Sketch
 from dop.space.step import AnnotationStep, PragmaStep
@@ -130,12 +129,13 @@ def test_one_half_alone_is_refused() -> None:
 
 def test_shared_b_and_warpgroups_are_sketches_of_their_own() -> None:
     sketches = [s for s in build_space(QKV_64, SM_90).sketches if s.name.startswith("wide_tiles")]
-    assert len(sketches) == 8
+    assert len(sketches) == 10
     for sketch in sketches:
         code = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
         shrink, expand = code.kernels
         assert (expand.dynamic_smem_bytes > 0) == ("shared_b" in sketch.name)
-        whole = "warpgroup_split_k" in sketch.name or "warpgroup_clusters" in sketch.name
+        parts = ("warpgroup_split_k", "warpgroup_clusters", "warpgroup_engine")
+        whole = any(part in sketch.name for part in parts)
         assert ("m64n192k16" in code.source) == whole
         assert ("m64n96k16" in code.source) == ("warpgroup_rank_blocks" in sketch.name)
         assert shrink.dynamic_smem_bytes > 0
@@ -145,67 +145,25 @@ def test_a_tile_may_have_several_clusters_along_k() -> None:
     sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
     sketch = next(s for n, s in sketches.items() if "register_b/warpgroup_clusters" in n)
     values = sketch.default()
-    assert values["shrink.clusters"] == 2
+    assert values["shrink.split_k"] == 2 * values["shrink.cluster"]
     code = generate(QKV_64, sketch.bind(values), SM_90)
     assert code.kernels[0].grid[:2] == ("tiles", str(values["shrink.split_k"]))
-    assert f"__cluster_dims__(1, {values['shrink.split_k'] // 2}, 1)" in code.source
+    assert f"__cluster_dims__(1, {values['shrink.cluster']}, 1)" in code.source
     (v,) = [space for space in code.workspaces if space.name == "v"]
-    sums = 2 * 64 * QKV_64.slices * QKV_64.rank
-    assert evaluate(v.elements, tokens=64, tiles=1) == 2 * sums  # float32
-    for split_k, clusters, why in ((8, 1, "plain"), (16, 1, "blocks of a"), (2, 4, "left over")):
-        wrong = {**values, "shrink.split_k": split_k, "shrink.clusters": clusters}
-        broken = [limit.name for limit in sketch.limits if limit.value(wrong) > limit.maximum]
-        assert any(why in name for name in broken), (split_k, clusters)
+    assert evaluate(v.elements, tokens=64, tiles=1) == 2 * 64 * QKV_64.slices * QKV_64.rank
+    for split_k, cluster, why in ((8, 8, "lone"), (16, 2, "sums of v"), (2, 4, "left over")):
+        wrong = {**values, "shrink.split_k": split_k, "shrink.cluster": cluster}
+        assert why in (sketch.broken_limit(wrong) or ""), (split_k, cluster)
     assert "L2::256B" not in code.source
-    lone = {"shrink.split_k": 1, "shrink.clusters": 1, "shrink.l2_fetch": 256}
+    lone = {"shrink.split_k": 1, "shrink.cluster": 1, "shrink.l2_fetch": 256}
     ahead = generate(QKV_64, sketch.bind({**values, **lone}), SM_90)
-    (v,) = [space for space in ahead.workspaces if space.name == "v"]
-    assert evaluate(v.elements, tokens=64, tiles=1) == sums // 2  # one, of the operands' type
     shrink = ahead.source[ahead.source.index('extern "C" __global__') :]
     assert shrink.count("dop_copy_ahead(") == 2
     assert "L2::256B" in ahead.source
-    four = sketch.bind({**values, "shrink.split_k": 4})
-    for clusters in (3, 0, -2):
-        with pytest.raises(TraceError, match="do not fit"):
-            generate(QKV_64, with_pragma(four, "clusters", clusters), SM_90)
     with pytest.raises(TraceError, match="l2_fetch is 0 or 256"):
         generate(QKV_64, with_pragma(sketch.bind(values), "l2_fetch", 128), SM_90)
     few_columns = Workload("w", 256, (4096,), 64, "bfloat16")
     assert not any("clusters" in s.name for s in build_space(few_columns, SM_90).sketches)
-
-
-def test_clusters_of_seven_where_seven_divides_the_steps() -> None:
-    def parts(width: int) -> tuple[int, ...]:
-        w = Workload("w", width, (4096,), 64, "bfloat16")
-        sketch = next(s for s in build_space(w, SM_90).sketches if "warpgroup_clusters" in s.name)
-        assert sketch.broken_limit(sketch.default()) is None
-        return next(d.choices for d in sketch.domains if d.name == "shrink.split_k")
-
-    assert parts(14336) == (1, 2, 4, 7, 8, 14, 16, 28, 32)
-    assert parts(4096) == (1, 2, 4, 8, 16)
-    assert parts(12288) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    assert parts(64 * 21) == (1, 3)
-
-
-def test_y_is_brought_into_l2_for_expand_where_there_is_one() -> None:
-    sketches = {s.name: s for s in build_space(QKV_64, SM_90).sketches}
-    sketch = next(s for n, s in sketches.items() if "register_b/warpgroup_clusters" in n)
-    values = {**sketch.default(), "shrink.y_ahead": 1}
-    made = generate(QKV_64, sketch.bind(values), SM_90)
-    assert "y" in made.kernels[0].arguments
-    assert not is_pair(made.kernels)
-    plain = generate(QKV_64, sketch.bind(sketch.default()), SM_90)
-    assert "y" not in plain.kernels[0].arguments
-    assert is_pair(plain.kernels)
-    beside = replace(QKV_64, beside=True)
-    same = next(s for s in build_space(beside, SM_90).sketches if s.name == sketch.name)
-    assert "shrink.y_ahead" not in same.default()
-    steps = same.bind(same.default()).steps
-    wrong = [isinstance(s, PragmaStep) and s.name == "float_sums" for s in steps]
-    pairs = zip(steps, wrong, strict=True)
-    trace = Trace(tuple(replace(s, name="y_ahead") if w else s for s, w in pairs))
-    with pytest.raises(TraceError, match="y, which is made beside"):
-        generate(beside, trace, SM_90)
 
 
 def test_blocks_that_share_ranks_are_neighbours() -> None:

@@ -88,6 +88,7 @@ RULES: tuple[Rule, ...] = (
     ClusterSplitK(),
     ClusterSplitK("warpgroup_split_k", warpgroups=True),
     ClusterSplitK("warpgroup_rank_blocks", warpgroups=True, rank_blocks=True),
+    ClusterSplitK("warpgroup_clusters", warpgroups=True, several=True),
     ClusterSplitK("warpgroup_engine", warpgroups=True, engine=True),
     ClusterA(),
     ClusterX(),

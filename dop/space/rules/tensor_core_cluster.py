@@ -5,8 +5,9 @@ one thread-block cluster, whose blocks add their sums through distributed shared
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
 How many clusters run at once is the GPU's affair: an H100 holds 15 of seven or eight blocks that
-need a multiprocessor each, 30 of four, 66 of two (docs/performance.md 43, 47). Tiles for few rows
-(note "few") may be spread over several clusters along k, whose sums expand adds up.
+need a multiprocessor each, 30 of four, 66 of two (docs/performance.md 43, 45). Several clusters along
+k, whose sums expand adds up, occupy a GPU with the tiles of a few hundred rows. Tiles for few rows
+(note "few") are also spread over several blocks along the ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dop.space.step import Param
 ROW_WARPS, RANK_WARPS = Param("shrink.row_warps"), Param("shrink.rank_warps")
 SPLIT_K, K_TILES = Param("shrink.split_k"), Param("shrink.k_tiles")
 CLUSTER_BLOCKS, RANK_BLOCKS = Param("shrink.cluster"), Param("shrink.rank_blocks")
+L2_FETCH = Param("shrink.l2_fetch")
 HOPPER = "90"
 CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
@@ -33,6 +35,9 @@ PART_DEPTH = 256
 
 MAX_PARTS = 8
 """Sums of v that expand adds up at most."""
+
+WIDE_PARTS = 4
+"""Likewise, for tiles of many rows."""
 
 FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
@@ -57,12 +62,14 @@ class ClusterSplitK:
     `warpgroups`: wgmma, which reads both operands from shared memory once for 64 rows.
     `rank_blocks`: blocks share the ranks of all slices, so that tiles of 128 rows fit beside many
     ranks: A then comes from L2 once for 128 rows, x once for each of the blocks.
+    `several`: a tile may have several clusters along k, and copies have L2 read ahead.
     `engine`: the copy engine brings x and A, on warps of its own; blocks may share the ranks.
     """
 
     name: str = "cluster_split_k"
     warpgroups: bool = False
     rank_blocks: bool = False
+    several: bool = False
     engine: bool = False
     stage: str = "shrink"
 
@@ -78,12 +85,18 @@ class ClusterSplitK:
         blocks = dividing(ranks, shared)
         if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
             return []
+        several = dividing(w.in_features // 64, (2, 4, 8, 16, 32)) if self.several else ()
+        several = tuple(n for n in several if n <= w.in_features // PART_DEPTH)
+        if self.several and not several:
+            return []
         new = state.fork(self.name)
         clusters = new.target.arch.removeprefix("sm_")[:2] >= HOPPER
         most = min(CLUSTER, max(1, w.in_features // PART_DEPTH))
         parts = tuple(n for n in (1, 2, 4, CLUSTER) if n == 1 or clusters)
         if few:
             _spread(new, parts, ranks)
+        elif self.several:
+            _several_clusters(new, several, parts)
         else:
             if self.engine:
                 parts = tuple(range(1, CLUSTER + 1))
@@ -139,8 +152,10 @@ class ClusterSplitK:
         new.reorder("shrink_rf", 0, 1, 2, 3, 6, 9, 10, 4, 7, 5, 8, 11)
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
-        if "few" in new.notes:
+        if "few" in new.notes or self.several:
             new.pragma("shrink_rf", PART, "cluster_blocks", CLUSTER_BLOCKS)
+        if self.several:
+            new.pragma("shrink_rf", PART, "l2_fetch", L2_FETCH)
         if self.engine:
             new.notes["engine"] = 1
             new.pragma("shrink_rf", PART, "engine", 1)
@@ -172,11 +187,30 @@ def _spread(new: SketchState, clusters: tuple[int, ...], rank_tiles: int) -> Non
     spare = 3 * new.target.units // (enough[0] * wide) - 1
     workers = new.param("tokens.workers", "binding", (1, 3, 7, 15, 31), 7 if spare >= 7 else 3)
     new.pragma("accumulate", 0, "workers", workers)
+    _sums_of_clusters(new, MAX_PARTS)
+    new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
+
+
+def _several_clusters(new: SketchState, splits: tuple[int, ...], clusters: tuple[int, ...]) -> None:
+    """Blocks of a tile of many rows: clusters along k, or one that L2 reads ahead for."""
+    some = max(n for n in splits if n <= 2 * CLUSTER)
+    new.param(SPLIT_K.name, "split_k", (1, *splits), some)
+    new.param(CLUSTER_BLOCKS.name, "split_k", clusters, some // 2)
+    _sums_of_clusters(new, WIDE_PARTS)
+    new.param(L2_FETCH.name, "vector", (0, 256), 0)
+
+    def lone(a: Annotation) -> int:
+        return int(a[SPLIT_K.name] == a[CLUSTER_BLOCKS.name] and not a[L2_FETCH.name])
+
+    new.limit("lone clusters without a fetch, which are another sketch", 0, lone)
+
+
+def _sums_of_clusters(new: SketchState, most: int) -> None:
+    """Clusters along k, each with a sum of its own."""
     cluster = CLUSTER_BLOCKS.name
     new.limit("parts of a cluster left over", 0, lambda a: a[SPLIT_K.name] % a[cluster])
-    new.limit("sums of v", MAX_PARTS, sums_of_v)
+    new.limit("sums of v", most, sums_of_v)
     new.estimate("shrink.parts", sums_of_v)
-    new.limit("warps left over", 0, lambda a: a[RANK_WARPS.name] % a["shrink.rank_blocks"])
 
 
 @dataclass(frozen=True)
