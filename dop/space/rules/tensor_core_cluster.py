@@ -5,9 +5,9 @@ one thread-block cluster, whose blocks add their sums through distributed shared
 expand reads v and not its parts (lowering/intrinsics/pipelined_shrink.py).
 
 How many clusters run at once is the GPU's affair: an H100 holds 15 of seven or eight blocks that
-need a multiprocessor each, 30 of four, 66 of two (docs/performance.md 43, 45). Several clusters along
-k, whose sums expand adds up, occupy a GPU with the tiles of a few hundred rows. Tiles for few rows
-(note "few") are also spread over several blocks along the ranks.
+need a multiprocessor each, 30 of four, 66 of two (docs/performance.md 43, 45). Several clusters
+along k, whose sums expand adds up, occupy a GPU with the tiles of a few hundred rows. Tiles for few
+rows (note "few") are also spread over several blocks along the ranks.
 """
 
 from __future__ import annotations
