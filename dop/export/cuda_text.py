@@ -37,10 +37,12 @@ _SM90 = re.compile(
 """What no GPU before Hopper has."""
 
 
-ONE_GPU = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
-"""Instructions of one architecture only ("sm_90a"): compiled for another one, "sm_90" included,
-such a source stops with a trap. A pack ships its binary and not its text; a header calls it only
-where it was compiled for that architecture."""
+ONE_GPU = re.compile(
+    r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.|\bdop_tensor_map [xa]\d?_box\d"
+)
+"""Instructions of one architecture only ("sm_90a"), or helpers made of such: compiled for another
+one, "sm_90" included, such a source stops with a trap. A pack ships its binary and not its text; a
+header calls it only where it was compiled for that architecture."""
 
 OWN_ARCH = "sm_90a"
 _OWN_MACRO = "__CUDA_ARCH_FEAT_SM90_ALL"

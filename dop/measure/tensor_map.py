@@ -19,6 +19,7 @@ from typing import Any
 
 from dop.errors import ExportError
 from dop.measure import cuda_driver
+from dop.workload import Workload
 
 WORDS = 16
 """Words of 8 bytes of a map."""
@@ -111,27 +112,29 @@ def tensor_map(
     return TensorMap(tensor, ELEMENT_KIND[dtype], (in_features, rows, planes), box_rows)
 
 
+def of_workload(name: str, workload: Workload, *, tokens: int, slots: int) -> TensorMap:
+    """`tensor_map` of a workload's tensors."""
+    w = workload
+    sizes = {"in_features": w.in_features, "rank": w.rank, "tokens": tokens, "slots": slots}
+    return tensor_map(name, dtype=w.dtype, **sizes)
+
+
 def encoder() -> Any:
     """The driver's cuTensorMapEncodeTiled; None if there is none."""
     return getattr(cuda_driver.driver(), "cuTensorMapEncodeTiled", None)
 
 
-def require_encoder(what: str) -> Any:
-    """The driver's cuTensorMapEncodeTiled.
+NO_ENCODER = "takes tensor maps, which a driver before CUDA 12 cannot make"
+"""Why a kernel cannot be served where `encoder` is None."""
+
+
+def no_encoder(what: str) -> ExportError:
+    """The error where `encoder` is None.
 
     Args:
-        what: that needs it, for the message.
-
-    Raises:
-        ExportError: the driver is older than CUDA 12.
+        what: takes maps.
     """
-    found = encoder()
-    if found is None:
-        raise ExportError(
-            f"{what} takes tensor maps, which this NVIDIA driver cannot make.",
-            "Use a driver of CUDA 12 or newer, or another kernel.",
-        )
-    return found
+    return ExportError(f"{what} {NO_ENCODER}.", "Update the NVIDIA driver.")
 
 
 def room() -> Encoded:
@@ -180,6 +183,9 @@ def encode(what: TensorMap, address: int) -> Encoded:
         ExportError: the driver is older than CUDA 12.
         CudaError: the driver refused it.
     """
-    made = Encoder(require_encoder("a kernel"), what, room())
+    function = encoder()
+    if function is None:
+        raise no_encoder("a kernel")
+    made = Encoder(function, what, room())
     cuda_driver.check(f"cuTensorMapEncodeTiled({what}, at {address:#x})", made.encode(address))
     return made.out
