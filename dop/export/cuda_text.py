@@ -32,7 +32,7 @@ _SHARED = re.compile(r"(?<=extern __shared__ __align__\()\d+(?=\) unsigned char 
 
 _SM90 = re.compile(
     r"\bwgmma\b|\bsetmaxnreg\b|cp\.async\.bulk|\bmbarrier\.|griddepcontrol|"
-    r"barrier\.cluster|CUtensorMap|__cluster_dims__|cudaGridDependencySynchronize"
+    r"barrier\.cluster|CUtensorMap|dop_tensor_map|__cluster_dims__|cudaGridDependencySynchronize"
 )
 """What no GPU before Hopper has."""
 

@@ -13,6 +13,7 @@ from sgmv_reference import rows, stacks
 
 from dop import ops
 from dop.errors import ExportError, Failure
+from dop.export.cuda_text import take_apart
 from dop.measure import cuda_driver, runner_cuda, tensor_map
 from dop.measure.artifact import Buffer, Launch, is_pair
 from dop.measure.cuda_driver import CudaError
@@ -66,6 +67,20 @@ def test_everything_but_the_address_follows_from_the_call_and_the_batch():
     for name, dtype in (("x_box512", "float16"), ("x", "float16"), ("x_box8", "float32")):
         with pytest.raises(ExportError):
             tensor_map.of_workload(name, Workload("o", 64, (32,), 24, dtype), **sizes)
+
+
+@pytest.mark.parametrize("warpgroups", [False, True])
+def test_kernels_with_maps_are_of_one_architecture(warpgroups):
+    """Those without wgmma too: what copies boxes is empty elsewhere."""
+    pytest.importorskip("tvm")
+    from dop.lowering.cuda_source import signatures
+    from dop.lowering.intrinsics.engine_shrink import EngineShrink
+
+    kernel = EngineShrink(W, 64, 1, 64, 2, 4, 1, warpgroups=warpgroups)
+    text = take_apart(kernel.source("kernel"))
+    assert (text.min_arch, text.alone) == (90, True)
+    ((_, arguments),) = signatures(kernel.source("kernel"))
+    assert [n for n in arguments if tensor_map.parse(n)] == ["x_box64", "a_box32", "a1_box32"]
 
 
 def test_a_map_of_x_counts_as_x():
