@@ -216,7 +216,7 @@ def _parameter(
         KeyError: there is no such pointer.
         CudaError: the driver refused a tensor map.
     """
-    if name in counts:
+    if name in ("tokens", "tiles"):
         return ctypes.c_int32(counts[name])
     found = tensor_map.parse(name)
     if found is not None:

@@ -81,6 +81,9 @@ def test_kernels_with_maps_are_of_one_architecture(warpgroups):
     assert (text.min_arch, text.alone) == (90, True)
     ((_, arguments),) = signatures(kernel.source("kernel"))
     assert [n for n in arguments if tensor_map.parse(n)] == ["x_box64", "a_box32", "a1_box32"]
+    for rank, box in ((256, 256), (512, 256), (272, 16), (384, 192)):
+        many = EngineShrink(Workload("o", 512, (512,), rank, "bfloat16"), 64, 1, 64, 2, 4, 2)
+        assert many.box_rows == box <= tensor_map.MAX_BOX_ROWS
 
 
 def test_a_map_of_x_counts_as_x():

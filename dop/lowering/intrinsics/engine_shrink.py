@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, PipelinedShrink
 
 COPY_WARPS = 4
+MAX_BOX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class EngineShrink(PipelinedShrink):
 
     @property
     def box_rows(self) -> int:
-        """Rows of A that the engine brings at once: those of a block that one slice has."""
-        return math.gcd(self.block_ranks, self.padded_rank)
+        """Rows of A that the engine brings at once: of one slice, and no more than a box holds."""
+        rows = math.gcd(self.block_ranks, self.padded_rank)
+        return max(n for n in range(16, MAX_BOX_ROWS + 1, 16) if rows % n == 0)
 
     @property
     def smem_bytes(self) -> int:
