@@ -78,8 +78,8 @@ def make(torch: Any, case: Any, data: Any, op_type: Any) -> Any:
 def _halves(torch: Any, x: Any, y: Any, a: Any, b: Any, plan: Any) -> tuple[Any, Any, bool]:
     """The chosen kernel's launches but the last, the last one (it takes what the first returned,
     whose workspace it reads), and whether there are two."""
-    from dop.measure.cuda_driver import check
     from dop.ops import eager
+    from dop.ops.calls import check
     from dop.ops.derived import derived_words
 
     def prepared(i: int, block: Any = None) -> tuple[Any, Any, Any, int]:
@@ -91,14 +91,12 @@ def _halves(torch: Any, x: Any, y: Any, a: Any, b: Any, plan: Any) -> tuple[Any,
 
     def first(i: int) -> Any:
         block, stacks, words, stream = prepared(i)
-        code = block.pieces(stream, stream)[0].run(x[i].data_ptr(), 0, stacks.words, words)
-        check("cuLaunchKernelEx", code)
+        check(block.pieces(stream, stream)[0].run(x[i].data_ptr(), 0, stacks.words, words))
         return block
 
     def last(i: int, block: Any) -> None:
         block, stacks, words, stream = prepared(i, block)
-        code = block.pieces(stream, stream)[1].run(0, y[i].data_ptr(), stacks.words, words)
-        check("cuLaunchKernelEx", code)
+        check(block.pieces(stream, stream)[1].run(0, y[i].data_ptr(), stacks.words, words))
 
     return first, last, prepared(0)[0].is_pair
 

@@ -7,6 +7,9 @@ compiled for that architecture; the first one serves every GPU without them.
 Early kernels (PR dependent_launch 3) read weights before they wait for the kernel before them. A
 header cannot know when weights were written, so it launches them plainly, which is right and slower
 than what was measured: they are chosen only in workloads that lack others for some batch.
+
+Kernels that take tensor maps (dop/measure/tensor_map.py) are left out: the driver's interface makes
+the maps, and a header's user links the runtime alone.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ from dop.export.select import (
     choose,
     having,
     is_early,
+    takes_maps,
     workload_name,
 )
+from dop.measure import tensor_map
 from dop.space.step import AnnotationStep, Step
 from dop.workload import DTYPES, Workload
 
@@ -41,6 +46,7 @@ Generate = Callable[[Workload, "Trace", "Target"], "Generated"]
 Key = tuple[str, str]
 """Workload key and trace key."""
 
+MAPS = "tensor maps, which the driver's interface makes"
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_WORKSPACES = 8
 _DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
@@ -109,11 +115,11 @@ def header_of(measured: Measured, max_regret: float, generate: Generate | None =
         ExportError: as `header`, or nothing is left.
     """
     unfit: dict[Key, str] = {}
-    alone = of_one_gpu(measured)
-    early = early_ones(measured, alone)
+    alone, mapped = of_one_gpu(measured), having(measured, takes_maps)
+    early = early_ones(measured, alone | mapped)
     remembered = _remembering(generate)
     while True:
-        banned = early | unfit.keys()
+        banned = early | mapped | unfit.keys()
         selection = choose(measured, max_regret, banned | alone)
         own = _own(measured, max_regret, banned, selection) if alone else None
         try:
@@ -125,7 +131,9 @@ def header_of(measured: Measured, max_regret: float, generate: Generate | None =
         notes = [f"passed over: {why}" for why in unfit.values()]
         if early:
             notes.append(f"{len(early)} kernels read weights before they wait; they are left out.")
-        left = {key for key, _ in alone} - selection.table.workloads.keys()
+        if mapped:
+            notes.append(f"{len(mapped)} kernels take {MAPS}; they are left out.")
+        left = {key for key, _ in alone | mapped} - selection.table.workloads.keys()
         notes += [f"{key} has kernels of {OWN_ARCH} alone; it is left out." for key in sorted(left)]
         return Header(text, selection, own, tuple(notes))
 
@@ -254,6 +262,8 @@ def _parts(selection: Selection, generate: Generate | None, own: Selection | Non
         text = take_apart(code.source)
         if text.alone and key in everywhere:
             alone.add(key)
+        elif any(tensor_map.wanted(launch.arguments) for launch in code.kernels):
+            unfit[key] = f"{kernel.name} takes {MAPS}."
         elif len(code.workspaces) > MAX_WORKSPACES:
             unfit[key] = f"{kernel.name} has {len(code.workspaces)} workspaces."
         else:

@@ -32,15 +32,17 @@ _SHARED = re.compile(r"(?<=extern __shared__ __align__\()\d+(?=\) unsigned char 
 
 _SM90 = re.compile(
     r"\bwgmma\b|\bsetmaxnreg\b|cp\.async\.bulk|\bmbarrier\.|griddepcontrol|"
-    r"barrier\.cluster|CUtensorMap|__cluster_dims__|cudaGridDependencySynchronize"
+    r"barrier\.cluster|CUtensorMap|dop_tensor_map|__cluster_dims__|cudaGridDependencySynchronize"
 )
 """What no GPU before Hopper has."""
 
 
-ONE_GPU = re.compile(r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.")
-"""Instructions of one architecture only ("sm_90a"): compiled for another one, "sm_90" included,
-such a source stops with a trap. A pack ships its binary and not its text; a header calls it only
-where it was compiled for that architecture."""
+ONE_GPU = re.compile(
+    r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.|\bdop_tensor_map [xa]\d?_box\d"
+)
+"""Instructions of one architecture only ("sm_90a"), or helpers made of such: compiled for another
+one, "sm_90" included, such a source stops with a trap. A pack ships its binary and not its text; a
+header calls it only where it was compiled for that architecture."""
 
 OWN_ARCH = "sm_90a"
 _OWN_MACRO = "__CUDA_ARCH_FEAT_SM90_ALL"

@@ -21,7 +21,12 @@ from dop.export.choice import Library
 from dop.export.cpu_library import CpuLibrary
 from dop.export.index import INDEX, Index, KernelInfo, parse_index
 from dop.export.pack import PackFile, is_pack
+from dop.measure import tensor_map
 from dop.measure.artifact import SHIFT_BYTES, evaluate, shift_of
+from dop.measure.cuda_driver import Parameter
+
+MOST_SLOTS = 1 << 20
+"""Slots of a stack where nobody says how many there are."""
 
 
 def load(path: str | os.PathLike[str]) -> CpuLibrary | CudaLibrary:
@@ -138,6 +143,7 @@ class CudaLibrary(Library):
         tokens: int,
         tiles: int,
         stream: int,
+        slots: int = MOST_SLOTS,
     ) -> None:
         """Launches the kernels of one call on a stream; nothing is allocated or waited for.
 
@@ -148,9 +154,11 @@ class CudaLibrary(Library):
             tokens: rows of x and y.
             tiles: length of the tile tables; tokens in the row form.
             stream: CUstream as an integer.
+            slots: adapters of the stacks; only tensor maps need it, and only as a bound.
 
         Raises:
-            ExportError: there is no GPU driver, or a pointer is missing or misaligned.
+            ExportError: there is no GPU driver, it is older than CUDA 12 and the kernel takes
+                tensor maps, or a pointer is missing or misaligned.
             CudaError: the driver refused.
         """
         from dop.measure import cuda_driver
@@ -159,14 +167,15 @@ class CudaLibrary(Library):
         odd = [name for name, address in pointers.items() if address % SHIFT_BYTES]
         if odd:
             raise ExportError(f"{', '.join(odd)} not {SHIFT_BYTES}-byte aligned.")
+        counts = {"tokens": tokens, "tiles": tiles, "slots": slots}
         for launch, function in zip(info.launches, functions, strict=True):
-            try:
-                values = [_parameter(name, pointers, tokens, tiles) for name in launch.arguments]
-            except KeyError as error:
-                raise ExportError(f"{info.name} wants {error.args[0]!r}.") from error
             grid = [evaluate(extent, tokens=tokens, tiles=tiles) for extent in launch.grid]
             if min(grid) < 1:
                 continue
+            try:
+                values = [_parameter(name, pointers, counts, info) for name in launch.arguments]
+            except KeyError as error:
+                raise ExportError(f"{info.name} wants {error.args[0]!r}.") from error
             parameters = cuda_driver.pack_parameters(values)
             function.launch(grid, launch.block, launch.dynamic_smem_bytes, stream, parameters)
 
@@ -176,6 +185,9 @@ class CudaLibrary(Library):
         if cuda_driver.driver() is None:
             raise ExportError(f"{self.path} needs an NVIDIA GPU and its driver.")
         if info.name not in self._loaded:
+            maps = any(tensor_map.wanted(launch.arguments) for launch in info.launches)
+            if maps and tensor_map.encoder() is None:
+                raise tensor_map.no_encoder(f"{info.name} of {self.path}")
             module = cuda_driver.module(self.binary(info))
             handle = module.__enter__()
             self._modules.append(module)
@@ -196,11 +208,21 @@ class CudaLibrary(Library):
 
 
 def _parameter(
-    name: str, pointers: Mapping[str, int], tokens: int, tiles: int
-) -> ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64:
-    counts = {"tokens": tokens, "tiles": tiles}
-    if name in counts:
+    name: str, pointers: Mapping[str, int], counts: Mapping[str, int], info: KernelInfo
+) -> Parameter:
+    """A kernel's parameter.
+
+    Raises:
+        KeyError: there is no such pointer.
+        CudaError: the driver refused a tensor map.
+    """
+    if name in ("tokens", "tiles"):
         return ctypes.c_int32(counts[name])
+    found = tensor_map.parse(name)
+    if found is not None:
+        sizes = {"tokens": counts["tokens"], "slots": counts["slots"]}
+        what = tensor_map.of_workload(name, info.workload, **sizes)
+        return tensor_map.encode(what, pointers["a0" if found[0] == "a" else found[0]])
     stack = shift_of(name)
     if stack is not None:
         distance = pointers[stack] - pointers[f"{stack[0]}0"]

@@ -211,6 +211,11 @@ def is_early(step: Step) -> bool:
     return isinstance(step, PragmaStep) and (step.name, step.value) == ("dependent_launch", EARLY)
 
 
+def takes_maps(step: Step) -> bool:
+    """Whether it makes a kernel take tensor maps, see dop/measure/tensor_map.py."""
+    return isinstance(step, PragmaStep) and step.name == "engine" and step.value != 0
+
+
 def _kind(entry: Entry) -> str:
     return "cuda" if entry.target_key.startswith("cuda") else "cpu"
 

@@ -182,9 +182,6 @@ def _generate_tiles(app: Application) -> Generated:
     tiles, program = read_tiles(app), app.program
     source = tiles.source
     shrink, expand = tiles.shrink, tiles.expand
-    spaces = [Workspace("v", program.workload.dtype, shrink.v_elements)]
-    if tiles.engine:
-        spaces.append(Workspace("maps", "int32", tiles.engine.map_words))
     (first, given), (second, wanted) = signatures(source)
     kernels = (
         KernelLaunch(
@@ -202,7 +199,7 @@ def _generate_tiles(app: Application) -> Generated:
         program.tile_rows,
         source,
         kernels,
-        tuple(spaces),
+        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
         b"",
         program.arguments,
     )

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
-from dop.lowering.cuda_launch import HELPERS, WAIT, release_first, wait_first
+from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
-from dop.lowering.intrinsics.engine_shrink import MAKES_MAPS, EngineShrink
+from dop.lowering.intrinsics.engine_shrink import EngineShrink
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 from dop.space.early import EARLY
@@ -75,7 +75,7 @@ class TileKernels:
             helpers += few_rows.LANE_HELPERS
         if self.dependent == 2:
             # No load through the read-only path may pass the wait.
-            shrink = self._waiting(shrink).replace(" dop_table(", " dop_fresh_table(")
+            shrink = wait_first(shrink).replace(" dop_table(", " dop_fresh_table(")
         if self.dependent == EARLY:
             shrink = shrink.replace(" __restrict__", "").replace(" dop_table(", " dop_early_table(")
         if self.dependent > 1:
@@ -85,23 +85,12 @@ class TileKernels:
             + helpers
             + device_helpers.CLUSTER_HELPERS
             + (device_helpers.AHEAD_COPY if self.shrink.l2_fetch else "")
-            + (device_helpers.ENGINE_HELPERS if self.engine else "")
+            + (device_helpers.ENGINE_HELPERS if isinstance(self.shrink, EngineShrink) else "")
             + (HELPERS if self.dependent > 1 else "")
             + {2: FRESH_TABLE, EARLY: EARLY_TABLE}.get(self.dependent, "")
-            + shrink.replace(MAKES_MAPS, "")
+            + shrink
             + expand
         )
-
-    @property
-    def engine(self) -> EngineShrink | None:
-        """Shrink, if the copy engine makes its copies."""
-        return self.shrink if isinstance(self.shrink, EngineShrink) else None
-
-    def _waiting(self, shrink: str) -> str:
-        """Shrink's text, which waits for its predecessor before it reads memory."""
-        if self.engine is None:
-            return wait_first(shrink)
-        return shrink.replace(" __restrict__", "").replace(MAKES_MAPS, WAIT)
 
 
 def read_tiles(app: Application) -> TileKernels:

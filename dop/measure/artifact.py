@@ -10,6 +10,7 @@ from types import CodeType
 from typing import Protocol
 
 from dop.errors import BuildError
+from dop.measure.tensor_map import tensor_of
 from dop.workload import Workload
 
 SCALARS = ("tokens", "tiles", "slots")
@@ -33,7 +34,7 @@ class Launch:
     dynamic_smem_bytes: int
     arguments: tuple[str, ...]
     """Parameters: workspaces, tensors (a and b: the first slice's stacks), tokens and tiles as
-    int32, shifts as int64 (see `shift_of`)."""
+    int32, shifts as int64 (see `shift_of`), maps of tensors (see tensor_map.py)."""
     dependent: bool = False
     """Programmatic dependent launch: it may start before its predecessor ends, and waits itself."""
     early: bool = False
@@ -50,7 +51,8 @@ def is_pair(launches: Sequence[Launch]) -> bool:
     """Whether y is touched by the last of several launches only, and x by the others only."""
     *before, last = launches
     names = {name for one in before for name in one.arguments}
-    return bool(before) and not {"y", "y_in"} & names and "x" not in last.arguments
+    reads_x = "x" in map(tensor_of, last.arguments)
+    return bool(before) and not {"y", "y_in"} & names and not reads_x
 
 
 @dataclass(frozen=True)

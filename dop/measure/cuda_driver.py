@@ -154,9 +154,11 @@ class Function:
         check("cuLaunchKernel", code)
 
 
-def pack_parameters(
-    values: Sequence[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64],
-) -> ctypes.Array[ctypes.c_void_p]:
+Parameter = ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64 | ctypes.Array[ctypes.c_uint64]
+"""A kernel's parameter: an address, a number, or a tensor map (tensor_map.py)."""
+
+
+def pack_parameters(values: Sequence[Parameter]) -> ctypes.Array[ctypes.c_void_p]:
     """Array of pointers to the values; it keeps them alive."""
     array = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
     array.values = list(values)  # type: ignore[attr-defined]

@@ -13,8 +13,9 @@ from functools import partial
 
 import torch
 
-from dop.errors import Failure, MissingDependencyError
+from dop.errors import ExportError, Failure, MissingDependencyError
 from dop.measure import cuda_driver as cuda
+from dop.measure import tensor_map
 from dop.measure.accuracy import judge
 from dop.measure.artifact import Artifact, Launch, evaluate, is_pair, shift_of
 from dop.measure.base_layer import BaseLayers
@@ -396,8 +397,11 @@ class Loaded:
         pointers |= {name: space.data_ptr() for name, space in spaces.items()}
         counts = {"tokens": tables.plan.tokens, "tiles": tables.plan.tiles}
         counts["slots"] = self._weights.slots
-        launches = self.artifact.launches
-        fixed = [[_value(n, pointers, counts) for n in launch.arguments] for launch in launches]
+        launches, workload = self.artifact.launches, Workload.parse(self.artifact.workload_key)
+        fixed = [
+            [_value(name, pointers, counts, workload) for name in launch.arguments]
+            for launch in launches
+        ]
         grids = self._grids(batch)
 
         def kernel(position: int, window: int) -> _Kernel:
@@ -413,8 +417,23 @@ class Loaded:
 
 
 def _value(
-    name: str, pointers: dict[str, int], counts: dict[str, int]
-) -> ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64:
+    name: str, pointers: dict[str, int], counts: dict[str, int], workload: Workload
+) -> cuda.Parameter:
+    """A kernel's parameter; `counts` are those of the whole stacks, whose slots every window's
+    tables name.
+
+    Raises:
+        _Refused: nobody can give it.
+        CudaError: the driver refused a tensor map.
+    """
+    found = tensor_map.parse(name)
+    if found is not None:
+        sizes = {"tokens": counts["tokens"], "slots": counts["slots"]}
+        try:
+            what = tensor_map.of_workload(name, workload, **sizes)
+            return tensor_map.encode(what, pointers[found[0]])
+        except ExportError as error:
+            raise _Refused(Failure.CONSTRAINT, str(error)) from error
     stack = shift_of(name)
     if stack in pointers:
         distance = pointers[stack] - pointers[f"{stack[0]}0"]

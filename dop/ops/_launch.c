@@ -5,7 +5,7 @@
  *   Weights   what was found when weight stacks were checked (stacks.py).
  *   Short     the short path of add_lora (short.py: `_in_python` does the same).
  *
- * No header of CUDA or torch is used. The driver's entry point comes as an address; tensors are read
+ * No header of CUDA or torch is used. The driver's entry points come as addresses; tensors are read
  * through DLPack's C exchange API, which torch publishes as a capsule. Only CPython's stable ABI is
  * used, so that one binary serves every version from 3.10 on.
  */
@@ -35,6 +35,15 @@ typedef struct {
 } Config;
 
 typedef int (*Launcher)(const Config *, void *function, void **parameters, void **extra);
+
+/* cuTensorMapEncodeTiled: map, type, axes, address, dims, strides, box, steps in a box, interleave,
+ * swizzle, promotion in L2, what is read beyond the tensor. tensor_map.py names the numbers. */
+typedef int (*Encoder)(void *map, int kind, uint32_t axes, void *address, const uint64_t *dims,
+                       const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                       int interleave, int swizzle, int promotion, int fill);
+
+enum { MAP_WORDS = 16, BOX_COLUMNS = 64, ELEMENT_BYTES = 2 };
+enum { NO_INTERLEAVE = 0, SWIZZLE_128B = 3, PROMOTE_256B = 3, ZEROS = 0 };
 
 _Static_assert(sizeof(void *) == 8, "addresses are words of 8 bytes");
 _Static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56, "as in cuda.h");
@@ -69,6 +78,7 @@ static const char *const CAPSULE = "dlpack_exchange_api";
 
 enum { XY = 0, STACKS = 3, TABLES = 9, FIXED = 15, STACK_BYTES = 48, TABLE_BYTES = 48 };
 enum { EARLY = 2 }; /* a launch that is neither plain (0) nor always dependent (1) */
+enum { SHIFT_BYTES = 16 }; /* unit of the distances between stacks */
 enum { MAX_SLICES = 3, MAX_AXES = 4, MAX_WORDS = 1 << 12, MAX_PARAMETERS = 1 << 10 };
 
 static PyObject *call_type, *weights_type;
@@ -98,9 +108,22 @@ typedef struct {
     int early; /* dependent if the call may overlap (settled.py), else not */
 } Launch;
 
+/* A tensor map of the argument area: `MapPlace.figures` of calls.py. */
+typedef struct {
+    uint64_t place; /* first of its words */
+    uint64_t base;  /* word of the tensor's address */
+    uint64_t shift; /* word of its distance from there; 0: there is none */
+    uint64_t kind, dims[3], box_rows;
+} Map;
+
+_Static_assert(sizeof(Map) == 64, "as calls.py packs it");
+
 typedef struct {
     PyObject_HEAD
     Launcher start;
+    Encoder encode;
+    Map *maps;
+    Py_ssize_t map_count;
     uint64_t *area;
     Py_ssize_t words;
     Launch *launches;
@@ -118,6 +141,7 @@ call_dealloc(PyObject *object)
     for (Py_ssize_t i = 0; i < self->count; ++i)
         PyMem_Free(self->launches[i].parameters);
     PyMem_Free(self->launches);
+    PyMem_Free(self->maps);
     PyMem_Free(self->area);
     Py_XDECREF(self->tile_rows);
     release(object);
@@ -168,17 +192,47 @@ fill_launch(Call *self, Launch *out, PyObject *item)
     return 0;
 }
 
+/* Takes the maps over; their bytes are checked, so that a call stays within its area. */
+static int
+fill_maps(Call *self, const char *bytes, Py_ssize_t size)
+{
+    Py_ssize_t count = size / (Py_ssize_t)sizeof(Map);
+    if (count == 0 && size == 0)
+        return 0;
+    if (size % (Py_ssize_t)sizeof(Map) || count > MAX_PARAMETERS || self->encode == NULL) {
+        PyErr_SetString(PyExc_ValueError, "maps are 8 words each, and want an entry point");
+        return -1;
+    }
+    self->maps = PyMem_Malloc((size_t)size);
+    if (self->maps == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(self->maps, bytes, (size_t)size);
+    self->map_count = count;
+    uint64_t words = (uint64_t)self->words;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        const Map *map = &self->maps[i];
+        if (map->place < FIXED || map->place > words || words - map->place < MAP_WORDS ||
+            map->base >= words || map->shift >= words) {
+            PyErr_SetString(PyExc_ValueError, "a map lies outside of the argument area");
+            return -1;
+        }
+    }
+    return 0;
+}
+
 static PyObject *
 call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
-    unsigned long long entry, stream;
-    const char *fixed;
-    Py_ssize_t fixed_bytes;
+    unsigned long long entry, stream, encode = 0;
+    const char *fixed, *maps = "";
+    Py_ssize_t fixed_bytes, map_bytes = 0;
     PyObject *launches, *tile_rows;
     long long tokens, width, total_out;
-    if (!PyArg_ParseTuple(args, "KKy#O!O!LLL:Call", &entry, &stream, &fixed, &fixed_bytes,
+    if (!PyArg_ParseTuple(args, "KKy#O!O!LLL|Ky#:Call", &entry, &stream, &fixed, &fixed_bytes,
                           &PyTuple_Type, &launches, &PyLong_Type, &tile_rows, &tokens, &width,
-                          &total_out))
+                          &total_out, &encode, &maps, &map_bytes))
         return NULL;
     Py_ssize_t count = PyTuple_Size(launches);
     if (entry == 0 || fixed_bytes % 8 || fixed_bytes / 8 > MAX_WORDS || count > MAX_PARAMETERS) {
@@ -191,6 +245,7 @@ call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
     Py_INCREF(tile_rows);
     self->tile_rows = tile_rows;
     self->start = (Launcher)(uintptr_t)entry;
+    self->encode = (Encoder)(uintptr_t)encode;
     self->stream = stream;
     self->tokens = tokens, self->width = width, self->total_out = total_out;
     self->words = FIXED + fixed_bytes / 8;
@@ -201,6 +256,10 @@ call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
         return PyErr_NoMemory();
     }
     memcpy(self->area + FIXED, fixed, (size_t)fixed_bytes);
+    if (fill_maps(self, maps, map_bytes) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
     self->count = count;
     for (Py_ssize_t i = 0; i < count; ++i) {
         if (fill_launch(self, &self->launches[i], PyTuple_GetItem(launches, i)) < 0) {
@@ -211,9 +270,28 @@ call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
     return (PyObject *)self;
 }
 
-/* Starts the kernels; the area has been filled. The GIL is given away meanwhile: the driver waits
- * where its queue is full. The area belongs to this thread, so nobody else writes it. Returns the
- * first error of the driver. `overlap`: early kernels are launched as dependent ones. */
+/* Makes the map of the tensor that the area names now; the driver's code. */
+static int
+make_map(Call *self, const Map *map)
+{
+    _Alignas(64) uint64_t made[MAP_WORDS]; /* as the driver wants it, which the area need not be */
+    uint64_t address = self->area[map->base];
+    if (map->shift)
+        address += self->area[map->shift] * SHIFT_BYTES;
+    uint64_t row_bytes = map->dims[0] * ELEMENT_BYTES;
+    const uint64_t strides[2] = {row_bytes, row_bytes * map->dims[1]};
+    const uint32_t box[3] = {BOX_COLUMNS, (uint32_t)map->box_rows, 1}, steps[3] = {1, 1, 1};
+    int code = self->encode(made, (int)map->kind, 3, (void *)(uintptr_t)address, map->dims, strides,
+                            box, steps, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, ZEROS);
+    if (code == 0)
+        memcpy(self->area + map->place, made, sizeof(made));
+    return code;
+}
+
+/* Makes the tensor maps and starts the kernels; the rest of the area has been filled. The GIL is
+ * given away meanwhile: the driver waits where its queue is full. The area belongs to this thread,
+ * so nobody else writes it. Returns the first error of the driver, less than 0 for one of a map.
+ * `overlap`: early kernels are launched as dependent ones. */
 static int
 start(Call *self, int overlap)
 {
@@ -223,6 +301,8 @@ start(Call *self, int overlap)
             self->launches[i].config.attribute_count = overlap ? 1 : 0;
     Py_INCREF(self);
     Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < self->map_count && code == 0; ++i)
+        code = -make_map(self, &self->maps[i]);
     for (Py_ssize_t i = 0; i < self->count && code == 0; ++i) {
         Launch *one = &self->launches[i];
         code = self->start(&one->config, one->function, one->parameters, NULL);
@@ -256,7 +336,7 @@ put_xy(Call *self, uint64_t x, uint64_t y)
 }
 
 PyDoc_STRVAR(call_run_doc, "run(x, y, stacks, tables, overlap=False): launches; the driver's code, 0 "
-                           "if all is well.");
+                           "if all is well, less than 0 for a tensor map.");
 
 static PyObject *
 call_run(PyObject *object, PyObject *const *args, Py_ssize_t count)
@@ -451,7 +531,7 @@ enum {
     CAPTURING,
     CURRENT_DEVICE,
     OWN_WORDS, /* (plan, tile_rows, ranks, scale) -> table addresses */
-    REFUSED,   /* (call, code): raises CudaError */
+    REFUSED,   /* (code): raises CudaError */
     PARTS
 };
 
@@ -831,8 +911,7 @@ read_and_start(const Short *self, Found *found)
         PyObject_SetAttr(found->checked, self->name[SETTLED], found->note) < 0)
         PyErr_Clear(); /* the call is done; the next one is plain again */
     if (code != 0) {
-        PyObject *raised = PyObject_CallFunction(self->part[REFUSED], "si", "cuLaunchKernelEx",
-                                                 code);
+        PyObject *raised = PyObject_CallFunction(self->part[REFUSED], "i", code);
         Py_XDECREF(raised);
         return raised == NULL ? ERROR : GO;
     }

@@ -12,9 +12,11 @@ class Call:
         tokens: int,
         width: int,
         total_out: int,
+        encode: int = ...,
+        maps: bytes = ...,
         /,
     ) -> Call: ...
-    def run(self, x: int, y: int, stacks: bytes, tables: bytes, /) -> int: ...
+    def run(self, x: int, y: int, stacks: bytes, tables: bytes, overlap: bool = ..., /) -> int: ...
 
 class Weights:
     def __new__(

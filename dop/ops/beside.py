@@ -21,9 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dop.measure import cuda_driver
 from dop.measure.side_stream import SideStream
-from dop.ops import checks, eager
+from dop.ops import calls, checks, eager
 from dop.ops.calls import Call
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, Stack
@@ -132,10 +131,8 @@ class Beside:
         assert self._side is not None
         with eager.device_guard(shape.device):
             target = eager.dense(y)
-            code = self._side.run(partial(shrink.run, pending.x.data_ptr(), 0, *words))
-            cuda_driver.check("cuLaunchKernelEx", code)
-            code = expand.run(0, target.data_ptr(), *words)
-            cuda_driver.check("cuLaunchKernelEx", code)
+            calls.check(self._side.run(partial(shrink.run, pending.x.data_ptr(), 0, *words)))
+            calls.check(expand.run(0, target.data_ptr(), *words))
             if target is not y:
                 y.copy_(target)
         return y

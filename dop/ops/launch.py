@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from dop.errors import ExportError, MissingKernelError
-from dop.measure import cuda_driver
+from dop.measure import cuda_driver, tensor_map
 from dop.measure.artifact import Buffer, Launch, evaluate, is_pair
-from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Call, Start, make_call
+from dop.ops import calls
+from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Call, MapPlace, Start, make_call
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
-from dop.ops.shapes import Shape
+from dop.ops.shapes import DTYPES, Shape
 
 STACK_NAMES = ("a", "b", "a1_shift", "a2_shift", "b1_shift", "b2_shift")
 TILE_ORDER = (*TILE_TABLES, "row_index")
@@ -46,7 +47,7 @@ class DeviceKernel:
         reason: why it was chosen, one line.
         tile_rows: rows per tile of the tables it takes; 0 for the row form.
         launches: in order; arguments are x, y_in, y, a, b, shifts, tables, tokens, tiles, slots,
-            workspaces and names of `constants`.
+            workspaces, tensor maps and names of `constants`.
         workspaces: what the launches share.
         image: gives the cubin (or fatbin).
         constants: further int32 arguments by name, e.g. widths of a kernel for any shape.
@@ -64,6 +65,12 @@ class DeviceKernel:
     constants: Mapping[str, int] = field(default_factory=dict)
     image_key: str = ""
     beside: bool = False
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """Names of the tensor maps that its launches take, see tensor_map.py."""
+        names = dict.fromkeys(name for one in self.launches for name in one.arguments)
+        return tuple(name for name in names if tensor_map.parse(name))
 
 
 class Block:
@@ -114,14 +121,15 @@ class Block:
         spaces, _ = workspace_places(kernel, tokens, tiles)
         numbers |= {name: base + offset for name, offset in spaces.items()}
         places = argument_places(kernel.tile_rows, tuple(numbers))
+        maps = map_places(kernel, shape, batch, places) if kernel.maps else {}
         self.starts = []
         for launch, function in zip(kernel.launches, functions, strict=True):
             grid = [evaluate(extent, tokens=tokens, tiles=tiles) for extent in launch.grid]
             if min(grid) > 0:
-                self.starts.append(self._start(launch, function, grid, places))
+                self.starts.append(self._start(launch, function, grid, places, maps))
         self.early = any(start.early for start in self.starts)
         self._sizes = (tokens, shape.in_features, shape.total_out)
-        self._fixed = tuple(numbers.values())
+        self._fixed = (*numbers.values(), *[0] * (tensor_map.WORDS * len(maps)))
         self._pieces: dict[tuple[int, int], tuple[Call, Call]] = {}
         self.call = self._make_call(stream, self.starts)
 
@@ -153,8 +161,16 @@ class Block:
         return make_call(driver(), stream, self._fixed, starts, self.tile_rows, self._sizes)
 
     def _start(
-        self, launch: Launch, function: int, grid: Sequence[int], places: Mapping[str, int]
+        self,
+        launch: Launch,
+        function: int,
+        grid: Sequence[int],
+        places: Mapping[str, int],
+        maps: Mapping[str, MapPlace],
     ) -> Start:
+        mine = tuple(maps[name] for name in launch.arguments if name in maps)
+        if mine:
+            places = {**places, **{name: one.place for name, one in maps.items()}}
         unknown = [name for name in launch.arguments if name not in places]
         if unknown:
             raise ExportError(
@@ -165,7 +181,7 @@ class Block:
         figures = (*grid, *launch.block, launch.dynamic_smem_bytes)
         where = tuple(places[name] for name in launch.arguments)
         dependent, early = launch.dependent and self.overlaps, launch.early and self.overlaps
-        return Start(function, figures, dependent, where, early)
+        return Start(function, figures, dependent, where, early, mine)
 
 
 @lru_cache(maxsize=64)
@@ -183,6 +199,35 @@ def argument_places(tile_rows: int, numbers: tuple[str, ...]) -> dict[str, int]:
     tables = TILE_ORDER if tile_rows else ROW_TABLES
     places |= {name: TABLE_WORDS + i for i, name in enumerate(tables)}
     return places | {name: FIXED_WORDS + i for i, name in enumerate(numbers)}
+
+
+def map_places(
+    kernel: DeviceKernel, shape: Shape, batch: tuple[int, int], places: Mapping[str, int]
+) -> dict[str, MapPlace]:
+    """The tensor maps of a kernel, behind everything else in the area.
+
+    Tables name the plan's slots only, so a map need not know those that the stacks have beyond.
+
+    Args:
+        kernel: the choice.
+        shape: of the call site.
+        batch: tokens and slots of the plan.
+        places: word of each other argument.
+
+    Raises:
+        ExportError: the driver makes no maps, or there is no such map.
+    """
+    if driver().encode is None:
+        raise tensor_map.no_encoder(f"kernel {kernel.name} of {kernel.origin}")
+    tokens, slots = batch
+    sizes = {"in_features": shape.in_features, "rank": shape.rank, "tokens": tokens, "slots": slots}
+    end, found = max(places.values()) + 1, {}
+    for name in kernel.maps:
+        what = tensor_map.tensor_map(name, dtype=DTYPES[shape.dtype], **sizes)
+        base, shift = places[what.tensor[0]], places.get(f"{what.tensor}_shift", 0)
+        found[name] = MapPlace(end, base, shift, what)
+        end += tensor_map.WORDS
+    return found
 
 
 def workspace_places(kernel: DeviceKernel, tokens: int, tiles: int) -> tuple[dict[str, int], int]:
@@ -246,6 +291,12 @@ class Driver:
         if hasattr(library, "cuLaunchKernelEx"):
             self.launch = library.cuLaunchKernelEx
             self.entry = ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value or 0
+        self.encode: Any = tensor_map.encoder()
+        """cuTensorMapEncodeTiled; None before CUDA 12."""
+        self.encode_entry = 0
+        """Address of it; 0 where there is none."""
+        if self.encode is not None:
+            self.encode_entry = ctypes.cast(self.encode, ctypes.c_void_p).value or 0
 
     def _launch_the_old_way(self, config: Any, function: Any, parameters: Any, extra: Any) -> int:
         """For drivers before CUDA 12: no attributes, so no dependent launch."""
@@ -362,7 +413,7 @@ def launch(
     Raises:
         CudaError: the driver refused.
     """
-    cuda_driver.check("cuLaunchKernelEx", block.call.run(x, y, stack_words, words, overlap))
+    calls.check(block.call.run(x, y, stack_words, words, overlap))
     return 0
 
 

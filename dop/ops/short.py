@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop.measure import cuda_driver
-from dop.ops import eager, native, settled
+from dop.ops import calls, eager, native, settled
 from dop.ops.derived import derived_words
 from dop.ops.eager import Ranks, Scale, per_slot_ranks, per_slot_scale
 from dop.ops.launch import LOCAL
@@ -62,7 +61,7 @@ def short_path(around: Surroundings) -> ShortPath:
         around.capturing,
         around.current_device,
         own_words,
-        cuda_driver.check,
+        calls.check,
     )
     run: ShortPath = compiled.run
     return run
@@ -115,8 +114,7 @@ def _in_python(around: Surroundings) -> ShortPath:
             code = settled.start(block, stacks, plan, False, start)
         except (KeyError, AttributeError, IndexError, TypeError, ValueError):
             return False  # the long path looks at the arguments and says what is wrong
-        if code:
-            cuda_driver.check("cuLaunchKernelEx", code)
+        calls.check(code)
         return True
 
     return run

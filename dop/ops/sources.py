@@ -26,6 +26,8 @@ from dop import packs
 from dop.errors import ConfigError, DopError, MissingKernelError
 from dop.export.index import KernelInfo
 from dop.export.load import CudaLibrary
+from dop.measure import tensor_map
+from dop.ops import launch
 from dop.ops.launch import DeviceKernel
 from dop.ops.plan import TILE_SIZES
 from dop.ops.shapes import Shape, device_name
@@ -175,7 +177,11 @@ def from_packs(search: Search) -> DeviceKernel | None:
                 f"{info.name} of {library.path} wants tiles of {info.tile_rows} rows"
             )
             continue
-        return pack_kernel(library, info, search, match.note)
+        kernel = pack_kernel(library, info, search, match.note)
+        if kernel.maps and launch.driver().encode is None:
+            search.misses.append(f"{info.name} of {library.path} {tensor_map.NO_ENCODER}")
+            continue
+        return kernel
     if not search.misses:
         folders = ", ".join(str(folder) for folder in packs.folders())
         search.misses.append(f"no pack with this shape in {folders}")

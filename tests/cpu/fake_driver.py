@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from dop.measure import tensor_map
 from dop.measure.artifact import Buffer, Launch
 from dop.ops import api, eager, launch, native, short, sources
 from dop.ops.launch import DeviceKernel
@@ -18,6 +19,11 @@ from dop.ops.sources import Choice
 STREAM = 77
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 """cuLaunchKernelEx, as the compiled extension calls it."""
+ENCODE = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32),
+    *(*[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4),
+)
+"""cuTensorMapEncodeTiled."""
 KINDS = {torch.float32: ctypes.c_float, torch.int32: ctypes.c_int32}
 
 
@@ -30,8 +36,42 @@ def at(address: int, count: int, kind: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(array, dtype=kind, count=count)
 
 
+def encoder(maps: list[dict], code=lambda: 0):
+    """A cuTensorMapEncodeTiled that notes what it is asked for, and writes the note's number and
+    the address down instead of a map."""
+
+    def encode(to, kind, axes, address, dims, strides, box, steps, *flags) -> int:
+        def read(which, count, place) -> tuple:
+            return tuple((which * count).from_address(place))
+
+        note = {
+            "aligned": to % 64 == 0,
+            "kind": kind,
+            "axes": axes,
+            "address": address,
+            "dims": read(ctypes.c_uint64, 3, dims),
+            "strides": read(ctypes.c_uint64, 2, strides),
+            "box": read(ctypes.c_uint32, 3, box),
+            "steps": read(ctypes.c_uint32, 3, steps),
+            "flags": flags,
+        }
+        if not code():
+            (ctypes.c_uint64 * 16).from_address(to)[:] = [len(maps), address, *range(14)]
+            maps.append(note)
+        return code()
+
+    return ENCODE(encode)
+
+
+def read(name: str, place: int):
+    """A parameter as a kernel gets it: a number, or the words of a map."""
+    if tensor_map.parse(name):
+        return struct.unpack("=16Q", ctypes.string_at(place, 128))
+    return struct.unpack("=q", ctypes.string_at(place, 8))[0]
+
+
 class FakeDriver:
-    """Counts launches; `code` is what a launch answers."""
+    """Counts launches; `code` is what a launch answers, `map_code` what making a map does."""
 
     def __init__(self, shape_sizes) -> None:
         self.sizes = shape_sizes  # slices, rank, in, outs, slots of the stacks
@@ -41,6 +81,10 @@ class FakeDriver:
         self.code = 0
         self._callback = ENTRY(self._launch_from_c)
         self.entry = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self.maps: list[dict] = []
+        self.map_code = 0
+        self.encode = encoder(self.maps, lambda: self.map_code)
+        self.encode_entry = ctypes.cast(self.encode, ctypes.c_void_p).value
 
     def ensure_context(self, device: int) -> None:
         pass
@@ -70,8 +114,7 @@ class FakeDriver:
             assert (kind, allowed, count) == (6, 1, 1)
         self.launches.append((what.name, tuple(grid_block_smem), stream, bool(count)))
         words = (ctypes.c_void_p * len(what.arguments)).from_address(parameters.value)
-        raw = {n: ctypes.string_at(words[i], 8) for i, n in enumerate(what.arguments)}
-        getattr(self, what.name)({n: struct.unpack("=q", r)[0] for n, r in raw.items()})
+        getattr(self, what.name)({n: read(n, words[i]) for i, n in enumerate(what.arguments)})
         return 0
 
     def _tiles(self, p):

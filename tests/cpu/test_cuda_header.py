@@ -17,7 +17,7 @@ from export_logs import SM_90, defaults, record, records_of, write_log
 from dop.errors import BuildError, ExportError
 from dop.export.cuda_header import early_ones, header, header_of, of_one_gpu
 from dop.export.cuda_text import cxx, take_apart
-from dop.export.select import read_measured, select
+from dop.export.select import read_measured, select, takes_maps
 from dop.measure.compile_cuda import find_nvcc
 from dop.measure.cuda_driver import driver
 from dop.measure.plan import make_plan, tile_bound
@@ -277,7 +277,8 @@ ONE_SLICE = Workload("o", 512, (512,), 64, "bfloat16")  # has wgmma and B in sha
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A header with the default kernel of every sketch, and of those of tiles for one slice."""
+    """A header with the default kernel of every sketch, and of those of tiles for one slice; but
+    for those that take tensor maps."""
     pytest.importorskip("tvm")
     folder = tmp_path_factory.mktemp("real")
     tiles = [c for c in defaults(ONE_SLICE) if "/register_product/" in c.sketch.name]
@@ -290,9 +291,14 @@ def real(tmp_path_factory):
     ]
     made = header_of(read_measured(write_log(folder / "log.jsonl", records), kind="cuda"), 0.05)
     assert made.own is not None
-    assert not made.notes
+    every = {(r.workload_key, r.trace.key): r.trace for r in records}
+    fitting = {key for key, trace in every.items() if not any(map(takes_maps, trace.steps))}
+    left_out = len(every) - len(fitting)
+    assert left_out
+    (note,) = made.notes
+    assert note.startswith(f"{left_out} kernels take tensor maps")
     keys = [(kernel.workload.key, kernel.trace_key) for kernel in made.kernels]
-    assert sorted(keys) == sorted({(r.workload_key, r.trace.key) for r in records})
+    assert sorted(keys) == sorted(fitting)
     (folder / "sgmv.cuh").write_text(made.text)
     (folder / "second.cu").write_text(
         '#include "sgmv.cuh"\nint f(const dop::sgmv::Problem& p) '
@@ -428,6 +434,41 @@ def test_early_kernels_are_left_out_or_launched_plainly(tmp_path):
         found = header_of(measured, 0.05, fake_generate)
         assert launches_of(found.text, EARLY) == ["1024, false"]
         assert "launched plainly here" in found.text
+
+
+MAPPED = Trace((SplitStep(0, 0, 64, (9,), True), WGMMA, PragmaStep(0, 0, "engine", 1)))
+
+
+def test_kernels_that_take_tensor_maps_are_left_out(tmp_path):
+    """The driver's interface makes the maps, and a header's user has none."""
+    every = {**MORE, "mapped": MAPPED}
+    times = {"mapped": 1.0, "early": 1.5, "3": 2.0}
+    found = header_of(measured_of(tmp_path, every, times, times), 0.05, fake_generate)
+    assert keys_of(found.selection) == [TRACES["3"].key]
+    assert found.own is None
+    assert "1 kernels take tensor maps" in found.notes[1]
+    lacking = measured_of(tmp_path / "early", every, times, {"mapped": 1.0, "early": 2.0})
+    found = header_of(lacking, 0.05, fake_generate)  # one batch has no other than the early one
+    assert launches_of(found.text, EARLY) == ["1024, false"]
+    only = records_of(FAKE[1], {"mapped": MAPPED}, {"T8/distinct/8": {"mapped": 1.0}})
+    both = [*records_of(FAKE[0], TRACES, {"T8/distinct/8": {"3": 1.0}}), *only]
+    log = write_log(tmp_path / "both.jsonl", both)
+    found = header_of(read_measured(log), 0.05, fake_generate)
+    assert list(found.selection.table.workloads) == [FAKE[0].key]
+    assert any(note.startswith(FAKE[1].key) for note in found.notes)
+
+
+def test_a_kernel_that_turns_out_to_take_tensor_maps_is_passed_over(tmp_path):
+    def mapped(workload, trace, target):
+        made = fake_generate(workload, trace, target)
+        if trace == TRACES["4"]:
+            made.kernels[0].arguments = (*made.kernels[0].arguments, "x_box64")
+        return made
+
+    times = {"4": 1.0, "3": 2.0}
+    found = header_of(measured_of(tmp_path, MORE, times, times), 0.05, mapped)
+    assert keys_of(found.selection) == [TRACES["3"].key]
+    assert "takes tensor maps" in found.notes[0]
 
 
 def test_a_real_early_kernel_is_launched_plainly(tmp_path):

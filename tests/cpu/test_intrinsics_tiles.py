@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dop.lowering.intrinsics.engine_shrink import MAKES_MAPS, EngineShrink
+from dop.lowering.cuda_launch import wait_first
+from dop.lowering.cuda_source import signatures
+from dop.lowering.intrinsics.engine_shrink import EngineShrink
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
+from dop.measure.tensor_map import TensorMap, tensor_map, wanted
 from dop.workload import Workload
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -47,6 +50,12 @@ def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def _float(values: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _emulated_map(what: TensorMap, tensor: NDArray[np.uint16]) -> tuple[int, ...]:
+    """Fields of the emulator's `dop_tensor_map`; the tensor must be as large as the map says."""
+    assert tensor.size == what.dims[0] * what.dims[1] * what.dims[2]
+    return (tensor.ctypes.data, *what.dims, what.box_rows)
 
 
 def _call(library: ctypes.CDLL, *values: object) -> None:
@@ -258,36 +267,35 @@ def test_engine_shrink(
     for stack in a:
         stack[1, rank - 3 :] = 0x7FC0
     v = np.full((2, TILES, rows, k.padded_rank), 0x7FC0, np.uint16)
-    room = np.zeros(TILES * split * rank_blocks * k.maps * 128 + 64, np.uint8)
-    maps = room[-room.ctypes.data % 64 :]
     ranks_of_warp = k.block_ranks // rank_warps
     product = f"emulated_wgmma<{ranks_of_warp // 8}>(sum[0], x_at, a_at)"
     kernel = re.sub(
         r"#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define DOP_WGMMA.*?#endif",
         f"#define DOP_WGMMA(x_at, a_at) {product}",
-        k.source("kernel"),
+        wait_first(k.source("kernel")),
         flags=re.DOTALL,
-    ).replace(MAKES_MAPS, "dop_wait_for_predecessor();\n")
+    )
+    ((_, arguments),) = signatures(kernel)
+    names = [name for name in arguments if wanted([name])]
+    sizes = {"dtype": w.dtype, "in_features": width, "rank": rank, "tokens": tokens, "slots": 2}
+    maps = np.zeros((3, 16), np.int64)
+    for row, name, tensor in zip(maps, names, (x, *a), strict=True):
+        row[:5] = _emulated_map(tensor_map(name, **sizes), tensor)
     block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
     launch = (
         f"launch({TILES * rank_blocks}, {split}, {block}, {k.smem_bytes}, [&] {{ "
         f"waited = false; x_begin = x; x_end = x + {x.size}; kernel("
-        "a, maps, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, tokens, v, x, a1);"
-        " }, "
+        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, "
+        "maps[0], maps[1], maps[2]); }, "
         f"{split});"
     )
     parameters = (
-        "uint16_t* a, unsigned char* maps, int* row_index, int* tile_rank, int* tile_row0, "
-        "int* tile_rows, int* tile_slot, long long tiles, long long tokens, uint16_t* v, "
-        "uint16_t* x, long long a1"
+        "uint16_t* a, dop_tensor_map* given, int* row_index, int* tile_rank, int* tile_row0, "
+        "int* tile_rows, int* tile_slot, long long tiles, uint16_t* v, uint16_t* x"
     )
+    launch = f"dop_tensor_map maps[3]; std::memcpy(maps, given, sizeof(maps)); {launch}"
     library = _library(tmp_path, kernel, launch, parameters)
-    flat = np.concatenate([t.ravel() for t in a])
-    shift = a[0].nbytes // 16
-    _call(
-        *(library, flat, maps, row_index, ranks, row0, tile_rows, SLOT, TILES, tokens, v, x),
-        shift,
-    )
+    _call(library, a[0], maps, row_index, ranks, row0, tile_rows, SLOT, TILES, v, x)
     for tile in range(2):
         mine = row_index[row0[tile] : row0[tile] + tile_rows[tile]]
         for s in range(2):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,47 @@ def fake_generate(workload, trace, target):
     )
 
 
+def test_tensor_maps_are_made_for_a_launch(monkeypatch):
+    from test_tensor_map import Library
+
+    from dop.export import load as loading
+    from dop.measure import cuda_driver
+    from dop.measure.artifact import Launch
+
+    driver, given = Library(), []
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "module", lambda image: nullcontext(image))
+    function = SimpleNamespace(launch=lambda *args: given.append(args[-1].values))
+    monkeypatch.setattr(cuda_driver, "Function", lambda module, name: function)
+    one = Launch("k", ("tiles", "1", "1"), (32, 1, 1), 0, ("x_box64", "a_box16", "a1_box16", "x"))
+    info = SimpleNamespace(name="kernel", workload=CUDA, launches=(one,), file="file")
+
+    def library():
+        table = SimpleNamespace(target_key="")
+        index = SimpleNamespace(kernels={}, table=table, kind="cuda")
+        return CudaLibrary("lib", index, lambda name: b"cubin")
+
+    pointers = {"x": 16, "a0": 32, "a1": 48}
+    library().launch(info, pointers, tokens=6, tiles=6, stream=7, slots=5)
+    library().launch(info, pointers, tokens=6, tiles=6, stream=7)
+    width, rank = CUDA.in_features, CUDA.rank
+    assert [(m["address"], m["dims"], m["box"]) for m in driver.maps[:3]] == [
+        (16, (width, 6, 1), (64, 64, 1)),
+        (32, (width, rank, 5), (64, 16, 1)),
+        (48, (width, rank, 5), (64, 16, 1)),
+    ]
+    assert driver.maps[4]["dims"] == (width, rank, loading.MOST_SLOTS)
+    assert [list(v)[:2] for v in given[0][:3]] == [[0, 16], [1, 32], [2, 48]]
+    library().launch(info, pointers, tokens=0, tiles=0, stream=7)
+    assert len(given) == 2
+    monkeypatch.setattr(cuda_driver, "driver", lambda: object())
+    with pytest.raises(ExportError, match=r"kernel of lib .*CUDA 12.*Update"):
+        library().launch(info, pointers, tokens=6, tiles=6, stream=7)
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    with pytest.raises(ExportError, match="wants 'a1'"):
+        library().launch(info, {"x": 16, "a0": 32}, tokens=6, tiles=6, stream=7)
+
+
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 def test_cubins_are_built_and_named(tmp_path):
     from test_cuda_header import FAKE, TRACES
@@ -289,8 +331,6 @@ def test_cuda_launches_get_what_the_index_says(tmp_path, monkeypatch):
             launches.append((grid, block, smem, stream, [v.value for v in values]))
             kinds = [type(v) for v in values[-3:]]
             assert kinds == [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
-
-    from contextlib import nullcontext
 
     monkeypatch.setattr(cuda_driver, "driver", lambda: object())
     monkeypatch.setattr(cuda_driver, "module", lambda image: nullcontext(image))

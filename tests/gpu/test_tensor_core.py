@@ -7,13 +7,24 @@ import random
 import pytest
 
 pytest.importorskip("tvm")
+torch = pytest.importorskip("torch")
 
-from dop.measure.base import Job
-from dop.measure.local import Limits, LocalMeasurer
-from dop.scenario import Scenario, named
-from dop.space.generate import build_space
-from dop.space.sketch import Candidate
-from dop.workload import Workload
+from dop import ops  # noqa: E402
+from dop.lowering.codegen import generate  # noqa: E402
+from dop.measure import tensor_map  # noqa: E402
+from dop.measure.base import Job  # noqa: E402
+from dop.measure.compile_cuda import compile_cuda  # noqa: E402
+from dop.measure.local import Limits, LocalMeasurer  # noqa: E402
+from dop.ops import launch, native, sources  # noqa: E402
+from dop.ops.beside import Beside  # noqa: E402
+from dop.ops.launch import DeviceKernel  # noqa: E402
+from dop.ops.plan import SegmentPlan  # noqa: E402
+from dop.ops.sources import Choice  # noqa: E402
+from dop.scenario import Scenario, named  # noqa: E402
+from dop.space.generate import build_space  # noqa: E402
+from dop.space.sketch import Candidate  # noqa: E402
+from dop.space.trace import Trace  # noqa: E402
+from dop.workload import Workload  # noqa: E402
 
 WORKLOADS = (
     Workload("qkv", 4096, (4096, 1024, 1024), 13, "float16"),
@@ -75,3 +86,157 @@ def test_right_for_every_batch(results, workload, gpu_target):
 def test_no_candidate_uses_local_memory_by_default(results):
     firsts = {job.workload: m for job, _, m in reversed(results)}
     assert all(m.resources["spill_bytes"] == 0 for m in firsts.values())
+
+
+# Shrink whose copies the copy engine makes: its maps of x and A are made for every call.
+
+ENGINE = (
+    (Workload("o", 4096, (4096,), 128, "bfloat16"), {}),
+    (Workload("qkv", 4096, (4096, 1024, 1024), 64, "float16"), {}),
+    (Workload("o", 2048, (2048,), 128, "bfloat16"), {"shrink.rank_blocks": 2}),
+    (Workload("up", 2048, (2048, 2048), 24, "bfloat16"), {"tokens.tile_rows": 128}),
+)
+SLOTS, TOKENS = 8, 333
+
+
+def engine_traces(case: int, target: object) -> dict[int, Trace]:
+    """A trace of the sketch for each value of dependent_launch."""
+    workload, wanted = ENGINE[case]
+    if target.arch != "sm_90a":  # type: ignore[attr-defined]
+        pytest.skip("the kernels are for sm_90a")
+    sketches = build_space(workload, target).sketches  # type: ignore[arg-type]
+    sketch = next(s for s in sketches if "/warpgroup_engine/" in s.name)
+    values = {**sketch.default(), "expand.column_warps": 1, **wanted}
+    if wanted.get("shrink.rank_blocks"):
+        values["shrink.rank_warps"] = max(values["shrink.rank_warps"], 2)
+    if wanted.get("tokens.tile_rows"):
+        values["shrink.row_warps"] = wanted["tokens.tile_rows"] // 16
+    found = {n: {**values, "expand.dependent": n} for n in (0, 1, 2)}
+    for one in found.values():
+        assert sketch.broken_limit(one) is None, sketch.broken_limit(one)
+    return {n: Candidate.of(sketch, one).trace for n, one in found.items()}
+
+
+def test_engine_kernels_in_the_tuner_s_runner(gpu_target):
+    """Rows that lie one behind the other (one adapter) and others, which the runner shuffles; its
+    batches of few rows have tiles without any, and mixed ranks."""
+    scenarios = (named("identical", 300), *SCENARIOS)
+    jobs = [
+        Job(trace, workload, scenarios)
+        for case, (workload, _) in enumerate(ENGINE)
+        for trace in engine_traces(case, gpu_target).values()
+    ]
+    with LocalMeasurer(gpu_target, limits=Limits(120.0, 120.0, 5.0)) as measurer:
+        found = list(measurer.measure(jobs))
+    assert len(found) == len(jobs) * len(scenarios)
+    for job, scenario, m in found:
+        assert m.ok, f"{job.workload.key} {scenario.key}: {m.message}"
+        assert m.accuracy < 1e-2
+        assert m.resources["spill_bytes"] == 0
+
+
+class EngineCase:
+    """A layer that a kernel with maps serves; what lies beyond an adapter's rank in A is NaN."""
+
+    def __init__(
+        self, case: int, dependent: int, target: object, patch: pytest.MonkeyPatch
+    ) -> None:
+        self.workload = w = ENGINE[case][0]
+        trace = engine_traces(case, target)[dependent]
+        made = compile_cuda(generate(w, trace, target), "sm_90a")  # type: ignore[arg-type]
+        assert any(tensor_map.parse(name) for name in made.launches[0].arguments)
+        kernel = DeviceKernel(
+            *("engine", "test", "", made.tile_rows, made.launches, made.workspaces),
+            lambda: made.binary,
+        )
+        launch.forget()
+        patch.setattr(sources, "choose", lambda *_: Choice("key", "cuda", TOKENS, None, kernel, ""))
+        self.kind = getattr(torch, w.dtype)
+        self.generator = torch.Generator("cuda").manual_seed(case)
+        self.ranks = [w.rank, w.rank - 3, 1, 0, 16, w.rank, 7, 2]
+        self.scales = torch.tensor([1.0, -1.0, 2.0, 1.0, 0.5, 1.0, -2.0, 3.0]).cuda()
+        self.a = [self.some(SLOTS, w.rank, w.in_features) for _ in w.out_features]
+        self.b = [self.some(SLOTS, out, w.rank) for out in w.out_features]
+        for stack in self.a:
+            for slot, rank in enumerate(self.ranks):
+                stack[slot, max(rank, 1) :] = float("nan")  # 0 counts as 1, of scale 0
+        self.y = self.some(TOKENS, w.total_out)
+        ordered = torch.arange(TOKENS).mul(SLOTS - 1).div(TOKENS, rounding_mode="floor")
+        mixed = torch.randint(-1, SLOTS - 2, (TOKENS,), generator=torch.Generator().manual_seed(1))
+        few = torch.where(torch.arange(TOKENS) < 5, 6, -1)
+        self.ids = {"in order": ordered, "mixed": mixed, "few": few, "one": ordered * 0}
+
+    def some(self, *size: int) -> torch.Tensor:
+        drawn = torch.randn(*size, device="cuda", generator=self.generator)
+        return (drawn * size[-1] ** -0.5).to(self.kind)
+
+    def x(self) -> torch.Tensor:
+        return (self.some(TOKENS, self.workload.in_features) * 64).to(self.kind)
+
+    def plan(self, ids: torch.Tensor, out: SegmentPlan | None = None) -> SegmentPlan:
+        ids = ids.int().cuda()
+        return ops.segment_plan(ids, slots=SLOTS, ranks=self.ranks, scale=self.scales, out=out)
+
+    def check(self, got: torch.Tensor, x: torch.Tensor, ids: torch.Tensor) -> None:
+        want, ids = self.y.double(), ids.cuda()
+        for slot, rank in enumerate(self.ranks):
+            mine = ids == slot
+            inputs = x[mine].double() * float(self.scales[slot])
+            parts = [
+                inputs @ a[slot, :rank].double().T @ b[slot, :, :rank].double().T
+                for a, b in zip(self.a, self.b, strict=True)
+            ]
+            want[mine] += torch.cat(parts, dim=1)
+        assert torch.equal(got[ids < 0], self.y[ids < 0])
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert float(error) < 1e-2, float(error)
+
+
+@pytest.fixture(params=["compiled", "ctypes"])
+def way(request, monkeypatch):
+    if request.param == "ctypes":
+        monkeypatch.setattr(native, "EXTENSION", None)
+    elif native.EXTENSION is None:
+        pytest.skip("dop.ops._launch is not built")
+    yield
+    launch.forget()
+
+
+@pytest.mark.parametrize("dependent", [0, 2])
+@pytest.mark.parametrize("case", range(len(ENGINE)))
+@pytest.mark.usefixtures("way")
+@torch.no_grad()
+def test_engine_kernels_in_the_operator(gpu_target, monkeypatch, case, dependent):
+    layer = EngineCase(case, dependent, gpu_target, monkeypatch)
+    kept = []  # so that every x lies elsewhere
+    for ids in layer.ids.values():
+        plan = layer.plan(ids)
+        for _ in range(3):
+            kept.append(layer.x())
+            got = ops.add_lora(layer.y.clone(), kept[-1], layer.a, layer.b, plan)
+            layer.check(got, kept[-1], ids)
+    beside = Beside(torch.cuda.Stream())
+    plan, x = layer.plan(layer.ids["mixed"]), kept[0]
+    pending = beside.begin(x, layer.a, layer.b, plan)
+    layer.check(beside.finish(pending, layer.y.clone()), x, layer.ids["mixed"])
+
+
+@pytest.mark.parametrize("dependent", [0, 2])
+@pytest.mark.usefixtures("way")
+@torch.no_grad()
+def test_engine_kernels_in_a_graph(gpu_target, monkeypatch, dependent):
+    """A graph keeps the maps of its capture: x and A where they were, other rows, ranks and ids."""
+    layer = EngineCase(1, dependent, gpu_target, monkeypatch)
+    x, y = layer.x(), layer.y.clone()
+    plan = layer.plan(layer.ids["mixed"])
+    ops.add_lora(y, x, layer.a, layer.b, plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.add_lora(y, x, layer.a, layer.b, plan)
+    for ids in (*layer.ids.values(), *layer.ids.values()):
+        x.copy_(layer.x())
+        y.copy_(layer.y)
+        layer.plan(ids, out=plan)
+        graph.replay()
+        layer.check(y, x, ids)

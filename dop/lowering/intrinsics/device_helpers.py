@@ -212,57 +212,18 @@ __device__ __forceinline__ void dop_barrier_wait(unsigned at, int parity) {
   } while (!done);
 #endif
 }
-// A tensor map in shared memory, 128 zeroed bytes before: planes of rows, boxes of 64 columns
-// (128 bytes, swizzled) and some rows. Rows beyond the planes' read as zeros.
-template <int type>
-__device__ __forceinline__ void dop_map_make(unsigned at, const void* from, int columns, int rows,
-                                             int planes, int box_rows) {
+// As cuTensorMapEncodeTiled makes it.
+struct __align__(64) dop_tensor_map { unsigned long long words[16]; };
+__device__ __forceinline__ void dop_prefetch_map(const dop_tensor_map& map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ <= 1205
-  const int unit = 4;  // up to here ptxas wants strides in units of 16 bytes
-#else
-  const int unit = 0;
-#endif
-  const unsigned long long row_bytes = 2ull * columns, plane_bytes = row_bytes * rows;
-#define DOP_MAP(field, kind, value) \
-  asm volatile("tensormap.replace.tile." field " [%0], %1;" ::"r"(at), kind(value) : "memory");
-#define DOP_MAP_AT(field, which, kind, value)                                                  \
-  asm volatile("tensormap.replace.tile." field " [%0], " which ", %1;" ::"r"(at), kind(value) \
-               : "memory");
-  DOP_MAP("global_address.shared::cta.b1024.b64", "l", from)
-  DOP_MAP("rank.shared::cta.b1024.b32", "r", 2)
-  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "0", "r", 64)
-  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "1", "r", box_rows)
-  DOP_MAP_AT("box_dim.shared::cta.b1024.b32", "2", "r", 1)
-  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "0", "r", columns)
-  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "1", "r", rows)
-  DOP_MAP_AT("global_dim.shared::cta.b1024.b32", "2", "r", planes)
-  DOP_MAP_AT("global_stride.shared::cta.b1024.b64", "0", "l", row_bytes >> unit)
-  DOP_MAP_AT("global_stride.shared::cta.b1024.b64", "1", "l", plane_bytes >> unit)
-  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "0", "r", 1)
-  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "1", "r", 1)
-  DOP_MAP_AT("element_stride.shared::cta.b1024.b32", "2", "r", 1)
-  DOP_MAP("elemtype.shared::cta.b1024.b32", "n", type)
-  DOP_MAP("interleave_layout.shared::cta.b1024.b32", "n", 0)
-  DOP_MAP("swizzle_mode.shared::cta.b1024.b32", "n", 3)
-  DOP_MAP("fill_mode.shared::cta.b1024.b32", "n", 0)
-#undef DOP_MAP
-#undef DOP_MAP_AT
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #endif
 }
-// A warp hands a map to the copy engine, in global memory, and may use it afterwards.
-__device__ __forceinline__ void dop_map_publish(void* to, unsigned at) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync"
-               ".aligned [%0], [%1], 128;" ::"l"(to), "r"(at) : "memory");
-  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(to) : "memory");
-#endif
-}
-__device__ __forceinline__ void dop_copy_box(unsigned to, const void* map, int column, int row,
-                                             int plane, unsigned barrier) {
+__device__ __forceinline__ void dop_copy_box(unsigned to, const dop_tensor_map& map, int column,
+                                             int row, int plane, unsigned barrier) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(map), "r"(column), "r"(row),
+               "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
                "r"(plane), "r"(barrier) : "memory");
 #endif
 }

@@ -6,10 +6,11 @@ multiply wait for it, and for nothing else. Where each thread copies 16 bytes at
 pipelined_shrink does, the copies' own instructions and the fence between them and the tensor cores
 take 4 of 36 us (docs/performance.md 47).
 
-The engine wants a map of each tensor in memory. The kernel makes its own, since only it knows where
-x is: each block 128 bytes per tensor, in the workspace `maps`. Rows of a box lie one behind the
-other. So do a long prefill's; in a tile whose rows do not, the four warps gather x's by 16 bytes,
-and the engine brings A alone.
+The engine wants a map of each tensor. Who launches the kernel makes them, from the parameters'
+names alone (dop/measure/tensor_map.py): `x_box128` is x's with boxes of 128 rows, `a_box64`,
+`a1_box64` and `a2_box64` are the stacks'. Blocks that make their own take 4 us a call for it. Rows
+of a box lie one behind the other. So do a long prefill's; in a tile whose rows do not, the four
+warps gather x's by 16 bytes, and the engine brings A alone.
 
 A's boxes are read up to the stack's rank. An adapter of less has what it likes beyond, so its
 columns of v are set to zero at the end.
@@ -23,11 +24,7 @@ from dataclasses import dataclass
 from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, PipelinedShrink
 
 COPY_WARPS = 4
-MAP_BYTES = 128
-ELEMENT_KIND = {"float16": 6, "bfloat16": 10}
-"""Numbers of the types in a tensor map (PTX ISA, tensormap.replace)."""
-MAKES_MAPS = "@MAKES_MAPS@"
-"""In the text: what is above it reads no memory, and need not wait for a predecessor."""
+MAX_BOX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -46,76 +43,61 @@ class EngineShrink(PipelinedShrink):
         return (32, 1, self.threads // 32)
 
     @property
-    def maps(self) -> int:
-        """Tensor maps of a block: x's, and one of each stack A."""
-        return 1 + self.workload.slices
-
-    @property
-    def pipeline_bytes(self) -> int:
-        """Shared memory of all steps in flight, whose place the sums take later."""
-        return super().smem_bytes
+    def box_rows(self) -> int:
+        """Rows of A that the engine brings at once: of one slice, and no more than a box holds."""
+        rows = math.gcd(self.block_ranks, self.padded_rank)
+        return max(n for n in range(16, MAX_BOX_ROWS + 1, 16) if rows % n == 0)
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory: the pipeline, maps, and two barriers a step in flight."""
-        aligned = -(-self.pipeline_bytes // MAP_BYTES) * MAP_BYTES
-        return aligned + MAP_BYTES * self.maps + 16 * self.stages
-
-    @property
-    def map_words(self) -> str:
-        """Words of four bytes of the workspace `maps`."""
-        return f"tiles * {self.split_k * self.rank_blocks * self.maps * MAP_BYTES // 4}"
+        """Dynamic shared memory: the pipeline, whose place the sums take later, and two barriers
+        of 8 bytes for each step in flight."""
+        return super().smem_bytes + 16 * self.stages
 
     def _text(self) -> str:
         return _KERNEL + _STORE
 
     def _values(self) -> dict[str, str | int]:
-        box_rows = math.gcd(self.block_ranks, self.padded_rank)
-        multiplying = super().threads
+        values, multiplying, slices = super()._values(), super().threads, self.workload.slices
+        names = [f"a{s or ''}_box{self.box_rows}" for s in range(slices)]
+        of_slice = names[0]
+        for s in range(1, slices):
+            of_slice = f"slice == {s} ? {names[s]} : {of_slice}"
+        maps = [f"x_box{self.tile_rows}", *names]
         return {
-            **super()._values(),
+            **values,
             "OPEN": OPEN_TILE,
             "MULTIPLYING": multiplying // 32,
             "COPYING": 32 * COPY_WARPS,
-            "MAPS": self.maps,
-            "MAPS_AT": -(-self.pipeline_bytes // MAP_BYTES) * MAP_BYTES,
-            "ELEMENT_KIND": ELEMENT_KIND[self.workload.dtype],
-            "BOX_ROWS": box_rows,
-            "BOXES": self.block_ranks // box_rows,
+            "MAPS": ",\n    ".join(f"const __grid_constant__ dop_tensor_map {m}" for m in maps),
+            "FETCH_MAPS": "".join(f"    dop_prefetch_map({m});\n" for m in maps),
+            "X_MAP": maps[0],
+            "A_MAP": of_slice,
+            "SLICE": f", slice = {values['ROW']} / {self.padded_rank}" if slices > 1 else "",
+            "BARRIERS_AT": super().smem_bytes,
+            "BOX_ROWS": self.box_rows,
+            "BOXES": self.block_ranks // self.box_rows,
             "STEP_BYTES": 128 * (self.tile_rows + self.block_ranks),
             "A_BYTES": 128 * self.block_ranks,
             "X_COPIES": self.tile_rows // (4 * COPY_WARPS),
-            "SLICES": self.workload.slices,
         }
 
 
 _KERNEL = """\
 extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
-    const @TYPE@* __restrict__ a_ptr, unsigned char* maps_ptr,
-    const int* __restrict__ row_index_ptr, const int* __restrict__ tile_rank_ptr,
-    const int* __restrict__ tile_row0_ptr, const int* __restrict__ tile_rows_ptr,
-    const int* __restrict__ tile_slot_ptr, int tiles, int tokens, @TYPE@* __restrict__ v_ptr,
-    const @TYPE@* __restrict__ x_ptr@SHIFTS@) {
+    const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
+    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
+    const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
+    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr,
+    @MAPS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
   const int lane = threadIdx.x, warp = threadIdx.z, thread = warp * 32 + lane;
   const unsigned x_shared = dop_shared_address(dop_shared);
   const unsigned a_shared = x_shared + @STAGES@ * @TM@ * 128;
-  const unsigned maps_shared = x_shared + @MAPS_AT@;
-  const unsigned full = maps_shared + @MAPS@ * 128, empty = full + @STAGES@ * 8;
-  if (warp == @MULTIPLYING@) {
-    for (int i = lane; i < @MAPS@ * 32; i += 32)
-      reinterpret_cast<unsigned*>(dop_shared + @MAPS_AT@)[i] = 0;
-    __syncwarp();
-    if (lane == 0) {
-      dop_map_make<@ELEMENT_KIND@>(maps_shared, x_ptr, @K@, tokens, 1, @TM@);
-#pragma unroll
-      for (int slice = 0; slice < @SLICES@; ++slice)
-        dop_map_make<@ELEMENT_KIND@>(maps_shared + (1 + slice) * 128, a_ptr + @SHIFT_OF@, @K@,
-                                     @RANK@, 1 << 20, @BOX_ROWS@);
-    }
-    __syncwarp();
-  }
-@MAKES_MAPS@@OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
+  const unsigned full = x_shared + @BARRIERS_AT@, empty = full + @STAGES@ * 8;
+  if (thread == @MULTIPLYING@ * 32) {
+@FETCH_MAPS@  }
+@OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   // Whether the tile's rows of x lie one behind the other.
   const int token0 = dop_table(row_index_ptr + row0);
   bool straight = true;
@@ -149,12 +131,6 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   if (warp >= @MULTIPLYING@) {
     // Steps are brought as their places become free.
     const int copier = thread - @MULTIPLYING@ * 32, column = copier % 8;
-    unsigned char* maps =
-        maps_ptr + (long long)(blockIdx.y * gridDim.x + blockIdx.x) * (@MAPS@ * 128);
-    if (warp == @MULTIPLYING@) {
-      for (int map = 0; map < @MAPS@; ++map)
-        dop_map_publish(maps + map * 128, maps_shared + map * 128);
-    }
     const @TYPE@* x_from[@X_COPIES@];
     int x_bytes[@X_COPIES@];
     if (!straight) {
@@ -174,13 +150,12 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
         dop_barrier_arrive_with(full + stage * 8, straight ? @STEP_BYTES@ : @A_BYTES@);
 #pragma unroll
         for (int box = 0; box < @BOXES@; ++box) {
-          const int row = box * @BOX_ROWS@, slice = @ROW@ / @PADDED@;
-          dop_copy_box(a_shared + stage * @A_BYTES@ + box * (@BOX_ROWS@ * 128),
-                       maps + (1 + slice) * 128, k, @ROW@ % @PADDED@, (int)slot,
-                       full + stage * 8);
+          const int row = box * @BOX_ROWS@@SLICE@;
+          dop_copy_box(a_shared + stage * @A_BYTES@ + box * (@BOX_ROWS@ * 128), @A_MAP@,
+                       k, @ROW@ % @PADDED@, (int)slot, full + stage * 8);
         }
         if (straight)
-          dop_copy_box(x_shared + stage * (@TM@ * 128), maps, k, token0, 0, full + stage * 8);
+          dop_copy_box(x_shared + stage * (@TM@ * 128), @X_MAP@, k, token0, 0, full + stage * 8);
       }
       if (!straight) {
 #pragma unroll

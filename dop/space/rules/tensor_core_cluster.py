@@ -45,8 +45,8 @@ FEW_BYTES = 1 << 16
 MANY_RANKS = 8
 """16-rank tiles of all slices from which on blocks may share them."""
 
-COPY_WARPS, ENGINE_BYTES = 4, 1 << 10
-"""Warps that ask the copy engine or gather rows, and shared memory for its maps and barriers."""
+COPY_WARPS, BARRIER_BYTES = 4, 16
+"""Warps that ask the copy engine or gather rows, and shared memory for the barriers of a step."""
 
 MIN_WGMMA_TILES = 2
 """16-rank tiles of all slices from which on wgmma may pay."""
@@ -305,8 +305,8 @@ def _limits(new: SketchState) -> None:
     def smem(a: Annotation) -> int:
         pipeline = 2 * a["shrink.stages"] * depth(a) * (a[TILE_ROWS.name] + ranks_of(a))
         sums = 4 * a[TILE_ROWS.name] * (ranks_of(a) + 4) if cluster(a) > 1 else 0
-        maps = ENGINE_BYTES if copy_warps else 0
-        return max(pipeline, sums) + maps
+        barriers = BARRIER_BYTES * a["shrink.stages"] if copy_warps else 0
+        return max(pipeline, sums) + barriers
 
     new.limit("threads per shrink block", target.max_threads, threads)
     new.limit("elements left over by shrink's tiles", 0, left_over)
