@@ -272,7 +272,9 @@ def test_expressions_in_cpp():
 
 
 REAL = Workload("o", 128, (64, 32), 16, "bfloat16")
-ONE_SLICE = Workload("o", 512, (512,), 64, "bfloat16")  # has wgmma and B in shared memory
+ONE_SLICE = Workload(
+    "o", 512, (512,), 128, "bfloat16"
+)  # wgmma, B in shared memory, the copy engine
 
 
 @pytest.fixture(scope="module")

@@ -285,17 +285,17 @@ def test_engine_shrink(
     launch = (
         f"launch({TILES * rank_blocks}, {split}, {block}, {k.smem_bytes}, [&] {{ "
         f"waited = false; x_begin = x; x_end = x + {x.size}; kernel("
-        "a, row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, "
+        "row_index, tile_rank, tile_row0, tile_rows, tile_slot, tiles, v, x, "
         "maps[0], maps[1], maps[2]); }, "
         f"{split});"
     )
     parameters = (
-        "uint16_t* a, dop_tensor_map* given, int* row_index, int* tile_rank, int* tile_row0, "
+        "dop_tensor_map* given, int* row_index, int* tile_rank, int* tile_row0, "
         "int* tile_rows, int* tile_slot, long long tiles, uint16_t* v, uint16_t* x"
     )
     launch = f"dop_tensor_map maps[3]; std::memcpy(maps, given, sizeof(maps)); {launch}"
     library = _library(tmp_path, kernel, launch, parameters)
-    _call(library, a[0], maps, row_index, ranks, row0, tile_rows, SLOT, TILES, v, x)
+    _call(library, maps, row_index, ranks, row0, tile_rows, SLOT, TILES, v, x)
     for tile in range(2):
         mine = row_index[row0[tile] : row0[tile] + tile_rows[tile]]
         for s in range(2):

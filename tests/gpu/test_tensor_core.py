@@ -94,7 +94,7 @@ ENGINE = (
     (Workload("o", 4096, (4096,), 128, "bfloat16"), {}),
     (Workload("qkv", 4096, (4096, 1024, 1024), 64, "float16"), {}),
     (Workload("o", 2048, (2048,), 128, "bfloat16"), {"shrink.rank_blocks": 2}),
-    (Workload("up", 2048, (2048, 2048), 24, "bfloat16"), {"tokens.tile_rows": 128}),
+    (Workload("up", 2048, (2048, 2048), 56, "bfloat16"), {"tokens.tile_rows": 128}),
 )
 SLOTS, TOKENS = 8, 333
 

@@ -85,10 +85,10 @@ class EngineShrink(PipelinedShrink):
 
 _KERNEL = """\
 extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
-    const @TYPE@* __restrict__ a_ptr, const int* __restrict__ row_index_ptr,
-    const int* __restrict__ tile_rank_ptr, const int* __restrict__ tile_row0_ptr,
-    const int* __restrict__ tile_rows_ptr, const int* __restrict__ tile_slot_ptr, int tiles,
-    @TYPE@* __restrict__ v_ptr, const @TYPE@* __restrict__ x_ptr,
+    const int* __restrict__ row_index_ptr, const int* __restrict__ tile_rank_ptr,
+    const int* __restrict__ tile_row0_ptr, const int* __restrict__ tile_rows_ptr,
+    const int* __restrict__ tile_slot_ptr, int tiles, @TYPE@* __restrict__ v_ptr,
+    const @TYPE@* __restrict__ x_ptr,
     @MAPS@) {
   extern __shared__ __align__(1024) unsigned char dop_shared[];
   const int lane = threadIdx.x, warp = threadIdx.z, thread = warp * 32 + lane;

@@ -43,7 +43,7 @@ FEW_BYTES = 1 << 16
 """What a block loads by default where rows are few: about a microsecond's worth."""
 
 MANY_RANKS = 8
-"""16-rank tiles of all slices from which on blocks may share them."""
+"""16-rank tiles of all slices from which on blocks may share them, and the copy engine may pay."""
 
 COPY_WARPS, BARRIER_BYTES = 4, 16
 """Warps that ask the copy engine or gather rows, and shared memory for the barriers of a step."""
@@ -83,7 +83,9 @@ class ClusterSplitK:
             return []
         shared = (2, 3, 4, 6) if self.rank_blocks else (2, 3, 4, 6, 8) if self.engine else ()
         blocks = dividing(ranks, shared)
-        if self.rank_blocks and (ranks < MANY_RANKS or not blocks):
+        if (self.rank_blocks or self.engine) and ranks < MANY_RANKS:
+            return []
+        if self.rank_blocks and not blocks:
             return []
         several = dividing(w.in_features // 64, (2, 4, 8, 16, 32)) if self.several else ()
         several = tuple(n for n in several if n <= w.in_features // PART_DEPTH)
