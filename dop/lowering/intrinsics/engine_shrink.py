@@ -8,7 +8,7 @@ take 4 of 36 us (docs/performance.md 47).
 
 The engine wants a map of each tensor. Who launches the kernel makes them, from the parameters'
 names alone (dop/measure/tensor_map.py): `x_box128` is x's with boxes of 128 rows, `a_box64`,
-`a1_box64` and `a2_box64` are the stacks'. Blocks that make their own take 4 us a call for it. Rows
+`a1_box64` and `a2_box64` are the stacks'. Blocks that make their own take 1 to 3 us longer. Rows
 of a box lie one behind the other. So do a long prefill's; in a tile whose rows do not, the four
 warps gather x's by 16 bytes, and the engine brings A alone.
 
