@@ -678,10 +678,5 @@ def _offer(state: FamilyState, entries: Iterable[Entry], most: int) -> None:
     for tried in by_batch.values():
         winners.update((e.trace_key, e) for e in nsmallest(most, tried, key=lambda e: e.median_s))
     found = [(alike(state.space, e), Scenario.parse(e.scenario_key)) for e in winners.values()]
-    state.strategy.first(
-        [
-            candidate if may_serve(candidate.annotation, scenario.tokens) else plainly(candidate)
-            for candidate, scenario in found
-            if candidate is not None
-        ]
-    )
+    served = [_serving(candidate, s) for candidate, s in found if candidate is not None]
+    state.strategy.first([candidate for candidate in served if candidate is not None])

@@ -129,8 +129,8 @@ def read_tiles(app: Application) -> TileKernels:
     )
     if shrink.l2_fetch not in (0, 256):
         raise TraceError("l2_fetch is 0 or 256.")
-    if engine and (workers or shrink.parts > 1 or shrink.l2_fetch or k_tiles != 4):
-        raise TraceError("engine wants one cluster a tile of many rows, and steps of 64 elements.")
+    if engine and (workers or shrink.parts > 1 or shrink.l2_fetch or not shrink.warpgroups):
+        raise TraceError("engine wants warpgroup_product and one cluster a tile of many rows.")
     if tile_blocks < 0 or (tile_blocks and not workers):
         raise TraceError("tile_blocks wants workers, whose blocks go on to later tiles.")
     if shrink.early and not workers:

@@ -40,13 +40,13 @@ class Overlapping(FakeMeasurer):
         return Measurement((seconds,) * 3)
 
 
-def run(path, scenarios, trials):
+def run(path, scenarios, trials, like=()):
     measurer = Overlapping(SPACE)
     family = Family(synthetic.WORKLOAD, SM_90, scenarios)
     with measurer, Log.open(path) as log:
         result = tune(
             [family], measurer=measurer, log=log, trials=trials, budget_s=120,
-            build=lambda w, t: SPACE,
+            build=lambda w, t: SPACE, like=like,
         )  # fmt: skip
     return result, read_log(path).entries
 
@@ -87,6 +87,21 @@ def test_an_older_log_gives_their_plain_twins(tmp_path, monkeypatch):
     assert not any(is_early(entry.trace()) for entry in entries[len(before) :])
     plain = min(e.median_s for e in entries if not is_early(e.trace()))
     assert result.progress.families[0].tasks[0].best.measurement.median_s == plain
+
+
+def test_a_log_that_comes_first_gives_their_plain_twins_for_large_batches(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        for user in USERS:
+            older.setattr(f"{user}.may_serve", lambda annotation, tokens: True)
+        _, there = run(tmp_path / "there.jsonl", (LARGE,), 80)
+    winner = min(there, key=lambda e: e.median_s).trace()
+    assert is_early(winner)
+    # The small batch is one that the early kernel could serve, but it was chosen for the large one.
+    first = len(SPACE.defaults()) + 2
+    _, entries = run(tmp_path / "here.jsonl", (SMALL, LARGE), first, like=there)
+    tried = {entry.trace_key for entry in entries}
+    assert plainly(SPACE.match(winner)).trace.key in tried
+    assert winner.key not in tried
 
 
 @pytest.mark.parametrize("tokens", [1, EARLY_TOKENS, EARLY_TOKENS + 1])

@@ -12,8 +12,8 @@ names alone (dop/measure/tensor_map.py): `x_box128` is x's with boxes of 128 row
 of a box lie one behind the other. So do a long prefill's; in a tile whose rows do not, the four
 warps gather x's by 16 bytes, and the engine brings A alone.
 
-A's boxes are read up to the stack's rank. An adapter of less has what it likes beyond, so its
-columns of v are set to zero at the end.
+A's boxes are read up to the stack's rank. An adapter of less has what it likes beyond, so those
+sums are set to zero behind the last step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, PipelinedShrink
+from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, STORE, PipelinedShrink
 
 COPY_WARPS = 4
 MAX_BOX_ROWS = 256
@@ -29,8 +29,8 @@ MAX_BOX_ROWS = 256
 
 @dataclass(frozen=True)
 class EngineShrink(PipelinedShrink):
-    """Numbers of the intrinsic; those of `PipelinedShrink`, of which `depth` is 64 and `workers`,
-    `tile_blocks`, `early` and `l2_fetch` are not for it."""
+    """Numbers of the intrinsic; those of `PipelinedShrink`, of which `warpgroups` is true, `depth`
+    64, and `workers`, `tile_blocks`, `early` and `l2_fetch` are not for it."""
 
     @property
     def threads(self) -> int:
@@ -55,7 +55,7 @@ class EngineShrink(PipelinedShrink):
         return super().smem_bytes + 16 * self.stages
 
     def _text(self) -> str:
-        return _KERNEL + _STORE
+        return _KERNEL + STORE
 
     def _values(self) -> dict[str, str | int]:
         values, multiplying, slices = super()._values(), super().threads, self.workload.slices
@@ -68,6 +68,7 @@ class EngineShrink(PipelinedShrink):
             **values,
             "OPEN": OPEN_TILE,
             "MULTIPLYING": multiplying // 32,
+            "SUM_ROWS": f"(warp < {multiplying // 32} ? 1 : 0)",  # warps that copy have none
             "COPYING": 32 * COPY_WARPS,
             "MAPS": ",\n    ".join(f"const __grid_constant__ dop_tensor_map {m}" for m in maps),
             "FETCH_MAPS": "".join(f"    dop_prefetch_map({m});\n" for m in maps),
@@ -113,20 +114,13 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     dop_barriers_are_ready();
   }
   __syncthreads();
-#if @WARPGROUPS@
   const int row_warp = warp / 4 % @ROW_GROUPS@ * 4 + warp % 4;
   const int rank_warp = warp / (@ROW_GROUPS@ * 4);
-#else
-  const int row_warp = warp / @RANK_WARPS@, rank_warp = warp % @RANK_WARPS@;
-#endif
-  float sum[@MI@][2 * @NI@][4];
+  float sum[1][2 * @NI@][4];
 #pragma unroll
-  for (int m = 0; m < @MI@; ++m) {
+  for (int n = 0; n < 2 * @NI@; ++n) {
 #pragma unroll
-    for (int n = 0; n < 2 * @NI@; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
-    }
+    for (int e = 0; e < 4; ++e) sum[0][n][e] = 0.0f;
   }
   if (warp >= @MULTIPLYING@) {
     // Steps are brought as their places become free.
@@ -170,22 +164,15 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
     dop_commit();
     dop_wait_but<0>();
   } else {
-#if @WARPGROUPS@
 @WGMMA@
     // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
     const unsigned long long layout = 1ull << 62 | 64ull << 32 | 1ull << 16;
     const unsigned x_box = x_shared + row_warp / 4 * 8192;
     const unsigned a_box = a_shared + rank_warp * (@NI@ * 16 * 128);
-#else
-    const int x_row = row_warp * (@MI@ * 16) + (lane & 15), x_piece = lane >> 4;
-    const int a_row = rank_warp * (@NI@ * 16) + (lane >> 4) * 8 + (lane & 7);
-    const int a_piece = (lane >> 3) & 1;
-#endif
 #pragma unroll 1
     for (int step = 0; step < @STEPS@; ++step) {
       const unsigned stage = (unsigned)(step % @STAGES@);
       dop_barrier_wait(full + stage * 8, step / @STAGES@ & 1);
-#if @WARPGROUPS@
       if (!straight) dop_fence_copies();
       dop_wgmma_begin();
 #pragma unroll
@@ -195,96 +182,16 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
       dop_wgmma_commit();
       dop_wgmma_wait_but_one();
       if (step > 0 && lane == 0) dop_barrier_arrive(empty + (unsigned)((step - 1) % @STAGES@) * 8);
-#else
-      const unsigned xs = x_shared + stage * (@TM@ * 128) + x_row * 128;
-      const unsigned as = a_shared + stage * @A_BYTES@ + a_row * 128;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        unsigned xw[@MI@][4];
-#pragma unroll
-        for (int m = 0; m < @MI@; ++m)
-          dop_ldmatrix(xw[m], xs + m * (32 * 64) + ((2 * k + x_piece) ^ (x_row & 7)) * 16);
-#pragma unroll
-        for (int n = 0; n < @NI@; ++n) {
-          unsigned aw[4];
-          dop_ldmatrix(aw, as + n * (32 * 64) + ((2 * k + a_piece) ^ (a_row & 7)) * 16);
-#pragma unroll
-          for (int m = 0; m < @MI@; ++m) {
-            dop_mma_@KIND@(sum[m][2 * n], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[0], aw[1]);
-            dop_mma_@KIND@(sum[m][2 * n + 1], xw[m][0], xw[m][1], xw[m][2], xw[m][3], aw[2],
-                           aw[3]);
-          }
-        }
-      }
-      __syncwarp();
-      if (lane == 0) dop_barrier_arrive(empty + stage * 8);
-#endif
     }
-#if @WARPGROUPS@
     dop_wgmma_wait();
 #undef DOP_WGMMA
-#endif
-  }
-"""
-
-_STORE = """\
-  const int g = lane >> 2, q = lane & 3;
-#if @SPLIT@ == 1
-  if (warp >= @MULTIPLYING@) return;
-#pragma unroll
-  for (int m = 0; m < @MI@; ++m) {
+    // What lies beyond the adapter's rank.
 #pragma unroll
     for (int n = 0; n < 2 * @NI@; ++n) {
-      const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
-      const int row = row_warp * (@MI@ * 16) + m * 16 + g, column = @R@ % @PADDED@;
-      const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
-      const float* s = sum[m][n];
-      const bool first = column < rank, second = column + 1 < rank;
-      unsigned* to = reinterpret_cast<unsigned*>(v_ptr + at * @PADDED@ + column);
-      to[0] = dop_pack_@KIND@(first ? s[0] : 0.0f, second ? s[1] : 0.0f);
-      to[8 * @PADDED@ / 2] = dop_pack_@KIND@(first ? s[2] : 0.0f, second ? s[3] : 0.0f);
+      const int r = rank_warp * (@NI@ * 16) + n * 8 + (lane & 3) * 2, column = @R@ % @PADDED@;
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (column + (e & 1) >= rank) sum[0][n][e] = 0.0f;
     }
   }
-#else
-  __syncthreads();
-  float* sums = reinterpret_cast<float*>(dop_shared);
-  if (warp < @MULTIPLYING@) {
-#pragma unroll
-    for (int m = 0; m < @MI@; ++m) {
-#pragma unroll
-      for (int n = 0; n < 2 * @NI@; ++n) {
-        const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2;
-        const int row = row_warp * (@MI@ * 16) + m * 16 + g;
-        float2* to = reinterpret_cast<float2*>(sums + row * (@RANKS@ + 4) + r);
-        to[0] = make_float2(sum[m][n][0], sum[m][n][1]);
-        to[8 * (@RANKS@ + 4) / 2] = make_float2(sum[m][n][2], sum[m][n][3]);
-      }
-    }
-  }
-  dop_cluster_sync();
-  // Each block adds up its share of the tile.
-  for (int i = part * @THREADS@ + thread; i < @TM@ * (@RANKS@ / 4); i += @SPLIT@ * @THREADS@) {
-    const int row = i / (@RANKS@ / 4), r = i % (@RANKS@ / 4) * 4, slice = @R@ / @PADDED@;
-    if (row >= rows) break;
-    float4 parts[@SPLIT@];
-#pragma unroll
-    for (int p = 0; p < @SPLIT@; ++p)
-      parts[p] = dop_read_peer(x_shared + (row * (@RANKS@ + 4) + r) * 4, p);
-    float4 total = parts[0];
-#pragma unroll
-    for (int p = 1; p < @SPLIT@; ++p) {
-      total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
-    }
-    const int column = @R@ % @PADDED@;
-    if (column >= rank) total.x = 0.0f;
-    if (column + 1 >= rank) total.y = 0.0f;
-    if (column + 2 >= rank) total.z = 0.0f;
-    if (column + 3 >= rank) total.w = 0.0f;
-    const long long at = ((long long)slice * tiles + tile) * @TM@ + row;
-    *reinterpret_cast<uint2*>(v_ptr + at * @PADDED@ + column) =
-        make_uint2(dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
-  }
-  dop_cluster_sync();
-#endif
-}
 """

@@ -92,6 +92,11 @@ class PipelinedShrink:
         return self.workload.slices * self.padded_rank
 
     @property
+    def row_tiles(self) -> int:
+        """Groups of 16 rows of a warp."""
+        return self.tile_rows // (16 * self.row_warps)
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return 32 * self.row_warps * self.rank_warps
@@ -133,7 +138,7 @@ class PipelinedShrink:
         return text.replace("dop_copy(", "dop_copy_ahead(") if self.l2_fetch else text
 
     def _text(self) -> str:
-        return _KERNEL
+        return _KERNEL + STORE
 
     def _values(self) -> dict[str, str | int]:
         """What stands for the names in the text."""
@@ -181,7 +186,8 @@ class PipelinedShrink:
             "STAGES": self.stages,
             "STEPS": self.steps,
             "RANK_WARPS": self.rank_warps,
-            "MI": self.tile_rows // (16 * self.row_warps),
+            "MI": self.row_tiles,
+            "SUM_ROWS": self.row_tiles,
             "NI": ranks // (16 * self.rank_warps),
             "WARPGROUPS": int(self.warpgroups),
             "ROW_GROUPS": self.tile_rows // 64,
@@ -374,10 +380,13 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #if @WARPGROUPS@
 #undef DOP_WGMMA
 #endif
+"""
+
+STORE = """\
   const int g = lane >> 2, q = lane & 3;
 #if @SPLIT@ == 1
 #pragma unroll
-  for (int m = 0; m < @MI@; ++m) {
+  for (int m = 0; m < @SUM_ROWS@; ++m) {
 #pragma unroll
     for (int n = 0; n < 2 * @NI@; ++n) {
       const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2, slice = @R@ / @PADDED@;
@@ -393,7 +402,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
   __syncthreads();
   float* sums = reinterpret_cast<float*>(dop_shared);
 #pragma unroll
-  for (int m = 0; m < @MI@; ++m) {
+  for (int m = 0; m < @SUM_ROWS@; ++m) {
 #pragma unroll
     for (int n = 0; n < 2 * @NI@; ++n) {
       const int r = rank_warp * (@NI@ * 16) + n * 8 + q * 2;
@@ -425,3 +434,4 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 #endif
 @CLOSE@}
 """
+"""Behind the products: v of the tile, by all threads of its blocks."""

@@ -101,11 +101,9 @@ class ClusterSplitK:
             _several_clusters(new, several, parts)
         else:
             if self.engine:
-                parts = tuple(range(1, CLUSTER + 1))
+                parts = tuple(range(1, most + 1))
                 new.param(RANK_BLOCKS.name, "split_k", (1, *blocks), 1)
-            few_enough = [n for n in parts if n <= most]
-            splits = dividing(w.in_features // 64, few_enough if self.engine else parts)
-            new.param(SPLIT_K.name, "split_k", splits, splits[-1] if self.engine else most)
+            new.param(SPLIT_K.name, "split_k", dividing(w.in_features // 64, parts), most)
         depths = dividing(w.in_features // EDGE, (4,) if self.warpgroups else (4, 8))
         new.param(K_TILES.name, "tile", depths, 4)
         if few:
