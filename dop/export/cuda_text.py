@@ -38,7 +38,7 @@ _SM90 = re.compile(
 
 
 ONE_GPU = re.compile(
-    r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.|\bdop_tensor_map [xa]\d?_box\d"
+    r"\bwgmma\.mma_async\b|\bsetmaxnreg\b|\btcgen05\.|\bdop_tensor_map [abxy]\d?_box\d"
 )
 """Instructions of one architecture only ("sm_90a"), or helpers made of such: compiled for another
 one, "sm_90" included, such a source stops with a trap. A pack ships its binary and not its text; a

@@ -196,6 +196,8 @@ class CudaLibrary(Library):
                 function = cuda_driver.Function(handle, launch.name)
                 if launch.dynamic_smem_bytes > 48 << 10:
                     function.allow_dynamic_smem(launch.dynamic_smem_bytes)
+                if tensor_map.wanted(launch.arguments):  # only such kernels have them
+                    function.allow_large_clusters()
                 functions.append(function)
             self._loaded[info.name] = functions
         return self._loaded[info.name]
@@ -222,7 +224,7 @@ def _parameter(
     if found is not None:
         sizes = {"tokens": counts["tokens"], "slots": counts["slots"]}
         what = tensor_map.of_workload(name, info.workload, **sizes)
-        return tensor_map.encode(what, pointers["a0" if found[0] == "a" else found[0]])
+        return tensor_map.encode(what, pointers[f"{found[0]}0" if found[0] in ("a", "b") else found[0]])
     stack = shift_of(name)
     if stack is not None:
         distance = pointers[stack] - pointers[f"{stack[0]}0"]

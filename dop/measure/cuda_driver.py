@@ -20,6 +20,7 @@ SHARED_SIZE_BYTES = 1
 LOCAL_SIZE_BYTES = 3
 NUM_REGS = 4
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 CAPTURE_RELAXED = 2
 
@@ -123,6 +124,10 @@ class Function:
     def allow_dynamic_smem(self, size_bytes: int) -> None:
         """Raises the limit of dynamic shared memory; needed above 48 KiB."""
         _call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, size_bytes)
+
+    def allow_large_clusters(self) -> None:
+        """Allows clusters of more blocks than every GPU with clusters can place, which are 8."""
+        _call("cuFuncSetAttribute", self.handle, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
 
     def launch(
         self,

@@ -350,6 +350,8 @@ class Loaded:
                 raise _Refused(Failure.CONSTRAINT, f"{launch.name}: {why}")
             if launch.dynamic_smem_bytes > 48 << 10:
                 function.allow_dynamic_smem(launch.dynamic_smem_bytes)
+            if tensor_map.wanted(launch.arguments):  # only such kernels have them
+                function.allow_large_clusters()
             self._most("registers", function.attribute(cuda.NUM_REGS))
             self._most("spill_bytes", function.attribute(cuda.LOCAL_SIZE_BYTES))
             self._most("smem_bytes", smem)

@@ -2,10 +2,11 @@
 TVM nor torch is imported.
 
 A kernel takes a map as a parameter of 128 bytes whose name says what is in it: `x_box128` is of x
-with boxes of 128 rows; `a_box64`, `a1_box64` and `a2_box64` are of the stacks A of the slices. A
-map has three axes: columns, rows and planes. Rows beyond the tensor's read as zeros. A box has 64
-columns, which are 128 bytes, the widest that shared memory swizzles. Everything but the tensor's
-address follows from the call site and the batch, and the driver puts it all together
+with boxes of 128 rows; `a_box64`, `a1_box64` and `a2_box64` are of the stacks A of the slices,
+`b_box64` and so on of their stacks B; `y_box72` is of y, which is read and written. A map has three
+axes: columns, rows and planes. Rows beyond the tensor's read as zeros and are not written. A box
+has 64 columns, which are 128 bytes, the widest that shared memory swizzles. Everything but the
+tensor's address follows from the call site and the batch, and the driver puts it all together
 (cuTensorMapEncodeTiled, from CUDA 12 on).
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,12 @@ ELEMENT_BYTES = 2
 Encoded = ctypes.Array[ctypes.c_uint64]
 """A map as a kernel takes it, aligned."""
 
-_NAME = re.compile(r"(x|a[12]?)_box([1-9]\d*)")
+_NAME = re.compile(r"(x|y|[ab][12]?)_box([1-9]\d*)")
 
 
 def parse(name: str) -> tuple[str, int] | None:
-    """Tensor ("x", or "a", "a1", "a2" for the stacks of the slices) and rows of a box of a kernel's
-    parameter; None if it is no map."""
+    """Tensor ("x", "y", or "a", "a1", "a2", "b", ... for the stacks of the slices) and rows of a box
+    of a kernel's parameter; None if it is no map."""
     match = _NAME.fullmatch(name)
     return (match[1], int(match[2])) if match else None
 
@@ -87,7 +88,14 @@ class TensorMap:
 
 
 def tensor_map(
-    name: str, *, dtype: str, in_features: int, rank: int, tokens: int, slots: int
+    name: str,
+    *,
+    dtype: str,
+    in_features: int,
+    out_features: Sequence[int],
+    rank: int,
+    tokens: int,
+    slots: int,
 ) -> TensorMap:
     """What a kernel's parameter asks for.
 
@@ -95,8 +103,9 @@ def tensor_map(
         name: of the parameter.
         dtype: element type.
         in_features: width of x.
+        out_features: width of each slice of y.
         rank: of the stacks.
-        tokens: rows of x.
+        tokens: rows of x and y.
         slots: adapters of a stack that tables may name.
 
     Raises:
@@ -108,15 +117,24 @@ def tensor_map(
     if dtype not in ELEMENT_KIND:
         raise ExportError(f"there are no tensor maps of {dtype}.", "Export the kernel again.")
     tensor, box_rows = found
-    rows, planes = (tokens, 1) if tensor == "x" else (rank, slots)
-    return TensorMap(tensor, ELEMENT_KIND[dtype], (in_features, rows, planes), box_rows)
+    slice_ = int(tensor[1:] or 0)
+    if slice_ >= len(out_features):
+        raise ExportError(f"{name!r} is of no slice.", "Export the kernel again.")
+    dims = {
+        "x": (in_features, tokens, 1),
+        "y": (sum(out_features), tokens, 1),
+        "a": (in_features, rank, slots),
+        "b": (rank, out_features[slice_], slots),
+    }
+    return TensorMap(tensor, ELEMENT_KIND[dtype], dims[tensor[0]], box_rows)
 
 
 def of_workload(name: str, workload: Workload, *, tokens: int, slots: int) -> TensorMap:
     """`tensor_map` of a workload's tensors."""
     w = workload
-    sizes = {"in_features": w.in_features, "rank": w.rank, "tokens": tokens, "slots": slots}
-    return tensor_map(name, dtype=w.dtype, **sizes)
+    sizes = {"rank": w.rank, "tokens": tokens, "slots": slots}
+    widths = {"in_features": w.in_features, "out_features": w.out_features}
+    return tensor_map(name, dtype=w.dtype, **widths, **sizes)
 
 
 def encoder() -> Any:

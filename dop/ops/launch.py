@@ -220,10 +220,11 @@ def map_places(
     if driver().encode is None:
         raise tensor_map.no_encoder(f"kernel {kernel.name} of {kernel.origin}")
     tokens, slots = batch
-    sizes = {"in_features": shape.in_features, "rank": shape.rank, "tokens": tokens, "slots": slots}
+    sizes = {"rank": shape.rank, "tokens": tokens, "slots": slots}
+    widths = {"in_features": shape.in_features, "out_features": shape.outs}
     end, found = max(places.values()) + 1, {}
     for name in kernel.maps:
-        what = tensor_map.tensor_map(name, dtype=DTYPES[shape.dtype], **sizes)
+        what = tensor_map.tensor_map(name, dtype=DTYPES[shape.dtype], **widths, **sizes)
         base, shift = places[what.tensor[0]], places.get(f"{what.tensor}_shift", 0)
         found[name] = MapPlace(end, base, shift, what)
         end += tensor_map.WORDS
@@ -340,6 +341,8 @@ class Driver:
         function.attribute(cuda_driver.NUM_REGS)
         if launch.dynamic_smem_bytes > DEFAULT_SMEM:
             function.allow_dynamic_smem(launch.dynamic_smem_bytes)
+        if tensor_map.wanted(launch.arguments):  # only such kernels have them
+            function.allow_large_clusters()
         assert function.handle.value is not None
         return function.handle.value
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -29,6 +30,7 @@ struct dim3 { unsigned x, y, z; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::max;
 using std::min;
 using __nv_bfloat16 = uint16_t;
 
@@ -47,6 +49,7 @@ struct Block {
   std::mutex lock;
   std::condition_variable moved;
   std::map<unsigned, Arrivals> arrivals;
+  std::map<int, std::unique_ptr<std::barrier<>>> some;  // barriers of some of the threads
   bool all;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<unsigned char> shared;
@@ -118,16 +121,16 @@ inline void dop_barrier_init(unsigned at, int wanted) {
   block->arrivals[at] = {wanted, wanted, 0, 0};
 }
 inline void dop_barriers_are_ready() {}
-inline void dop_barrier_change(unsigned at, int arrived, int bytes) {
-  std::lock_guard<std::mutex> held(block->lock);
-  Arrivals& one = block->arrivals.at(at);
+inline void dop_barrier_change(unsigned at, int arrived, int bytes, Block* of = block) {
+  std::lock_guard<std::mutex> held(of->lock);
+  Arrivals& one = of->arrivals.at(at);
   one.due -= arrived;
   one.bytes += bytes;
   if (one.due < 0) std::abort();
   if (one.due == 0 && one.bytes == 0) {
     one.due = one.wanted;
     one.phase ^= 1;
-    block->moved.notify_all();
+    of->moved.notify_all();
   }
 }
 inline void dop_barrier_arrive(unsigned at) { dop_barrier_change(at, 1, 0); }
@@ -137,6 +140,23 @@ inline void dop_barrier_wait(unsigned at, int parity) {
   std::unique_lock<std::mutex> held(block->lock);
   block->moved.wait(held, [&] { return block->arrivals.at(at).phase != parity; });
 }
+inline void dop_barrier_arrive_peer(unsigned at, int peer) {
+  dop_barrier_change(at, 1, 0, cluster->blocks.at(peer).get());
+}
+inline void dop_barrier_wait_peers(unsigned at, int parity) { dop_barrier_wait(at, parity); }
+inline void dop_sync_some(int barrier, int threads) {
+  std::barrier<>* one;
+  {
+    std::lock_guard<std::mutex> held(block->lock);
+    auto& found = block->some[barrier];
+    if (!found) found = std::make_unique<std::barrier<>>(threads);
+    one = found.get();
+  }
+  one->arrive_and_wait();
+}
+thread_local std::optional<std::barrier<>::arrival_token> arrived_in_cluster;
+inline void dop_cluster_arrive() { arrived_in_cluster.emplace(cluster->barrier.arrive()); }
+inline void dop_cluster_wait() { cluster->barrier.wait(std::move(*arrived_in_cluster)); }
 #define __grid_constant__
 // As the test fills it in; a real one has no fields.
 struct alignas(64) dop_tensor_map {
@@ -159,12 +179,34 @@ inline void dop_copy_box(unsigned to, const dop_tensor_map& map, int column, int
     }
   dop_barrier_change(barrier, 0, -128 * (int)map.box_rows);
 }
+inline void dop_copy_box_once(unsigned to, const dop_tensor_map& map, int column, int row, int plane,
+                              unsigned barrier) {
+  dop_copy_box(to, map, column, row, plane, barrier);
+}
+inline void dop_copy_box_kept(unsigned to, const dop_tensor_map& map, int column, int row, int plane,
+                              unsigned barrier) {
+  dop_copy_box(to, map, column, row, plane, barrier);
+}
+// Only boxes that lie in the tensor.
+inline void dop_store_box(const dop_tensor_map& map, int column, int row, int plane,
+                          unsigned from) {
+  if (!waited || from % 1024 || column % 8 || plane != 0 || row + map.box_rows > map.rows ||
+      column + 64 > map.columns)
+    std::abort();
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int c = 0; c < 64; c += 8)
+      std::memcpy(const_cast<char*>(map.from) + 2 * ((row + r) * map.columns + column + c),
+                  block->shared.data() + from + r * 128 + (c / 8 ^ r % 8) * 16, 16);
+}
+inline void dop_boxes_are_read() {}
 // wgmma of 64 rows, 16 of k and 8 * N ranks, both sides in shared memory, rows of 128 bytes.
 inline void dop_fence_copies() {}
+inline void dop_fence_all_copies() {}
 inline void dop_wgmma_begin() {}
 inline void dop_wgmma_commit() {}
 inline void dop_wgmma_wait() {}
-inline void dop_wgmma_wait_but_one() { warp->barrier.arrive_and_wait(); }
+// All four warps have multiplied what was in front of the last group.
+inline void dop_wgmma_wait_but_one() { dop_sync_some(100 + threadIdx.z / 4, 128); }
 template <int N>
 void emulated_wgmma(float (&sum)[N][4], unsigned long long x, unsigned long long a) {
   auto at = [](unsigned long long box, int row, int k) {
@@ -186,6 +228,10 @@ inline float4 dop_read_peer(unsigned at, int peer) {
   float4 value;
   std::memcpy(&value, cluster->blocks[peer]->shared.data() + at, 16);
   return value;
+}
+inline void dop_write_peer(unsigned at, int peer, unsigned x, unsigned y) {
+  const unsigned words[2] = {x, y};
+  std::memcpy(cluster->blocks.at(peer)->shared.data() + at, words, 8);
 }
 // Every lane gives its words, all of them see all.
 inline void exchange(const unsigned* words, int count, unsigned (&all)[32][8]) {
@@ -215,6 +261,26 @@ inline void dop_ldmatrix(unsigned (&words)[4], unsigned at) {
   const int lane = threadIdx.x;
   for (int m = 0; m < 4; ++m)
     std::memcpy(&words[m], block->shared.data() + all[m * 8 + lane / 4][0] + lane % 4 * 4, 4);
+}
+// Two boxes of eight rows of eight, whose rows are the lanes' columns.
+inline void dop_ldmatrix_turned(unsigned (&words)[2], unsigned at) {
+  unsigned all[32][8];
+  exchange(&at, 1, all);
+  const int lane = threadIdx.x;
+  for (int m = 0; m < 2; ++m)
+    for (int e = 0; e < 2; ++e)
+      std::memcpy((char*)&words[m] + 2 * e,
+                  block->shared.data() + all[m * 8 + lane % 4 * 2 + e][0] + lane / 4 * 2, 2);
+}
+inline void dop_stmatrix_turned(unsigned at, unsigned x, unsigned y) {
+  unsigned all[32][8];
+  exchange(&at, 1, all);
+  const unsigned words[2] = {x, y};
+  const int lane = threadIdx.x;
+  for (int m = 0; m < 2; ++m)
+    for (int e = 0; e < 2; ++e)
+      std::memcpy(block->shared.data() + all[m * 8 + lane % 4 * 2 + e][0] + lane / 4 * 2,
+                  (char*)&words[m] + 2 * e, 2);
 }
 // PTX ISA, "Matrix Fragments for mma.m16n8k16": element (row, k) of A, (k, column) of B.
 inline void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,

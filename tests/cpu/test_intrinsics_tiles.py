@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dop.lowering.cuda_launch import wait_first
 from dop.lowering.cuda_source import signatures
 from dop.lowering.intrinsics.engine_shrink import EngineShrink
+from dop.lowering.intrinsics.fused_engine import FusedEngine
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 from dop.measure.tensor_map import TensorMap, tensor_map, wanted
@@ -287,6 +288,7 @@ def test_engine_shrink(
     ((_, arguments),) = signatures(kernel)
     names = [name for name in arguments if wanted([name])]
     sizes = {"dtype": w.dtype, "in_features": width, "rank": rank, "tokens": tokens, "slots": 2}
+    sizes["out_features"] = w.out_features
     maps = np.zeros((3, 16), np.int64)
     for row, name, tensor in zip(maps, names, (x, *a), strict=True):
         row[:5] = _emulated_map(tensor_map(name, **sizes), tensor)
@@ -306,3 +308,113 @@ def test_engine_shrink(
     library = _library(tmp_path, kernel, launch, parameters)
     _call(library, maps, row_index, ranks, row0, tile_rows, SLOT, TILES, v, x)
     _check_v(v, x, a, ranks, (row_index, row0, tile_rows))
+
+
+FUSED = {
+    "one slice": (FusedEngine(Workload("o", 512, (256,), 64, "bfloat16"), 16, 2, 3), "straight"),
+    "rows apart": (FusedEngine(Workload("o", 512, (256,), 64, "bfloat16"), 16, 2, 3), "apart"),
+    "two slices": (
+        FusedEngine(Workload("two", 384, (256, 128), 128, "bfloat16"), 32, 2, 3),
+        "straight",
+    ),
+    "two slices, rows apart": (
+        FusedEngine(Workload("two", 256, (256, 128), 64, "bfloat16"), 48, 2, 4),
+        "apart",
+    ),
+    "four blocks": (
+        FusedEngine(Workload("o", 1024, (256,), 128, "bfloat16"), 16, 4, 3),
+        "straight",
+    ),
+    "two groups of ranks a warpgroup": (
+        FusedEngine(Workload("o", 256, (256,), 256, "bfloat16"), 16, 1, 2),
+        "straight",
+    ),
+    "three groups of ranks": (
+        FusedEngine(Workload("o", 384, (256,), 192, "bfloat16"), 32, 2, 3),
+        "apart",
+    ),
+    "no tables of ranks and scales": (
+        FusedEngine(Workload("o", 256, (128,), 64, "bfloat16"), 16, 1, 4),
+        "plain",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_engine(tmp_path: Path, name: str) -> None:
+    """A full tile, one that ends in the second warpgroup's rows, one that ends in the first's, and
+    one without rows. What lies beyond an adapter's rank is NaN in A and B; nothing but the tiles'
+    rows of y is written."""
+    k, how = FUSED[name]
+    w, height = k.workload, k.tile_rows
+    assert not k.problem
+    rng = np.random.default_rng(height)
+    tile_rows = np.array([height - 3, height, 0, 5], np.int32)
+    row0 = np.array([2, height - 1, 0, 2 * height], np.int32)
+    slot = np.array([1, 0, 0, 2], np.int32)
+    tiles, tokens = len(slot), 2 * height + 8
+    true = {64: (61, 64, 9), 128: (29, 128, 65), 192: (128, 192, 100), 256: (250, 256, 16)}[w.rank]
+    if how == "plain":
+        true = (w.rank,) * 3
+    ranks = np.array([true[n] for n in (0, 1, 0, 2)], np.int32)
+    scale = np.array([0.5, 2.0, 1.0, -1.0], np.float32)
+    row_index = np.arange(tokens, dtype=np.int32)
+    if how == "apart":
+        row_index = rng.permutation(tokens).astype(np.int32)
+    x = _bf16(rng.standard_normal((tokens, w.in_features), np.float32))
+    y = _bf16(rng.standard_normal((tokens, w.total_out), np.float32) * 8)
+    a = [_bf16(rng.standard_normal((3, w.rank, w.in_features), np.float32)) for _ in w.out_features]
+    b = [_bf16(rng.standard_normal((3, n, w.rank), np.float32)) for n in w.out_features]
+    for tile in (0, 1, 3):
+        for s in range(w.slices):
+            a[s][slot[tile], ranks[tile] :] = 0x7FC0
+            b[s][slot[tile], :, ranks[tile] :] = 0x7FC0
+    want, before = _float(y).copy(), y.copy()
+    for tile in (0, 1, 3):
+        mine = row_index[row0[tile] : row0[tile] + tile_rows[tile]]
+        factor = 1.0 if how == "plain" else scale[tile]
+        for s, offset in enumerate(w.offsets):
+            v = _float(x)[mine] @ _float(a[s])[slot[tile], : ranks[tile]].T
+            v = _float(_bf16(v))
+            update = v @ _float(b[s])[slot[tile], :, : ranks[tile]].T
+            want[mine, offset : offset + w.out_features[s]] += factor * update
+    kernel = wait_first(k.source("kernel"))
+    for macro, columns in (("DOP_SHRINK", k.shrink_rows), ("DOP_EXPAND", k.expand_rows)):
+        kernel = re.sub(
+            rf"#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define {macro}.*?#endif",
+            f"#define {macro}(sum, rows_at, columns_at) "
+            f"emulated_wgmma<{columns // 8}>(sum, rows_at, columns_at)",
+            kernel,
+            flags=re.DOTALL,
+        )
+    ((_, arguments),) = signatures(kernel)
+    names = [name for name in arguments if wanted([name])]
+    sizes = {"dtype": w.dtype, "in_features": w.in_features, "out_features": w.out_features}
+    sizes |= {"rank": w.rank, "tokens": tokens, "slots": 3}
+    maps = np.zeros((len(names), 16), np.int64)
+    tensors = {"x": x, "y": y, "a": a[0], "b": b[0], "a1": a[-1], "b1": b[-1]}
+    for row, one in zip(maps, names, strict=True):
+        row[:5] = _emulated_map(tensor_map(one, **sizes), tensors[one.split("_")[0]])
+    block = f"{{{k.block[0]}, {k.block[1]}, {k.block[2]}}}"
+    given = ", ".join(f"maps[{n}]" for n in range(len(names)))
+    tables = ("0", "0") if how == "plain" else ("tile_rank", "tile_scale")
+    launch = (
+        f"launch(1, {tiles * k.tile_blocks}, {block}, {k.smem_bytes}, [&] {{ "
+        "std::swap(blockIdx.x, blockIdx.y); std::swap(gridDim.x, gridDim.y); "
+        f"waited = false; x_begin = x; x_end = x + {x.size}; kernel("
+        f"row_index, {tables[0]}, tile_row0, tile_rows, {tables[1]}, tile_slot, y, x, {given}); "
+        f"if (!waited) std::abort(); }}, {k.cluster});"
+    )
+    parameters = (
+        "dop_tensor_map* given, int* row_index, int* tile_rank, int* tile_row0, int* tile_rows, "
+        "float* tile_scale, int* tile_slot, uint16_t* y, uint16_t* x"
+    )
+    room = f"dop_tensor_map maps[{len(names)}]; std::memcpy(maps, given, sizeof(maps)); "
+    library = _library(tmp_path, kernel, room + launch, parameters)
+    _call(library, maps, row_index, ranks, row0, tile_rows, scale, slot, y, x)
+    touched = np.zeros(tokens, bool)
+    for tile in (0, 1, 3):
+        touched[row_index[row0[tile] : row0[tile] + tile_rows[tile]]] = True
+    assert np.array_equal(y[~touched], before[~touched])
+    error = np.abs(_float(y) - want)
+    assert error.max() < 0.01 * np.abs(want).max()

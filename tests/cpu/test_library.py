@@ -243,7 +243,11 @@ def test_tensor_maps_are_made_for_a_launch(monkeypatch):
     driver, given = Library(), []
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
     monkeypatch.setattr(cuda_driver, "module", lambda image: nullcontext(image))
-    function = SimpleNamespace(launch=lambda *args: given.append(args[-1].values))
+    allowed = []
+    function = SimpleNamespace(
+        launch=lambda *args: given.append(args[-1].values),
+        allow_large_clusters=lambda: allowed.append(True),
+    )
     monkeypatch.setattr(cuda_driver, "Function", lambda module, name: function)
     one = Launch("k", ("tiles", "1", "1"), (32, 1, 1), 0, ("x_box64", "a_box16", "a1_box16", "x"))
     info = SimpleNamespace(name="kernel", workload=CUDA, launches=(one,), file="file")
@@ -264,8 +268,19 @@ def test_tensor_maps_are_made_for_a_launch(monkeypatch):
     ]
     assert driver.maps[4]["dims"] == (width, rank, loading.MOST_SLOTS)
     assert [list(v)[:2] for v in given[0][:3]] == [[0, 16], [1, 32], [2, 48]]
+    assert allowed == [True, True]  # once for each library
     library().launch(info, pointers, tokens=0, tiles=0, stream=7)
     assert len(given) == 2
+    fused = Launch("k", ("tiles", "1", "1"), (32, 1, 1), 0, ("b_box64", "b1_box64", "y_box8"))
+    info.launches = (fused,)
+    library().launch(info, {"b0": 64, "b1": 80, "y": 96}, tokens=6, tiles=6, stream=7, slots=5)
+    assert [(m["address"], m["dims"], m["box"]) for m in driver.maps[6:]] == [
+        (64, (rank, CUDA.out_features[0], 5), (64, 64, 1)),
+        (80, (rank, CUDA.out_features[1], 5), (64, 64, 1)),
+        (96, (CUDA.total_out, 6, 1), (64, 8, 1)),
+    ]
+    given.pop()
+    info.launches = (one,)
     monkeypatch.setattr(cuda_driver, "driver", lambda: object())
     with pytest.raises(ExportError, match=r"kernel of lib .*CUDA 12.*Update"):
         library().launch(info, pointers, tokens=6, tiles=6, stream=7)

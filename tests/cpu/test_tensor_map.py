@@ -36,11 +36,14 @@ def test_names():
         "a_box64": ("a", 64),
         "a1_box8": ("a1", 8),
         "a2_box256": ("a2", 256),
+        "b_box64": ("b", 64),
+        "b2_box64": ("b2", 64),
+        "y_box72": ("y", 72),
     }.items():
         assert tensor_map.parse(name) == found
         assert tensor_map.tensor_of(name) == found[0]
         assert tensor_map.wanted(["y", name])
-    for name in ("x", "a1_shift", "x_box", "x_box0", "x_box08", "a3_box64", "b_box8", "xx_box8"):
+    for name in ("x", "a1_shift", "x_box", "x_box0", "x_box08", "a3_box64", "y1_box8", "xx_box8"):
         assert tensor_map.parse(name) is None
         assert tensor_map.tensor_of(name) == name
         assert not tensor_map.wanted([name])
@@ -56,7 +59,8 @@ def test_everything_but_the_address_follows_from_the_call_and_the_batch():
         (128, 5120),
         128,
     )
-    a = tensor_map.of_workload("a2_box8", Workload("o", 64, (32,), 24, "float16"), **sizes)
+    three = Workload("o", 64, (32, 24, 40), 24, "float16")
+    a = tensor_map.of_workload("a2_box8", three, **sizes)
     assert (a.tensor, a.kind, a.dims, a.strides, a.box_rows) == (
         "a2",
         6,
@@ -64,7 +68,16 @@ def test_everything_but_the_address_follows_from_the_call_and_the_batch():
         (128, 3072),
         8,
     )
-    for name, dtype in (("x_box512", "float16"), ("x", "float16"), ("x_box8", "float32")):
+    for name, dims, strides in (
+        ("b_box64", (24, 32, 6), (48, 48 * 32)),
+        ("b1_box64", (24, 24, 6), (48, 48 * 24)),
+        ("b2_box64", (24, 40, 6), (48, 48 * 40)),
+        ("y_box64", (96, 40, 1), (192, 192 * 40)),
+    ):
+        found = tensor_map.of_workload(name, three, **sizes)
+        assert (found.tensor, found.dims, found.strides) == (name.split("_")[0], dims, strides)
+    refused = ("x_box512", "float16"), ("x", "float16"), ("x_box8", "float32"), ("b1_box8", "float16")
+    for name, dtype in refused:
         with pytest.raises(ExportError):
             tensor_map.of_workload(name, Workload("o", 64, (32,), 24, dtype), **sizes)
 

@@ -229,3 +229,94 @@ __device__ __forceinline__ void dop_copy_box(unsigned to, const dop_tensor_map& 
 }
 """
 """What a kernel whose copies the copy engine makes uses besides (sm_90a)."""
+
+FUSED_HELPERS = """\
+__device__ __forceinline__ void dop_cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dop_cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dop_sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void dop_barrier_arrive_peer(unsigned at, int block) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_barrier_wait_peers(unsigned at, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+                 "p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(at), "r"(parity)
+                 : "memory");
+  } while (!done);
+#endif
+}
+__device__ __forceinline__ void dop_write_peer(unsigned at, int block, unsigned x, unsigned y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(there), "r"(x), "r"(y)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_fence_all_copies() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dop_ldmatrix_turned(unsigned (&words)[2], unsigned at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void dop_stmatrix_turned(unsigned at, unsigned x, unsigned y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(x),
+               "r"(y) : "memory");
+#endif
+}
+// Boxes that L2 forgets first, or last: createpolicy's evict_first and evict_last for all of them.
+__device__ __forceinline__ void dop_copy_hinted_box(
+    unsigned to, const dop_tensor_map& map, int column, int row, int plane, unsigned barrier,
+    unsigned long long policy) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+               ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to), "l"(&map),
+               "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_copy_box_once(unsigned to, const dop_tensor_map& map,
+                                                  int column, int row, int plane,
+                                                  unsigned barrier) {
+  dop_copy_hinted_box(to, map, column, row, plane, barrier, 0x12f0000000000000ull);
+}
+__device__ __forceinline__ void dop_copy_box_kept(unsigned to, const dop_tensor_map& map,
+                                                  int column, int row, int plane,
+                                                  unsigned barrier) {
+  dop_copy_hinted_box(to, map, column, row, plane, barrier, 0x14f0000000000000ull);
+}
+__device__ __forceinline__ void dop_store_box(const dop_tensor_map& map, int column, int row,
+                                              int plane, unsigned from) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\\n"
+               "cp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(plane),
+               "r"(from) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_boxes_are_read() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+"""
+"""What a kernel that fuses both products uses besides those of the copy engine (sm_90a)."""
