@@ -77,7 +77,7 @@ FORMS = ("scaled_b", "near_rows")
 
 TILE_INTRINSICS = tuple(
     f"{tile}_{kind}"
-    for tile in ("register_update", "pipelined_product", "warpgroup_product")
+    for tile in ("register_update", "pipelined_product", "warpgroup_product", "cluster_update")
     for kind in ("f16", "bf16")
 )
 """Intrinsics that stand for a kernel's whole tile. TVM checks the schedule down to their loop;

@@ -181,25 +181,21 @@ def _generate_tiles(app: Application) -> Generated:
 
     tiles, program = read_tiles(app), app.program
     source = tiles.source
-    shrink, expand = tiles.shrink, tiles.expand
-    (first, given), (second, wanted) = signatures(source)
-    kernels = (
+    kernels = tuple(
         KernelLaunch(
-            *(first, shrink.grid, shrink.block, shrink.smem_bytes),
-            *(given, tiles.dependent == 2, tiles.dependent == EARLY),
-        ),
-        KernelLaunch(
-            *(second, expand.grid, expand.block, expand.smem_bytes),
-            *(wanted, tiles.dependent > 0),
-        ),
+            *(name, one.kernel.grid, one.kernel.block, one.kernel.smem_bytes),
+            *(arguments, one.dependent, one.early),
+        )
+        for (name, arguments), one in zip(signatures(source), tiles.kernels, strict=True)
     )
+    v = tiles.v_elements
     return Generated(
         "cuda",
         program.workload.key,
         program.tile_rows,
         source,
         kernels,
-        (Workspace("v", program.workload.dtype, tiles.shrink.v_elements),),
+        (Workspace("v", program.workload.dtype, v),) if v else (),
         b"",
         program.arguments,
     )

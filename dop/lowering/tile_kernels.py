@@ -2,7 +2,8 @@
 does it.
 
 A trace that tensorizes `accumulate` with register_update and `shrink_rf` with pipelined_product
-or warpgroup_product chooses them. Its steps are applied to the program like any others, so TVM has
+or warpgroup_product chooses two kernels; one with cluster_update and warpgroup_product, whose
+shrink is placed inside accumulate's tile, chooses one that does both. Its steps are applied to the program like any others, so TVM has
 checked that stages are placed where they can be and regions are what the intrinsics want; the
 intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
 streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
@@ -13,12 +14,14 @@ rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of few row
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
 from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
 from dop.lowering.intrinsics.engine_shrink import EngineShrink
+from dop.lowering.intrinsics.fused_engine import DEPTH, FusedEngine
 from dop.lowering.intrinsics.pipelined_shrink import PipelinedShrink
 from dop.lowering.intrinsics.register_expand import RegisterExpand
 from dop.space.early import EARLY
@@ -50,6 +53,30 @@ EARLY_LOADS = {
 which costs a trip to memory where a tile has few rows (decode)."""
 
 
+class TileKernel(Protocol):
+    """A kernel's intrinsic."""
+
+    @property
+    def grid(self) -> tuple[str, str, str]: ...
+    @property
+    def block(self) -> tuple[int, int, int]: ...
+    @property
+    def smem_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A kernel, how it follows the one before it in the stream.
+
+    Attributes:
+        dependent, early: as `codegen.KernelLaunch` has them.
+    """
+
+    kernel: TileKernel
+    dependent: bool
+    early: bool = False
+
+
 @dataclass(frozen=True)
 class TileKernels:
     """Both kernels of a trace.
@@ -61,6 +88,17 @@ class TileKernels:
     shrink: PipelinedShrink
     expand: RegisterExpand
     dependent: int
+
+    @property
+    def kernels(self) -> tuple[Placed, ...]:
+        """In the order of their launches."""
+        first = Placed(self.shrink, self.dependent == 2, self.dependent == EARLY)
+        return first, Placed(self.expand, self.dependent > 0)
+
+    @property
+    def v_elements(self) -> str:
+        """Elements of the workspace v."""
+        return self.shrink.v_elements
 
     @property
     def source(self) -> str:
@@ -93,12 +131,50 @@ class TileKernels:
         )
 
 
-def read_tiles(app: Application) -> TileKernels:
+@dataclass(frozen=True)
+class FusedTile:
+    """The kernel of a trace that has one for both halves.
+
+    Attributes:
+        dependent: value of PR dependent_launch.
+    """
+
+    fused: FusedEngine
+    dependent: int
+
+    @property
+    def kernels(self) -> tuple[Placed, ...]:
+        """The one."""
+        return (Placed(self.fused, self.dependent == 2),)
+
+    @property
+    def v_elements(self) -> str:
+        """v is no workspace."""
+        return ""
+
+    @property
+    def source(self) -> str:
+        """CUDA C++."""
+        kernel = self.fused.source(NAMES[0])
+        return (
+            INCLUDES[self.fused.workload.dtype]
+            + device_helpers.HELPERS
+            + device_helpers.CLUSTER_HELPERS
+            + device_helpers.ENGINE_HELPERS
+            + device_helpers.FUSED_HELPERS
+            + (HELPERS if self.dependent else "")
+            + (wait_first(kernel) if self.dependent else kernel)
+        )
+
+
+def read_tiles(app: Application) -> TileKernels | FusedTile:
     """The intrinsics' numbers.
 
     Raises:
         TraceError: only one of the two is there, or the loops around one are not as it wants.
     """
+    if "cluster_update" in app.tiles:
+        return _read_fused(app)
     product = "warpgroup_product" if "warpgroup_product" in app.tiles else "pipelined_product"
     if set(app.tiles) != {"register_update", product}:
         raise TraceError(f"{', '.join(app.tiles)} wants the other half's intrinsic beside it.")
@@ -159,6 +235,24 @@ def read_tiles(app: Application) -> TileKernels:
     if not whole or any(width % expand.columns for width in workload.out_features):
         raise TraceError("warps of register_update leave rows or columns over.")
     return TileKernels(shrink, expand, app.dependent_launch)
+
+
+def _read_fused(app: Application) -> FusedTile:
+    """The numbers of the kernel that does both halves."""
+    if set(app.tiles) != {"cluster_update", "warpgroup_product"}:
+        raise TraceError("cluster_update wants warpgroup_product beside it.")
+    workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
+    _, blocks, chunks, *chunk = _loops(app, "cluster_update", 5)
+    _, part, steps, *step = _loops(app, "warpgroup_product", 8)
+    fused = FusedEngine(workload, rows, part, hints.get(("shrink_rf", "pipeline_depth"), 2))
+    if fused.problem:
+        raise TraceError(f"cluster_update: {fused.problem}.")
+    if not hints.get(("shrink_rf", "engine"), 0) or app.dependent_launch not in (0, 2):
+        raise TraceError("cluster_update wants engine, and dependent_launch 0 or 2.")
+    whole = blocks == part and chunks == sum(fused.chunks) and chunk == [rows, DEPTH]
+    if not whole or (steps, step) != (fused.steps, [workload.slices, 1, rows, workload.rank, DEPTH]):
+        raise TraceError("blocks of cluster_update leave rows, ranks or columns over.")
+    return FusedTile(fused, app.dependent_launch)
 
 
 def _loops(app: Application, tile: str, count: int) -> tuple[int, ...]:

@@ -40,6 +40,15 @@ from dop.space.rules.tensor_core_expand import (
     MatrixTiles,
     StagedB,
 )
+from dop.space.rules.tensor_core_fused import (
+    FusedA,
+    FusedB,
+    FusedColumns,
+    FusedProduct,
+    FusedShrink,
+    FusedTiles,
+    FusedX,
+)
 from dop.space.rules.tensor_core_registers import (
     RegisterB,
     RegisterColumns,
@@ -92,6 +101,13 @@ RULES: tuple[Rule, ...] = (
     ClusterSplitK("warpgroup_engine", warpgroups=True, engine=True),
     ClusterA(),
     ClusterX(),
+    FusedTiles(),
+    FusedColumns(),
+    FusedProduct(),
+    FusedB(),
+    FusedShrink(),
+    FusedA(),
+    FusedX(),
     TileForm("few_rows", (2, 4, 8), 4, "cpu"),
     TileForm("single_rows", (1,), 1, "cpu"),
     TileForm("many_rows", (16, 32, 64), 32, "cpu"),

@@ -128,7 +128,8 @@ class MatrixColumns:
     def apply(self, state: SketchState) -> list[SketchState]:
         common = math.gcd(*state.workload.out_features)
         choices = dividing(common, (32, 64, 128, 256, 512))
-        if "matrix" not in state.notes or "wide" in state.notes or not choices:
+        other = "wide" in state.notes or "fused" in state.notes
+        if "matrix" not in state.notes or other or not choices:
             return []
         new = state.fork(self.name)
         new.notes["staged"] = 1
