@@ -134,6 +134,7 @@ inline void dop_barrier_change(unsigned at, int arrived, int bytes, Block* of = 
   }
 }
 inline void dop_barrier_arrive(unsigned at) { dop_barrier_change(at, 1, 0); }
+inline void dop_barrier_arrive_times(unsigned at, int times) { dop_barrier_change(at, times, 0); }
 inline void dop_barrier_arrive_with(unsigned at, int bytes) { dop_barrier_change(at, 1, bytes); }
 inline void dop_barrier_arrive_behind_copies(unsigned at) { dop_barrier_change(at, 1, 0); }
 inline void dop_barrier_wait(unsigned at, int parity) {
@@ -187,31 +188,25 @@ inline void dop_copy_box_kept(unsigned to, const dop_tensor_map& map, int column
                               unsigned barrier) {
   dop_copy_box(to, map, column, row, plane, barrier);
 }
-// Only boxes that lie in the tensor.
-inline void dop_store_box(const dop_tensor_map& map, int column, int row, int plane,
-                          unsigned from) {
-  if (!waited || from % 1024 || column % 8 || plane != 0 || row + map.box_rows > map.rows ||
-      column + 64 > map.columns)
-    std::abort();
-  for (int r = 0; r < map.box_rows; ++r)
-    for (int c = 0; c < 64; c += 8)
-      std::memcpy(const_cast<char*>(map.from) + 2 * ((row + r) * map.columns + column + c),
-                  block->shared.data() + from + r * 128 + (c / 8 ^ r % 8) * 16, 16);
-}
-inline void dop_boxes_are_read() {}
 // wgmma of 64 rows, 16 of k and 8 * N ranks, both sides in shared memory, rows of 128 bytes.
 inline void dop_fence_copies() {}
-inline void dop_fence_all_copies() {}
 inline void dop_wgmma_begin() {}
 inline void dop_wgmma_commit() {}
 inline void dop_wgmma_wait() {}
 // All four warps have multiplied what was in front of the last group.
 inline void dop_wgmma_wait_but_one() { dop_sync_some(100 + threadIdx.z / 4, 128); }
+// As the descriptors say, eight rows of eight may be 128 bytes instead.
 template <int N>
 void emulated_wgmma(float (&sum)[N][4], unsigned long long x, unsigned long long a) {
   auto at = [](unsigned long long box, int row, int k) {
-    unsigned place = (unsigned)(box & 0x3fff) * 16 + row * 128 + k * 2;
-    place ^= (place >> 7 & 7) << 4;
+    unsigned place = (unsigned)(box & 0x3fff) * 16;
+    if (box >> 62) {
+      place += row * 128 + k * 2;
+      place ^= (place >> 7 & 7) << 4;
+    } else {
+      place += (box >> 16 & 0x3fff) * 16 * (k / 8) + (box >> 32 & 0x3fff) * 16 * (row / 8);
+      place += row % 8 * 16 + k % 8 * 2;
+    }
     uint16_t value;
     std::memcpy(&value, block->shared.data() + place, 2);
     return low(value);
@@ -229,9 +224,27 @@ inline float4 dop_read_peer(unsigned at, int peer) {
   std::memcpy(&value, cluster->blocks[peer]->shared.data() + at, 16);
   return value;
 }
-inline void dop_write_peer(unsigned at, int peer, unsigned x, unsigned y) {
-  const unsigned words[2] = {x, y};
-  std::memcpy(cluster->blocks.at(peer)->shared.data() + at, words, 8);
+// Addresses of other blocks of the cluster: their number above 24 bits.
+inline unsigned dop_peer(unsigned at, int peer) {
+  cluster->blocks.at(peer);
+  return at | (unsigned)peer << 24;
+}
+inline void dop_send(unsigned to, unsigned barrier, const void* from, int bytes) {
+  Block* there = cluster->blocks.at(to >> 24).get();
+  if (to >> 24 != barrier >> 24 || (to & 0xffffff) + bytes > there->shared.size()) std::abort();
+  std::memcpy(there->shared.data() + (to & 0xffffff), from, bytes);
+  dop_barrier_change(barrier & 0xffffff, 0, -bytes, there);
+}
+inline void dop_push(unsigned to, unsigned barrier, float x, float y) {
+  const float words[2] = {x, y};
+  dop_send(to, barrier, words, 8);
+}
+inline void dop_push(unsigned to, unsigned barrier, float x, float y, float z, float w) {
+  const float words[4] = {x, y, z, w};
+  dop_send(to, barrier, words, 16);
+}
+inline void dop_copy_to_peer(unsigned to, unsigned from, int bytes, unsigned barrier) {
+  dop_send(to, barrier, block->shared.data() + from, bytes);
 }
 // Every lane gives its words, all of them see all.
 inline void exchange(const unsigned* words, int count, unsigned (&all)[32][8]) {
@@ -272,15 +285,19 @@ inline void dop_ldmatrix_turned(unsigned (&words)[2], unsigned at) {
       std::memcpy((char*)&words[m] + 2 * e,
                   block->shared.data() + all[m * 8 + lane % 4 * 2 + e][0] + lane / 4 * 2, 2);
 }
-inline void dop_stmatrix_turned(unsigned at, unsigned x, unsigned y) {
+inline void dop_stmatrix_turned(unsigned at, const unsigned* words, int boxes) {
   unsigned all[32][8];
   exchange(&at, 1, all);
-  const unsigned words[2] = {x, y};
   const int lane = threadIdx.x;
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < boxes; ++m)
     for (int e = 0; e < 2; ++e)
       std::memcpy(block->shared.data() + all[m * 8 + lane % 4 * 2 + e][0] + lane / 4 * 2,
-                  (char*)&words[m] + 2 * e, 2);
+                  (const char*)&words[m] + 2 * e, 2);
+}
+inline void dop_stmatrix_turned(unsigned at, unsigned x) { dop_stmatrix_turned(at, &x, 1); }
+inline void dop_stmatrix_turned(unsigned at, unsigned x, unsigned y) {
+  const unsigned words[2] = {x, y};
+  dop_stmatrix_turned(at, words, 2);
 }
 // PTX ISA, "Matrix Fragments for mma.m16n8k16": element (row, k) of A, (k, column) of B.
 inline void dop_mma_bf16(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,

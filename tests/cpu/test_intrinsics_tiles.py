@@ -333,6 +333,18 @@ FUSED = {
         FusedEngine(Workload("o", 384, (256,), 192, "bfloat16"), 32, 2, 3),
         "apart",
     ),
+    "eight ranks a block": (
+        FusedEngine(Workload("o", 1024, (512,), 64, "bfloat16"), 32, 8, 4),
+        "straight",
+    ),
+    "sums apart, rows apart": (
+        FusedEngine(Workload("o", 1024, (512,), 128, "bfloat16"), 24, 4, 2, apart=True, hints=True),
+        "apart",
+    ),
+    "24 ranks a block": (
+        FusedEngine(Workload("o", 1024, (512,), 192, "bfloat16"), 16, 8, 3, apart=True),
+        "straight",
+    ),
     "no tables of ranks and scales": (
         FusedEngine(Workload("o", 256, (128,), 64, "bfloat16"), 16, 1, 4),
         "plain",
@@ -379,7 +391,7 @@ def test_fused_engine(tmp_path: Path, name: str) -> None:
             update = v @ _float(b[s])[slot[tile], :, : ranks[tile]].T
             want[mine, offset : offset + w.out_features[s]] += factor * update
     kernel = wait_first(k.source("kernel"))
-    for macro, columns in (("DOP_SHRINK", k.shrink_rows), ("DOP_EXPAND", k.expand_rows)):
+    for macro, columns in (("DOP_SHRINK", k.shrink_rows), ("DOP_EXPAND", height)):
         kernel = re.sub(
             rf"#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define {macro}.*?#endif",
             f"#define {macro}(sum, rows_at, columns_at) "

@@ -231,9 +231,10 @@ __device__ __forceinline__ void dop_copy_box(unsigned to, const dop_tensor_map& 
 """What a kernel whose copies the copy engine makes uses besides (sm_90a)."""
 
 FUSED_HELPERS = """\
+// The two halves of a barrier that orders no memory.
 __device__ __forceinline__ void dop_cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void dop_cluster_wait() {
@@ -262,22 +263,49 @@ __device__ __forceinline__ void dop_barrier_wait_peers(unsigned at, int parity) 
   } while (!done);
 #endif
 }
-__device__ __forceinline__ void dop_write_peer(unsigned at, int block, unsigned x, unsigned y) {
+__device__ __forceinline__ void dop_barrier_arrive_times(unsigned at, int times) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(there), "r"(x), "r"(y)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(at), "r"(times) : "memory");
 #endif
 }
-__device__ __forceinline__ void dop_fence_all_copies() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("fence.proxy.async;" ::: "memory");
+__device__ __forceinline__ unsigned dop_peer(unsigned at, int block) {
+  unsigned there = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+#endif
+  return there;
+}
+// Sums to a peer's shared memory, and their bytes to its barrier.
+__device__ __forceinline__ void dop_push(unsigned to, unsigned barrier, float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+               "[%0], {%2, %3}, [%1];" ::"r"(to), "r"(barrier), "f"(x), "f"(y) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_push(unsigned to, unsigned barrier, float x, float y, float z,
+                                         float w) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+               "[%0], {%2, %3, %4, %5}, [%1];" ::"r"(to), "r"(barrier), "f"(x), "f"(y), "f"(z),
+               "f"(w) : "memory");
+#endif
+}
+__device__ __forceinline__ void dop_copy_to_peer(unsigned to, unsigned from, int bytes,
+                                                 unsigned barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(barrier) : "memory");
 #endif
 }
 __device__ __forceinline__ void dop_ldmatrix_turned(unsigned (&words)[2], unsigned at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void dop_stmatrix_turned(unsigned at, unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(x)
+               : "memory");
+#endif
 }
 __device__ __forceinline__ void dop_stmatrix_turned(unsigned at, unsigned x, unsigned y) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -304,19 +332,6 @@ __device__ __forceinline__ void dop_copy_box_kept(unsigned to, const dop_tensor_
                                                   int column, int row, int plane,
                                                   unsigned barrier) {
   dop_copy_hinted_box(to, map, column, row, plane, barrier, 0x14f0000000000000ull);
-}
-__device__ __forceinline__ void dop_store_box(const dop_tensor_map& map, int column, int row,
-                                              int plane, unsigned from) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\\n"
-               "cp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(plane),
-               "r"(from) : "memory");
-#endif
-}
-__device__ __forceinline__ void dop_boxes_are_read() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
 }
 """
 """What a kernel that fuses both products uses besides those of the copy engine (sm_90a)."""

@@ -1,20 +1,23 @@
 """Block-level intrinsic: a whole add_lora of tiles of many rows in one kernel (sm_90a).
 
-A cluster of blocks does one tile and one slice. Each block computes shrink over its part of k, the
-blocks add up their sums through distributed shared memory, each keeps all of the tile's v in its
-own, and then does expand for its part of the slice's columns, 64 at a time. The copy engine (TMA)
-brings everything through one ring of stages: x and A for a step of shrink, B and y's old values for
-a chunk of columns, which have as many bytes; so B and y are on their way while v is being made.
-Sums are exchanged where the ring's first `overlay` stages are, which shrink's last steps leave.
+A cluster of blocks does one tile and one slice. Each block computes shrink over its part of k and
+sends its sums, as they lie in registers, to the block of the cluster that adds up those ranks
+(st.async into distributed shared memory, 8 or 16 ranks at a time); that block sends what it has
+made of v to all others. Each then has the tile's v in its shared memory, and does expand for its
+part of the slice's columns, 64 at a time. The copy engine (TMA) brings everything through one ring
+of stages: x and A for a step of shrink, B and y's old values for a chunk of columns, which have as
+many bytes; so B and y are on their way while v is being made. The sums have a place of their own,
+or that of the ring's first `overlay` stages, which shrink's last steps leave.
 
 wgmma has ranks (shrink) or columns (expand) as its 64 rows and tokens as its columns: a tile may
-have any multiple of 16 rows. A warpgroup takes some of the 64-rank groups and some of the tokens in
-shrink, and some of the tokens in expand.
+have any multiple of 8 or 16 rows. A warpgroup takes some of the 64-rank groups and some of the
+tokens in shrink, and every other chunk in expand.
 
 Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
-warps that ask the engine gather those of x and y by 16 bytes, and y is written by rows; so it is
-where a tile ends within a warpgroup's tokens. What an adapter of less than the stack's rank has
-beyond its rank may be anything: such ranks of v are set to zero, and so are B's in shared memory.
+warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
+and never beyond the tile's: 128 bytes of each, which is faster than the engine's way with a fence
+in front of it. What an adapter of less than the stack's rank has beyond its rank may be anything:
+such ranks of v are set to zero, and so are B's in shared memory.
 
 The maps that the kernel takes: dop/measure/tensor_map.py.
 """
@@ -32,10 +35,10 @@ WARPGROUP = 128
 DEPTH = 64
 """Elements of k of a step, columns of a chunk, and ranks of a group: 128 bytes."""
 ROW_BYTES = 2 * DEPTH
-MAX_RANK = 256
-"""Rows of a box."""
-SUM_PAD = 4
-"""Floats between the rows of sums, against bank conflicts."""
+MAX_RANK = MAX_ROWS = 256
+"""Rows of a box, and columns of wgmma."""
+BARRIERS = 32
+"""Bytes of the barriers that no stage has."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class FusedEngine:
         tile_rows: rows of a tile, a multiple of 16.
         cluster: blocks of a cluster; parts of k and of a slice's columns.
         stages: steps or chunks in flight.
+        apart: the sums do not wait for the stages whose place they would take.
+        hints: L2 is told to keep A and to forget x and y.
         warpgroups: that multiply.
     """
 
@@ -53,6 +58,8 @@ class FusedEngine:
     tile_rows: int
     cluster: int
     stages: int
+    apart: bool = False
+    hints: bool = False
     warpgroups: int = 2
 
     @property
@@ -71,14 +78,14 @@ class FusedEngine:
         return self.tile_rows * self.rank_groups // self.warpgroups
 
     @property
-    def expand_rows(self) -> int:
-        """Tokens of a warpgroup in expand."""
-        return self.tile_rows // self.warpgroups
+    def share(self) -> int:
+        """Ranks that a block adds up."""
+        return self.workload.rank // self.cluster
 
     @property
     def sums(self) -> int:
-        """Sums of a thread: those of shrink, which are more."""
-        return self.group_ranks * self.shrink_rows // 2
+        """Sums of a thread."""
+        return max(self.group_ranks * self.shrink_rows, self.tile_rows) // 2
 
     @property
     def steps(self) -> int:
@@ -98,7 +105,11 @@ class FusedEngine:
     @property
     def overlay(self) -> int:
         """Stages whose place the sums take."""
-        return -(-4 * self.tile_rows * (self.workload.rank + SUM_PAD) // self.stage_bytes)
+        return 0 if self.apart else -(-self._sums_bytes // self.stage_bytes)
+
+    @property
+    def _sums_bytes(self) -> int:
+        return 4 * self.tile_rows * self.workload.rank
 
     @property
     def threads(self) -> int:
@@ -122,7 +133,7 @@ class FusedEngine:
 
     @property
     def _v_at(self) -> int:
-        return self.stages * self.stage_bytes
+        return self.stages * self.stage_bytes + (self._sums_bytes if self.apart else 0)
 
     @property
     def _barriers_at(self) -> int:
@@ -130,9 +141,9 @@ class FusedEngine:
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory: the ring, v, two barriers of 8 bytes for each stage, and two
+        """Dynamic shared memory: the ring, v, two barriers of 8 bytes for each stage, and some
         more."""
-        return self._barriers_at + 16 * self.stages + 16
+        return self._barriers_at + 16 * self.stages + BARRIERS
 
     @property
     def problem(self) -> str:
@@ -142,8 +153,10 @@ class FusedEngine:
             return f"rank {w.rank}"
         if any(n % unit for n in (w.in_features, *w.out_features)):
             return "columns left over by the cluster"
-        if self.tile_rows % (8 * self.warpgroups) or self.tile_rows % 16:
+        if self.tile_rows % 8 or self.shrink_rows % 8 or self.tile_rows > MAX_ROWS:
             return "rows left over by the warpgroups"
+        if self.share % 8:
+            return "ranks left over by the cluster"
         if self.steps < self.overlay or self.stages <= self.overlay:
             return "sums that no steps leave room for"
         return ""
@@ -161,7 +174,7 @@ class FusedEngine:
         slices = ["", *map(str, range(1, self.workload.slices))]
         a = (f"a{s}_box{self.workload.rank}" for s in slices)
         b = (f"b{s}_box{DEPTH}" for s in slices)
-        return (f"x_box{self.tile_rows}", *a, *b, f"y_box{self.expand_rows}")
+        return (f"x_box{self.tile_rows}", *a, *b, f"y_box{self.tile_rows}")
 
     def _values(self) -> dict[str, str | int]:
         """What stands for the names in the text."""
@@ -169,7 +182,7 @@ class FusedEngine:
         kind = {"bfloat16": "bf16", "float16": "f16"}[w.dtype]
         return {
             "SHRINK": _wgmma("DOP_SHRINK", self.shrink_rows, kind),
-            "EXPAND": _wgmma("DOP_EXPAND", self.expand_rows, kind),
+            "EXPAND": _wgmma("DOP_EXPAND", self.tile_rows, kind),
             "MAPS": ",\n    ".join(f"const __grid_constant__ dop_tensor_map {m}" for m in maps),
             "FETCH_MAPS": "".join(f"    dop_prefetch_map({m});\n" for m in maps),
             "X_MAP": maps[0],
@@ -196,14 +209,19 @@ class FusedEngine:
             "K": w.in_features,
             "N": w.total_out,
             "STEPS": self.steps,
+            "FIRST": min(self.steps, self.stages),
             "OVERLAY": self.overlay,
             "SHIFT": (self.overlay - self.steps) % self.stages,
-            "SUM_ROW": w.rank + SUM_PAD,
+            "SUMS_AT": self.stages * self.stage_bytes if self.apart else 0,
+            "SHARE": self.share,
+            "UNIT": 16 if self.share % 16 == 0 else 8,
+            "SUBS": self.share // (16 if self.share % 16 == 0 else 8),
             "RANK_GROUPS": self.rank_groups,
             "MI": self.group_ranks,
             "SHRINK_ROWS": self.shrink_rows,
-            "EXPAND_ROWS": self.expand_rows,
-            "ROW_COPIES": self.tile_rows // (4 * COPY_WARPS),
+            "ROW_COPIES": -(-self.tile_rows // (4 * COPY_WARPS)),
+            "KEPT": "_kept" if self.hints else "",
+            "ONCE": "_once" if self.hints else "",
         }
 
 
@@ -240,7 +258,8 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const int lane = threadIdx.x, warp = threadIdx.z, thread = warp * 32 + lane;
   const unsigned base = dop_shared_address(dop_shared), v_shared = base + @V_AT@;
   const unsigned full = base + @BARRIERS_AT@, empty = full + @STAGES@ * 8;
-  const unsigned sums_ready = empty + @STAGES@ * 8, v_ready = sums_ready + 8;
+  const unsigned first_a = empty + @STAGES@ * 8, sums_ready = first_a + 8;
+  const unsigned v_ready = first_a + 16, all_shrunk = first_a + 24;
   if (thread == @MULTIPLYING@) {
 @FETCH_MAPS@  }
   dop_dependents_may_start();
@@ -256,6 +275,17 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const int rank = tile_rank_ptr ? min(given_rank, @R@) : @R@;
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
   const int chunks = @CHUNKS@, offset = @OFFSET@;
+  if (thread == @MULTIPLYING@) {
+    // The first steps' A does not wait for the rows' tokens.
+    dop_barrier_init(first_a, 1);
+    dop_barriers_are_ready();
+    dop_barrier_arrive_with(first_a, @FIRST@ * @R@ * 128);
+    for (int step = 0; step < @FIRST@; ++step) {
+      const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
+      dop_copy_box@KEPT@(base + stage * @STAGE_BYTES@ + @X_BYTES@, @A_MAP@,
+                         (part * @STEPS@ + step) * 64, 0, slot, first_a);
+    }
+  }
   // Whether the tile's rows of x and y lie one behind the other.
   const int token0 = dop_table(row_index_ptr + row0);
   bool straight = true;
@@ -266,11 +296,14 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll
     for (int stage = 0; stage < @STAGES@; ++stage) {
       dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);
-      dop_barrier_init(empty + stage * 8, @GROUPS@);
+      dop_barrier_init(empty + stage * 8, @GROUPS@ * 4);
     }
-    dop_barrier_init(sums_ready, @CLUSTER@);
-    dop_barrier_init(v_ready, @CLUSTER@);
+    dop_barrier_init(sums_ready, 1);
+    dop_barrier_init(v_ready, 1);
+    dop_barrier_init(all_shrunk, @CLUSTER@);
     dop_barriers_are_ready();
+    dop_barrier_arrive_with(sums_ready, @TM@ * @R@ * 4);
+    dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
   }
   __syncthreads();
   dop_cluster_arrive();
@@ -293,20 +326,15 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
       const int column = (part * chunks + step - @STEPS@) * 64;
       if (step >= @STAGES@) dop_barrier_wait(empty + stage * 8, (step / @STAGES@ - 1) & 1);
       if (copier == 0) {
-        const int weights = step < @STEPS@ ? @R@ * 128 : boxes * 8192;
+        const int weights = step < @FIRST@ ? 0 : step < @STEPS@ ? @R@ * 128 : boxes * 8192;
         dop_barrier_arrive_with(ready, straight ? weights + @X_BYTES@ : weights);
         if (step < @STEPS@) {
-          dop_copy_box_kept(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
-          if (straight) dop_copy_box_once(at, @X_MAP@, k, token0, 0, ready);
+          if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
+          if (straight) dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
         } else {
           for (int box = 0; box < boxes; ++box)
             dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
-          if (straight) {
-#pragma unroll
-            for (int group = 0; group < @GROUPS@; ++group)
-              dop_copy_box(at + group * (@EXPAND_ROWS@ * 128), @Y_MAP@, offset + column,
-                           token0 + group * @EXPAND_ROWS@, 0, ready);
-          }
+          if (straight) dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
         }
       }
       if (!straight) {
@@ -315,8 +343,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll
         for (int c = 0; c < @ROW_COPIES@; ++c) {
           const int row = copier / 8 + c * (@COPYING@ / 8);
-          dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
-                   from + max(token[c], 0) * width + piece * 8, token[c] < 0 ? 0 : 16);
+          if (row < @TM@)
+            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
+                     from + max(token[c], 0) * width + piece * 8, token[c] < 0 ? 0 : 16);
         }
         dop_barrier_arrive_behind_copies(ready);
       }
@@ -325,13 +354,17 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_wait_but<0>();
     __syncwarp();
     dop_cluster_wait();
+    dop_cluster_arrive();
+    dop_cluster_wait();
     return;
   }
 @SHRINK@
 @EXPAND@
   // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
   const unsigned long long layout = 1ull << 62 | 64ull << 32 | 1ull << 16;
-  const int group = warp / 4, quarter = warp % 4, g = lane >> 2, q = lane & 3;
+  // v: eight tokens by eight ranks are 128 bytes, the next tokens' behind them, then the next ranks'.
+  const unsigned long long v_layout = 8ull << 32 | (unsigned long long)@TM@ << 16;
+  const int group = warp / 4, quarter = warp % 4, g = lane >> 2;
   {
     const int first_rank = group % @RANK_GROUPS@ * (@MI@ * 64);
     const int first_row = group / @RANK_GROUPS@ * @SHRINK_ROWS@;
@@ -344,6 +377,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
       }
     }
+    dop_barrier_wait(first_a, 0);
 #pragma unroll 1
     for (int step = 0; step < @STEPS@; ++step) {
       const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
@@ -361,85 +395,100 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
       }
       dop_wgmma_commit();
       dop_wgmma_wait_but_one();
-      if (step > 0 && step <= @STEPS@ - @OVERLAY@ && thread % 128 == 0)
+      if (step > 0 && step <= @STEPS@ - @OVERLAY@ && lane == 0)
         dop_barrier_arrive(empty + (unsigned)(step - 1 + @SHIFT@) % @STAGES@ * 8);
     }
     dop_wgmma_wait();
+#if @OVERLAY@
+    // No block's last steps are in the place of the sums any more.
     dop_sync_some(1, @MULTIPLYING@);
-    // The last steps' places are the ring's first.
-    float* sums = reinterpret_cast<float*>(dop_shared);
+    dop_cluster_wait();
+    if (thread < @CLUSTER@) dop_barrier_arrive_peer(all_shrunk, thread);
+    __syncwarp();
+    dop_barrier_wait_peers(all_shrunk, 0);
+#else
+    if (lane == 0) dop_barrier_arrive(empty + (unsigned)(@STEPS@ - 1 + @SHIFT@) % @STAGES@ * 8);
+    dop_cluster_wait();
+#endif
+    // To the block that adds up these ranks: [part][@UNIT@ ranks][8 tokens][lane].
 #pragma unroll
     for (int m = 0; m < @MI@; ++m) {
 #pragma unroll
-      for (int n = 0; n < @SHRINK_ROWS@ / 8; ++n) {
-        const int row = first_row + n * 8 + q * 2, r = first_rank + m * 64 + quarter * 16 + g;
-        float* to = sums + row * @SUM_ROW@ + r;
-        to[0] = sum[m][n][0];
-        to[@SUM_ROW@] = sum[m][n][1];
-        to[8] = sum[m][n][2];
-        to[@SUM_ROW@ + 8] = sum[m][n][3];
+      for (int h = 0; h < 16 / @UNIT@; ++h) {
+        const int unit = (first_rank / 16 + m * 4 + quarter) * (16 / @UNIT@) + h;
+        const int place = (part * @SUBS@ + unit % @SUBS@) * (@TM@ / 8) + first_row / 8;
+        const unsigned to = dop_peer(
+            base + @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@, unit / @SUBS@);
+        const unsigned there = dop_peer(sums_ready, unit / @SUBS@);
+#pragma unroll
+        for (int n = 0; n < @SHRINK_ROWS@ / 8; ++n) {
+#if @UNIT@ == 16
+          dop_push(to + n * 512, there, sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]);
+#else
+          dop_push(to + n * 256, there, sum[m][n][2 * h], sum[m][n][2 * h + 1]);
+#endif
+        }
       }
     }
   }
-  dop_sync_some(1, @MULTIPLYING@);
-  dop_cluster_wait();
-  if (thread < @CLUSTER@) dop_barrier_arrive_peer(sums_ready, thread);
   dop_barrier_wait_peers(sums_ready, 0);
-  // Each block adds up its share of the tile, for all blocks.
-  for (int i = part * @MULTIPLYING@ + thread; i < @TM@ * (@R@ / 4);
-       i += @CLUSTER@ * @MULTIPLYING@) {
-    const int row = i / (@R@ / 4), r = i % (@R@ / 4) * 4;
-    if (row >= rows) break;
-    float4 parts[@CLUSTER@];
-#pragma unroll
-    for (int p = 0; p < @CLUSTER@; ++p)
-      parts[p] = dop_read_peer(base + (row * @SUM_ROW@ + r) * 4, p);
-    float4 total = parts[0];
+  // This block's ranks of v.
+  const unsigned mine = v_shared + part * (@TM@ * @SHARE@ * 2);
+  for (int i = warp; i < @SUBS@ * (@TM@ / 8); i += @GROUPS@ * 4) {
+    const unsigned char* from = dop_shared + @SUMS_AT@ + i * (@UNIT@ * 32) + lane * @UNIT@;
+    const int sub = i / (@TM@ / 8), row = i % (@TM@ / 8) * 8 + (lane & 7);
+    const int r = part * @SHARE@ + sub * @UNIT@ + g;
+#if @UNIT@ == 16
+    float4 total = *reinterpret_cast<const float4*>(from);
 #pragma unroll
     for (int p = 1; p < @CLUSTER@; ++p) {
-      total.x += parts[p].x; total.y += parts[p].y; total.z += parts[p].z; total.w += parts[p].w;
+      const float4 next = *reinterpret_cast<const float4*>(from + p * (@TM@ * @SHARE@ * 4));
+      total.x += next.x; total.y += next.y; total.z += next.z; total.w += next.w;
     }
-    if (r >= rank) total.x = 0.0f;  // what lies beyond the adapter's rank
-    if (r + 1 >= rank) total.y = 0.0f;
-    if (r + 2 >= rank) total.z = 0.0f;
-    if (r + 3 >= rank) total.w = 0.0f;
-    const unsigned low = dop_pack_@KIND@(total.x, total.y);
-    const unsigned high = dop_pack_@KIND@(total.z, total.w);
-    const unsigned to = v_shared + r / 64 * (@TM@ * 128) + row * 128
-        + ((r % 64 / 8) ^ (row & 7)) * 16 + (r & 4) * 2;
+    if (r >= rank) total.x = total.y = 0.0f;  // what lies beyond the adapter's rank
+    if (r + 8 >= rank) total.z = total.w = 0.0f;
+    dop_stmatrix_turned(mine + (sub * 2 + ((lane >> 3) & 1)) * (@TM@ * 16) + row * 16,
+                        dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
+#else
+    float2 total = *reinterpret_cast<const float2*>(from);
 #pragma unroll
-    for (int p = 0; p < @CLUSTER@; ++p)
-      dop_write_peer(to, (p + part) % @CLUSTER@, low, high);
+    for (int p = 1; p < @CLUSTER@; ++p) {
+      const float2 next = *reinterpret_cast<const float2*>(from + p * (@TM@ * @SHARE@ * 4));
+      total.x += next.x; total.y += next.y;
+    }
+    if (r >= rank) total.x = total.y = 0.0f;  // what lies beyond the adapter's rank
+    dop_stmatrix_turned(mine + sub * (@TM@ * 16) + row * 16, dop_pack_@KIND@(total.x, total.y));
+#endif
   }
-  dop_fence_all_copies();
+  dop_fence_copies();
   dop_sync_some(1, @MULTIPLYING@);
-  if (thread < @CLUSTER@) dop_barrier_arrive_peer(v_ready, thread);
-  dop_barrier_wait_peers(v_ready, 0);
-  dop_fence_all_copies();
-  if (thread % 128 == 0) {
+#if @OVERLAY@
+  if (lane == 0) {
 #pragma unroll
     for (int step = @STEPS@ - @OVERLAY@; step < @STEPS@; ++step)
       dop_barrier_arrive(empty + (unsigned)(step + @SHIFT@) % @STAGES@ * 8);
   }
-  // Whether the engine writes this warpgroup's rows of y.
-  const bool whole = straight && group * @EXPAND_ROWS@ + @EXPAND_ROWS@ <= rows;
-  int leaving = -1;  // the stage that it reads
+#endif
+  if (thread < @CLUSTER@ && thread != part)
+    dop_copy_to_peer(dop_peer(mine, thread), mine, @TM@ * @SHARE@ * 2, dop_peer(v_ready, thread));
+  __syncwarp();
+  dop_barrier_wait_peers(v_ready, 0);
+  dop_cluster_arrive();  // all that this block was sent has come
 #pragma unroll 1
-  for (int step = @STEPS@; step < @STEPS@ + chunks; ++step) {
+  for (int step = @STEPS@ + group; step < @STEPS@ + chunks; step += @GROUPS@) {
     const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
     const unsigned at = base + stage * @STAGE_BYTES@, b_box = at + @X_BYTES@;
-    const unsigned v_box = v_shared + group * (@EXPAND_ROWS@ * 128);
     const int column = offset + (part * chunks + step - @STEPS@) * 64;
-    float sum[@EXPAND_ROWS@ / 8][4];
+    float sum[@TM@ / 8][4];
 #pragma unroll
-    for (int n = 0; n < @EXPAND_ROWS@ / 8; ++n) {
+    for (int n = 0; n < @TM@ / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[n][e] = 0.0f;
     }
     dop_barrier_wait(full + stage * 8, step / @STAGES@ & 1);
     if (rank < @R@) {
       // B beyond the adapter's rank, which need not be numbers.
-      for (int p = thread; p < 64 * (@R@ / 8 - rank / 8); p += @MULTIPLYING@) {
+      for (int p = thread % 128; p < 64 * (@R@ / 8 - rank / 8); p += 128) {
         const int row = p % 64, piece = rank / 8 + p / 64;
         unsigned char* b = dop_shared + stage * @STAGE_BYTES@ + @X_BYTES@ + piece / 8 * 8192
             + row * 128 + ((piece & 7) ^ (row & 7)) * 16;
@@ -450,23 +499,18 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         }
       }
       dop_fence_copies();
-      dop_sync_some(1, @MULTIPLYING@);
+      dop_sync_some(2 + group, 128);
     }
     dop_wgmma_begin();
 #pragma unroll
     for (int k = 0; k < @R@ / 16; ++k)
       DOP_EXPAND(sum, layout | ((b_box + k / 4 * 8192 + k % 4 * 32) & 0x3ffff) >> 4,
-                 layout | ((v_box + k / 4 * (@TM@ * 128) + k % 4 * 32) & 0x3ffff) >> 4);
+                 v_layout | ((v_shared + k * (@TM@ * 32)) & 0x3ffff) >> 4);
     dop_wgmma_commit();
-    if (leaving >= 0) {
-      dop_boxes_are_read();
-      dop_barrier_arrive(empty + leaving * 8);
-    }
     dop_wgmma_wait();
 #pragma unroll
-    for (int n = 0; n < @EXPAND_ROWS@ / 8; ++n) {
-      const int row = group * @EXPAND_ROWS@ + n * 8 + (lane & 7);
-      const int piece = quarter * 2 + ((lane >> 3) & 1);
+    for (int n = 0; n < @TM@ / 8; ++n) {
+      const int row = n * 8 + (lane & 7), piece = quarter * 2 + ((lane >> 3) & 1);
       const unsigned place = at + row * 128 + (piece ^ (row & 7)) * 16;
       unsigned old[2];
       dop_ldmatrix_turned(old, place);
@@ -476,28 +520,23 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
                                              fmaf(scale, sum[n][3], dop_high_@KIND@(old[1])));
       dop_stmatrix_turned(place, upper, lower);
     }
-    dop_fence_copies();
     dop_sync_some(2 + group, 128);
-    if (whole) {
-      if (thread % 128 == 0) {
-        dop_store_box(@Y_MAP@, column, token0 + group * @EXPAND_ROWS@, 0,
-                      at + group * (@EXPAND_ROWS@ * 128));
-        leaving = (int)stage;
-      }
-    } else {
-      for (int p = thread % 128; p < @EXPAND_ROWS@ * 8; p += 128) {
-        const int row = group * @EXPAND_ROWS@ + p / 8, piece = p % 8;
-        if (row >= rows) break;
-        const long long token = dop_table(row_index_ptr + row0 + row);
+#pragma unroll
+    for (int c = 0; c < @ROW_COPIES@; ++c) {
+      const int row = c * 16 + thread % 128 / 8, piece = thread % 8;
+      if (row < rows) {
+        const long long token = straight ? token0 + row : dop_table(row_index_ptr + row0 + row);
         *reinterpret_cast<uint4*>(y_ptr + token * @N@ + column + piece * 8) =
             *reinterpret_cast<const uint4*>(dop_shared + stage * @STAGE_BYTES@ + row * 128
                                             + (piece ^ (row & 7)) * 16);
       }
-      dop_sync_some(2 + group, 128);
-      if (thread % 128 == 0) dop_barrier_arrive(empty + stage * 8);
     }
+    dop_fence_copies();
+    __syncwarp();
+    if (lane == 0) dop_barrier_arrive_times(empty + stage * 8, @GROUPS@);
   }
-  if (leaving >= 0) dop_boxes_are_read();
+  __syncwarp();
+  dop_cluster_wait();
 #undef DOP_SHRINK
 #undef DOP_EXPAND
 }
