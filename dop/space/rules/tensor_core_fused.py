@@ -199,7 +199,7 @@ class FusedX:
         new = state.fork(self.name)
         new.cache_read("gather_x", "shared.dyn", "shrink_rf")
         new.compute_at("gather_x", "shrink_rf", STEP)
-        new.param(STAGES.name, "pipeline", (2, 3, 4, 5, 6, 8), 4)
+        new.param(STAGES.name, "pipeline", (2, 3, 4, 5, 6, 8, 10), 4)
         new.pragma("shrink_rf", STEP, "pipeline_depth", STAGES)
         kind = INTRINSIC_TYPES[new.workload.dtype]
         new.annotate("shrink_rf", STEP, "tensorize", f"warpgroup_product_{kind}")
@@ -219,7 +219,7 @@ def _limits(new: SketchState) -> None:
         return w.in_features // (DEPTH * a[CLUSTER.name])
 
     def chunks(a: Annotation) -> int:
-        return min(w.out_features) // (DEPTH * a[CLUSTER.name])
+        return max(w.out_features) // (DEPTH * a[CLUSTER.name])
 
     def overlay(a: Annotation) -> int:
         return -(-4 * a[TILE_ROWS.name] * (w.rank + SUM_PAD) // stage_bytes(a))
