@@ -49,7 +49,9 @@ def valid(sketch: Sketch, count: int) -> list[dict[str, int]]:
     return [values for values in draws if sketch.broken_limit(values) is None][:count]
 
 
-@pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (1024,), (128, 64)])
+@pytest.mark.parametrize(
+    "widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (1024,), (128, 64)]
+)
 @pytest.mark.parametrize("rank", [64, 128, 192, 256])
 @pytest.mark.parametrize("k", [1024, 4096, 14336])
 def test_default_fits(widths: tuple[int, ...], rank: int, k: int) -> None:
@@ -79,7 +81,7 @@ def test_clusters_have_whole_steps_and_chunks() -> None:
     def clusters(workload: Workload) -> tuple[int, ...]:
         sketch = sketch_of(workload)
         assert sketch is not None
-        return next(d.choices for d in sketch.domains if d.name == "fused.cluster")
+        return next(d.choices for d in sketch.domains if d.name == "shrink.split_k")
 
     assert clusters(DOWN) == (1, 2, 4, 8, 16)
     assert clusters(replace(DOWN, out_features=(4096, 512))) == (1, 2, 4, 8)
@@ -90,18 +92,18 @@ def test_clusters_have_whole_steps_and_chunks() -> None:
 def test_limits() -> None:
     sketch = sketch_of(DOWN)
     assert sketch is not None
-    base = {**sketch.default(), "tokens.tile_rows": 144, "fused.stages": 5}
+    base = {**sketch.default(), "tokens.tile_rows": 144, "shrink.stages": 5}
     assert sketch.broken_limit(base) is None
     for wrong, why in (
-        ({"fused.stages": 3}, "sums"),
-        ({"fused.stages": 6}, "shared memory"),
-        ({"fused.cluster": 16, "fused.stages": 10, "tokens.tile_rows": 128}, "shared memory"),
+        ({"shrink.stages": 3}, "sums"),
+        ({"shrink.stages": 6}, "shared memory"),
+        ({"shrink.split_k": 16, "shrink.stages": 10, "tokens.tile_rows": 128}, "shared memory"),
     ):
         assert why in (sketch.broken_limit({**base, **wrong}) or ""), wrong
     high = sketch_of(replace(DOWN, rank=256))
     assert high is not None
     assert "registers" in (
-        high.broken_limit({**high.default(), "tokens.tile_rows": 144, "fused.stages": 3}) or ""
+        high.broken_limit({**high.default(), "tokens.tile_rows": 144, "shrink.stages": 3}) or ""
     )
 
 
@@ -118,15 +120,15 @@ def test_one_kernel_and_no_workspace(workload: Workload) -> None:
         code = generate(workload, trace, SM_90)
         (kernel,) = code.kernels
         assert code.workspaces == ()
-        blocks = workload.slices * values["fused.cluster"]
+        blocks = workload.slices * values["shrink.split_k"]
         assert evaluate(kernel.grid[0], tokens=64, tiles=5) == 5 * blocks
         assert kernel.block == (32, 1, 12)
-        assert kernel.dynamic_smem_bytes == int(sketch.estimates["fused.smem_bytes"](values))
+        assert kernel.dynamic_smem_bytes == int(sketch.estimates["expand.smem_bytes"](values))
         assert kernel.dependent == (values["expand.dependent"] == 2)
         body = code.source[code.source.index('extern "C" __global__') :]
         first = body[body.index("{\n") :].splitlines()[1].strip()
         assert (first == "dop_wait_for_predecessor();") == kernel.dependent
-        assert f"dop__cluster_dims__({values['fused.cluster']}, 1, 1)" in body
+        assert f"dop__cluster_dims__({values['shrink.split_k']}, 1, 1)" in body
         assert "@" not in body
         assert not is_pair(code.kernels)  # type: ignore[arg-type]
         heights.add(code.tile_rows)
@@ -195,7 +197,7 @@ def test_compiles_without_spills(
 ) -> None:
     sketch = sketch_of(workload)
     assert sketch is not None
-    numbers = {"tokens.tile_rows": rows, "fused.cluster": cluster, "fused.stages": stages}
+    numbers = {"tokens.tile_rows": rows, "shrink.split_k": cluster, "shrink.stages": stages}
     values = {**sketch.default(), **numbers}
     assert sketch.broken_limit(values) is None
     (tmp_path / "k.cu").write_text(generate(workload, sketch.bind(values), SM_90).source)

@@ -40,7 +40,7 @@ SUM_PAD, BARRIER_BYTES = 4, 16
 LEAST_STEPS = 3
 """What the sums of tiles of 128 rows take the place of."""
 
-CLUSTER, STAGES = Param("fused.cluster"), Param("fused.stages")
+CLUSTER, STAGES = Param("shrink.split_k"), Param("shrink.stages")
 SPARE_REGISTERS = 56
 """Of a thread, beside its sums."""
 
@@ -244,10 +244,10 @@ def _limits(new: SketchState) -> None:
         0,
         lambda a: max(a[STAGES.name] - steps(a) - chunks(a), 0),
     )
-    new.estimate("fused.threads", lambda a: threads)
-    new.estimate("fused.registers", registers)
-    new.estimate("fused.smem_bytes", smem)
-    new.estimate("fused.steps", steps)
-    new.estimate("fused.chunks", lambda a: w.total_out / (DEPTH * w.slices * a[CLUSTER.name]))
-    new.estimate("fused.blocks_per_tile", lambda a: w.slices * a[CLUSTER.name])
-    new.estimate("fused.bytes_in_flight", lambda a: (a[STAGES.name] - 1) * stage_bytes(a))
+    new.estimate("expand.threads", lambda a: threads)
+    new.estimate("expand.registers", registers)
+    new.estimate("expand.smem_bytes", smem)
+    new.estimate("shrink.steps", steps)
+    new.estimate("expand.chunks", lambda a: w.total_out / (DEPTH * w.slices * a[CLUSTER.name]))
+    new.estimate("expand.blocks_per_tile", lambda a: w.slices * a[CLUSTER.name])
+    new.estimate("shrink.bytes_in_flight", lambda a: (a[STAGES.name] - 1) * stage_bytes(a))
