@@ -224,7 +224,9 @@ def _parameter(
     if found is not None:
         sizes = {"tokens": counts["tokens"], "slots": counts["slots"]}
         what = tensor_map.of_workload(name, info.workload, **sizes)
-        return tensor_map.encode(what, pointers[f"{found[0]}0" if found[0] in ("a", "b") else found[0]])
+        return tensor_map.encode(
+            what, pointers[f"{found[0]}0" if found[0] in ("a", "b") else found[0]]
+        )
     stack = shift_of(name)
     if stack is not None:
         distance = pointers[stack] - pointers[f"{stack[0]}0"]

@@ -3,12 +3,12 @@ does it.
 
 A trace that tensorizes `accumulate` with register_update and `shrink_rf` with pipelined_product
 or warpgroup_product chooses two kernels; one with cluster_update and warpgroup_product, whose
-shrink is placed inside accumulate's tile, chooses one that does both. Its steps are applied to the program like any others, so TVM has
-checked that stages are placed where they can be and regions are what the intrinsics want; the
-intrinsics then read their numbers off the loops. Pragmas that only they know: block_order and
-streaming (of accumulate), load_ahead (of accumulate and gather_b), cluster, cluster_blocks,
-rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of few rows: workers
-(of accumulate) and tile_blocks (of shrink_rf).
+shrink is placed inside accumulate's tile, chooses one that does both. The steps are applied to the
+program like any others, so TVM has checked that stages are placed where they can be and regions are
+what the intrinsics want; the intrinsics then read their numbers off the loops. Pragmas that only
+they know: block_order and streaming (of accumulate), load_ahead (of accumulate and gather_b),
+cluster, cluster_blocks, rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of
+few rows: workers (of accumulate) and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -250,7 +250,10 @@ def _read_fused(app: Application) -> FusedTile:
     if not hints.get(("shrink_rf", "engine"), 0) or app.dependent_launch not in (0, 2):
         raise TraceError("cluster_update wants engine, and dependent_launch 0 or 2.")
     whole = blocks == part and chunks == sum(fused.chunks) and chunk == [rows, DEPTH]
-    if not whole or (steps, step) != (fused.steps, [workload.slices, 1, rows, workload.rank, DEPTH]):
+    if not whole or (steps, step) != (
+        fused.steps,
+        [workload.slices, 1, rows, workload.rank, DEPTH],
+    ):
         raise TraceError("blocks of cluster_update leave rows, ranks or columns over.")
     return FusedTile(fused, app.dependent_launch)
 

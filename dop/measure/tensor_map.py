@@ -43,8 +43,8 @@ _NAME = re.compile(r"(x|y|[ab][12]?)_box([1-9]\d*)")
 
 
 def parse(name: str) -> tuple[str, int] | None:
-    """Tensor ("x", "y", or "a", "a1", "a2", "b", ... for the stacks of the slices) and rows of a box
-    of a kernel's parameter; None if it is no map."""
+    """Tensor ("x", "y", or "a", "a1", "b", ... for the stacks of the slices) and rows of a box of a
+    kernel's parameter; None if it is no map."""
     match = _NAME.fullmatch(name)
     return (match[1], int(match[2])) if match else None
 
@@ -132,9 +132,15 @@ def tensor_map(
 def of_workload(name: str, workload: Workload, *, tokens: int, slots: int) -> TensorMap:
     """`tensor_map` of a workload's tensors."""
     w = workload
-    sizes = {"rank": w.rank, "tokens": tokens, "slots": slots}
-    widths = {"in_features": w.in_features, "out_features": w.out_features}
-    return tensor_map(name, dtype=w.dtype, **widths, **sizes)
+    return tensor_map(
+        name,
+        dtype=w.dtype,
+        in_features=w.in_features,
+        out_features=w.out_features,
+        rank=w.rank,
+        tokens=tokens,
+        slots=slots,
+    )
 
 
 def encoder() -> Any:

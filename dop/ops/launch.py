@@ -220,11 +220,17 @@ def map_places(
     if driver().encode is None:
         raise tensor_map.no_encoder(f"kernel {kernel.name} of {kernel.origin}")
     tokens, slots = batch
-    sizes = {"rank": shape.rank, "tokens": tokens, "slots": slots}
-    widths = {"in_features": shape.in_features, "out_features": shape.outs}
     end, found = max(places.values()) + 1, {}
     for name in kernel.maps:
-        what = tensor_map.tensor_map(name, dtype=DTYPES[shape.dtype], **widths, **sizes)
+        what = tensor_map.tensor_map(
+            name,
+            dtype=DTYPES[shape.dtype],
+            in_features=shape.in_features,
+            out_features=shape.outs,
+            rank=shape.rank,
+            tokens=tokens,
+            slots=slots,
+        )
         base, shift = places[what.tensor[0]], places.get(f"{what.tensor}_shift", 0)
         found[name] = MapPlace(end, base, shift, what)
         end += tensor_map.WORDS

@@ -260,6 +260,11 @@ T __shfl_xor_sync(unsigned, T value, int bits) {
   host::gather(value, 5);
   return host::brought_by<T>(host::lane() ^ bits);
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  host::gather(value, 10);
+  return host::brought_by<T>(lane);
+}
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   host::gather(value, 6);
   unsigned sum = 0;

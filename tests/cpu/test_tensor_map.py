@@ -76,7 +76,12 @@ def test_everything_but_the_address_follows_from_the_call_and_the_batch():
     ):
         found = tensor_map.of_workload(name, three, **sizes)
         assert (found.tensor, found.dims, found.strides) == (name.split("_")[0], dims, strides)
-    refused = ("x_box512", "float16"), ("x", "float16"), ("x_box8", "float32"), ("b1_box8", "float16")
+    refused = (
+        ("x_box512", "float16"),
+        ("x", "float16"),
+        ("x_box8", "float32"),
+        ("b1_box8", "float16"),
+    )
     for name, dtype in refused:
         with pytest.raises(ExportError):
             tensor_map.of_workload(name, Workload("o", 64, (32,), 24, dtype), **sizes)
@@ -278,6 +283,60 @@ def test_pieces_make_their_own_maps(world):
     assert expand.run(0, world.y.data_ptr(), *words) == 0
     assert len(world.driver.maps) == 3
     assert [stream for _, _, stream, _ in world.driver.launches] == [5, fake_driver.STREAM]
+
+
+FUSED_MAPS = ("x_box48", "a_box24", "a1_box24", "b_box64", "b1_box64", "y_box24")
+FUSED = Launch(
+    *("mapped", ("tiles * 4", "1", "1"), (32, 1, 12), 0),
+    ("row_index", "tile_rank", "tile_slot", "y", "x", *FUSED_MAPS),
+    dependent=True,
+)
+
+
+def test_one_kernel_gets_maps_of_all_tensors(world, monkeypatch):
+    """And no workspace; y is another one in every call."""
+    kernel = DeviceKernel("fused", "test", "", 48, (FUSED,), (), lambda: b"cubin")
+    choice = Choice("key", "fake", 0, None, kernel, "")
+    monkeypatch.setattr(sources, "choose", lambda *_: choice)
+    launch.forget()
+    kept = []
+    for path in (eager.add_lora, refuse, refuse):
+        monkeypatch.setattr(eager, "add_lora", path)
+        x, y = world.x(), world.y.clone()
+        kept.append((x, y))
+        ops.add_lora(y, x, world.a, world.b, world.plan)
+        first, got = 6 * (len(world.shrinks) - 1), world.shrinks[-1]
+        tensors = (x, *world.a, *world.b, y)
+        dims = (64, TOKENS, 1), *((64, 24, SLOTS),) * 2, *((24, n, SLOTS) for n in W.out_features)
+        boxes = (48, 24, 24, 64, 64, 24)
+        every = zip(FUSED_MAPS, tensors, (*dims, (W.total_out, TOKENS, 1)), boxes, strict=True)
+        for i, (name, tensor, size, box) in enumerate(every):
+            assert got[name] == (first + i, tensor.data_ptr(), *range(14))
+            made = world.driver.maps[first + i]
+            assert (made["dims"], made["box"]) == (size, (64, box, 1))
+            assert made["strides"] == (2 * size[0], 2 * size[0] * size[1])
+        assert (got["x"], got["y"]) == (x.data_ptr(), y.data_ptr())
+        assert got["row_index"] == world.plan.table("row_index").data_ptr()
+        assert got["tile_slot"] == world.plan.table("tile_slot", 48).data_ptr()
+    assert len(world.shrinks) == 3
+    assert not world.expands
+    tiles = world.plan.table("tile_slot", 48).shape[0]
+    assert world.driver.launches[-1][1][:6] == (4 * tiles, 1, 1, 32, 1, 12)
+
+
+def test_kernels_with_maps_may_have_large_clusters(monkeypatch):
+    done: list[tuple] = []
+    function = SimpleNamespace(
+        attribute=lambda which: 0,
+        allow_dynamic_smem=lambda size: done.append(("smem", size)),
+        allow_large_clusters=lambda: done.append(("clusters",)),
+        handle=SimpleNamespace(value=5),
+    )
+    monkeypatch.setattr(cuda_driver, "Function", lambda module, name: function)
+    driver = object.__new__(launch.Driver)
+    for one in (EXPAND, SHRINK, FUSED):
+        assert driver._function(ctypes.c_void_p(1), one) == 5
+    assert done == [("clusters",)] * 2
 
 
 def test_a_driver_without_maps_refuses_the_kernel(world):

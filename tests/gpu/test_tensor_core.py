@@ -88,7 +88,8 @@ def test_no_candidate_uses_local_memory_by_default(results):
     assert all(m.resources["spill_bytes"] == 0 for m in firsts.values())
 
 
-# Shrink whose copies the copy engine makes: its maps of x and A are made for every call.
+# Kernels whose copies the copy engine makes: shrink alone, whose maps of x and A are made for every
+# call, and one kernel for both halves, which has maps of B and y too.
 
 ENGINE = (
     (Workload("o", 4096, (4096,), 128, "bfloat16"), {}),
@@ -96,15 +97,30 @@ ENGINE = (
     (Workload("o", 2048, (2048,), 128, "bfloat16"), {"shrink.rank_blocks": 2}),
     (Workload("up", 2048, (2048, 2048), 56, "bfloat16"), {"tokens.tile_rows": 128}),
 )
+FUSED = (
+    (Workload("down", 14336, (4096,), 128, "bfloat16"), {"tokens.tile_rows": 144, "stages": 5}),
+    (Workload("qkv", 4096, (4096, 1024, 1024), 64, "float16"), {"tokens.tile_rows": 48}),
+    (Workload("o", 4096, (4096,), 128, "bfloat16"), {"split_k": 16, "tokens.tile_rows": 16}),
+    (Workload("up", 2048, (2048, 2048), 192, "bfloat16"), {"split_k": 4, "tokens.tile_rows": 32}),
+    (Workload("o", 1024, (1024,), 256, "float16"), {"split_k": 1, "tokens.tile_rows": 64}),
+)
+CASES = (*ENGINE, *FUSED)
 SLOTS, TOKENS = 8, 333
 
 
 def engine_traces(case: int, target: object) -> dict[int, Trace]:
     """A trace of the sketch for each value of dependent_launch."""
-    workload, wanted = ENGINE[case]
+    workload, wanted = CASES[case]
     if target.arch != "sm_90a":  # type: ignore[attr-defined]
         pytest.skip("the kernels are for sm_90a")
     sketches = build_space(workload, target).sketches  # type: ignore[arg-type]
+    if case >= len(ENGINE):
+        sketch = next(s for s in sketches if s.name.startswith("fused_tiles/"))
+        numbers = {n if "." in n else f"shrink.{n}": value for n, value in wanted.items()}
+        both = {n: {**sketch.default(), **numbers, "expand.dependent": n} for n in (0, 2)}
+        for one in both.values():
+            assert sketch.broken_limit(one) is None, sketch.broken_limit(one)
+        return {n: Candidate.of(sketch, one).trace for n, one in both.items()}
     sketch = next(s for s in sketches if "/warpgroup_engine/" in s.name)
     values = {**sketch.default(), "expand.column_warps": 1, **wanted}
     if wanted.get("shrink.rank_blocks"):
@@ -123,7 +139,7 @@ def test_engine_kernels_in_the_tuner_s_runner(gpu_target):
     scenarios = (named("identical", 300), *SCENARIOS)
     jobs = [
         Job(trace, workload, scenarios)
-        for case, (workload, _) in enumerate(ENGINE)
+        for case, (workload, _) in enumerate(CASES)
         for trace in engine_traces(case, gpu_target).values()
     ]
     with LocalMeasurer(gpu_target, limits=Limits(120.0, 120.0, 5.0)) as measurer:
@@ -136,12 +152,13 @@ def test_engine_kernels_in_the_tuner_s_runner(gpu_target):
 
 
 class EngineCase:
-    """A layer that a kernel with maps serves; what lies beyond an adapter's rank in A is NaN."""
+    """A layer that a kernel with maps serves; what lies beyond an adapter's rank in A is NaN, and
+    in B too where one kernel does both halves."""
 
     def __init__(
         self, case: int, dependent: int, target: object, patch: pytest.MonkeyPatch
     ) -> None:
-        self.workload = w = ENGINE[case][0]
+        self.workload = w = CASES[case][0]
         trace = engine_traces(case, target)[dependent]
         made = compile_cuda(generate(w, trace, target), "sm_90a")  # type: ignore[arg-type]
         assert any(tensor_map.parse(name) for name in made.launches[0].arguments)
@@ -157,9 +174,11 @@ class EngineCase:
         self.scales = torch.tensor([1.0, -1.0, 2.0, 1.0, 0.5, 1.0, -2.0, 3.0]).cuda()
         self.a = [self.some(SLOTS, w.rank, w.in_features) for _ in w.out_features]
         self.b = [self.some(SLOTS, out, w.rank) for out in w.out_features]
-        for stack in self.a:
-            for slot, rank in enumerate(self.ranks):
+        for slot, rank in enumerate(self.ranks):
+            for stack in self.a:
                 stack[slot, max(rank, 1) :] = float("nan")  # 0 counts as 1, of scale 0
+            for stack in self.b if case >= len(ENGINE) else ():
+                stack[slot, :, max(rank, 1) :] = float("nan")
         self.y = self.some(TOKENS, w.total_out)
         ordered = torch.arange(TOKENS).mul(SLOTS - 1).div(TOKENS, rounding_mode="floor")
         mixed = torch.randint(-1, SLOTS - 2, (TOKENS,), generator=torch.Generator().manual_seed(1))
@@ -203,7 +222,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dependent", [0, 2])
-@pytest.mark.parametrize("case", range(len(ENGINE)))
+@pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.usefixtures("way")
 @torch.no_grad()
 def test_engine_kernels_in_the_operator(gpu_target, monkeypatch, case, dependent):
@@ -222,11 +241,12 @@ def test_engine_kernels_in_the_operator(gpu_target, monkeypatch, case, dependent
 
 
 @pytest.mark.parametrize("dependent", [0, 2])
+@pytest.mark.parametrize("case", [1, len(ENGINE) + 1])
 @pytest.mark.usefixtures("way")
 @torch.no_grad()
-def test_engine_kernels_in_a_graph(gpu_target, monkeypatch, dependent):
-    """A graph keeps the maps of its capture: x and A where they were, other rows, ranks and ids."""
-    layer = EngineCase(1, dependent, gpu_target, monkeypatch)
+def test_engine_kernels_in_a_graph(gpu_target, monkeypatch, case, dependent):
+    """A graph keeps the maps of its capture: tensors where they were, other rows, ranks and ids."""
+    layer = EngineCase(case, dependent, gpu_target, monkeypatch)
     x, y = layer.x(), layer.y.clone()
     plan = layer.plan(layer.ids["mixed"])
     ops.add_lora(y, x, layer.a, layer.b, plan)

@@ -3,7 +3,8 @@
 // In:  the slot of each token (int32 or int64; any value outside [0, slots) means no adapter), and
 //      optionally the rank and the scale of each slot.
 // Out: one int32 buffer whose layout is `layout` in dop/ops/plan.py: the row form's tables, row_index,
-//      the tile tables for tiles of 8, 16, 32, 64 and 128 rows, then scratch for large batches.
+//      the tile tables for tiles of 8, 16, 32, 48, 64, 128 and 144 rows, then scratch for large
+//      batches.
 //
 // How: the tokens are sorted by slot with a stable counting sort on digits of 8 bits (one pass below
 // 256 slots, two up to 65,535). Warp w owns the w-th range of tokens and counters of its own, and
@@ -44,13 +45,18 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kMaxWarps = 32;
 constexpr int kDigits = 256;
-constexpr int kForms = 5;             // tiles of 8 << form rows
+constexpr int kForms = 7;             // heights of tiles, see rows_of
 constexpr int kSharedTokens = 16384;  // up to here the sorted keys stay in shared memory
 constexpr int kBatch = 8;             // loads in flight per lane
 
 typedef unsigned short Key;
 
 __device__ __forceinline__ int padded(int n) { return (n + 15) & ~15; }
+
+// Rows of a form's tiles: multiples of 8, 144 at most. Twin of TILE_SIZES in dop/ops/plan.py.
+__device__ __forceinline__ int rows_of(int form) {
+  return form < 3 ? 8 << form : form == 3 ? 48 : form == 4 ? 64 : form == 5 ? 128 : 144;
+}
 
 // Where each table starts in the buffer.
 struct Layout {
@@ -65,7 +71,7 @@ struct Layout {
   __device__ __forceinline__ int token_rank() const { return step; }
   __device__ __forceinline__ int token_scale() const { return 2 * step; }
   __device__ __forceinline__ int row_index() const { return 3 * step; }
-  __device__ __forceinline__ int tiles(int form) const { return tokens / (8 << form) + bound; }
+  __device__ __forceinline__ int tiles(int form) const { return tokens / rows_of(form) + bound; }
   // tile_slot, tile_row0, tile_rows, tile_rank, tile_scale follow each other.
   __device__ __forceinline__ int tile_tables(int form) const {
     int at = 4 * step;
@@ -202,7 +208,7 @@ __device__ __forceinline__ void clear_tiles(const PlanParams& p, const Layout& a
 }
 
 // Length of a tile: how far its segment goes on from `position`, at most `rows`. Segments start
-// where a bit of `starts` is set; tiles have at most 128 rows, so five words hold the answer.
+// where a bit of `starts` is set; tiles have at most 144 rows, so six words hold the answer.
 __device__ __forceinline__ int tile_length(const unsigned* starts, int position, int tokens,
                                            int rows) {
   const int word = position >> 5, words = (tokens + 31) >> 5;
@@ -218,10 +224,12 @@ __device__ __forceinline__ int tile_length(const unsigned* starts, int position,
   return end - position < rows ? end - position : rows;
 }
 
-// The tile tables of all forms, from the sorted keys.
+// The tile tables of all forms, from the sorted keys. `places`: where those of each form begin, then
+// how long each of a form's is.
 __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at, const Key* sorted,
-                                           unsigned* starts, int (*sums)[kMaxWarps], int begin,
-                                           int end, int warp, int lane) {
+                                           unsigned* starts, int (*sums)[kMaxWarps],
+                                           const int* places, int begin, int end, int warp,
+                                           int lane) {
   const int warps = blockDim.x >> 5;
   int last = -1;
 #pragma unroll 1
@@ -247,16 +255,19 @@ __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at
     if (mask != 0) segment = first + 31 - __clz(mask);
 #pragma unroll
     for (int f = 0; f < kForms; ++f)
-      count[f] += __popc(__ballot_sync(kAll, valid && (row & ((8 << f) - 1)) == 0));
+      count[f] += __popc(__ballot_sync(kAll, valid && row % rows_of(f) == 0));
   }
 #pragma unroll
   for (int f = 0; f < kForms; ++f)
     if (lane == 0) sums[f][warp] = count[f];
   __syncthreads();
+  int held = 0;  // lane f's is the number of tiles of form f so far
 #pragma unroll
-  for (int f = 0; f < kForms; ++f)
-    count[f] = (int)__reduce_add_sync(
-        kAll, (unsigned)(lane < warps && lane < warp ? sums[f][lane] : 0));
+  for (int f = 0; f < kForms; ++f) {
+    const unsigned mine = lane < warps && lane < warp ? sums[f][lane] : 0;
+    const int all = (int)__reduce_add_sync(kAll, mine);
+    if (lane == f) held = all;
+  }
 
   segment = before;
 #pragma unroll 1
@@ -270,16 +281,16 @@ __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at
     const Facts fact = facts_of(p.ranks, p.scales, tile ? key : 0, p.max_rank, p.scale);
 #pragma unroll
     for (int f = 0; f < kForms; ++f) {
-      const bool mine = tile && (row & ((8 << f) - 1)) == 0;
+      const bool mine = tile && row % rows_of(f) == 0;
       const unsigned all = __ballot_sync(kAll, mine);
-      const int index = count[f] + __popc(all & ((1u << lane) - 1));
-      count[f] += __popc(all);
+      const int index = __shfl_sync(kAll, held, f) + __popc(all & ((1u << lane) - 1));
+      if (lane == f) held += __popc(all);
       if (!mine) continue;
-      int* const table = p.tables + at.tile_tables(f) + index;
-      const int step = padded(at.tiles(f));
+      int* const table = p.tables + places[f] + index;
+      const int step = places[kForms + f];
       table[0] = key;
       table[step] = position;
-      table[2 * step] = tile_length(starts, position, p.tokens, 8 << f);
+      table[2 * step] = tile_length(starts, position, p.tokens, rows_of(f));
       table[3 * step] = fact.rank;
       ((float*)table)[4 * step] = fact.scale;
     }
@@ -290,7 +301,7 @@ __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at
 
 // One block of 128 to 1024 threads (a power of two). Dynamic shared memory: `shared_bytes` in plan.py.
 extern "C" __global__ void __launch_bounds__(1024) dop_plan(const PlanParams p) {
-  __shared__ int sums[kForms + 1][kMaxWarps];
+  __shared__ int sums[kForms + 1][kMaxWarps], places[2 * kForms];
   DOP_DYNAMIC_SHARED(dynamic);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Layout at(p.tokens, p.slots);
@@ -307,6 +318,11 @@ extern "C" __global__ void __launch_bounds__(1024) dop_plan(const PlanParams p) 
   const int low = p.slots + 1 < kDigits ? p.slots + 1 : kDigits;
   const bool two_passes = p.slots >= kDigits;
 
+  if (threadIdx.x < kForms) {
+    const int form = (int)threadIdx.x;
+    places[form] = at.tile_tables(form);
+    places[kForms + form] = padded(at.tiles(form));
+  }
   counters.clear(low);
   __syncthreads();
   read_ids(p, at, counters, begin, end, warp, lane);
@@ -350,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(1024) dop_plan(const PlanParams p) 
     }
     __syncthreads();
   }
-  make_tiles(p, at, sorted, starts, sums, begin, end, warp, lane);
+  make_tiles(p, at, sorted, starts, sums, places, begin, end, warp, lane);
 }
 
 // New ranks and scales for a plan that exists: the rank and scale tables of `to`, from those of

@@ -40,7 +40,7 @@ SUM_PAD, BARRIER_BYTES = 4, 16
 LEAST_STEPS = 3
 """What the sums of tiles of 128 rows take the place of."""
 
-CLUSTER, STAGES = Param("fused.cluster"), Param("fused.stages")
+CLUSTER, STAGES = Param("shrink.split_k"), Param("shrink.stages")
 SPARE_REGISTERS = 56
 """Of a thread, beside its sums."""
 
@@ -199,7 +199,7 @@ class FusedX:
         new = state.fork(self.name)
         new.cache_read("gather_x", "shared.dyn", "shrink_rf")
         new.compute_at("gather_x", "shrink_rf", STEP)
-        new.param(STAGES.name, "pipeline", (2, 3, 4, 5, 6, 8), 4)
+        new.param(STAGES.name, "pipeline", (2, 3, 4, 5, 6, 8, 10), 4)
         new.pragma("shrink_rf", STEP, "pipeline_depth", STAGES)
         kind = INTRINSIC_TYPES[new.workload.dtype]
         new.annotate("shrink_rf", STEP, "tensorize", f"warpgroup_product_{kind}")
@@ -219,7 +219,7 @@ def _limits(new: SketchState) -> None:
         return w.in_features // (DEPTH * a[CLUSTER.name])
 
     def chunks(a: Annotation) -> int:
-        return min(w.out_features) // (DEPTH * a[CLUSTER.name])
+        return max(w.out_features) // (DEPTH * a[CLUSTER.name])
 
     def overlay(a: Annotation) -> int:
         return -(-4 * a[TILE_ROWS.name] * (w.rank + SUM_PAD) // stage_bytes(a))
@@ -244,10 +244,10 @@ def _limits(new: SketchState) -> None:
         0,
         lambda a: max(a[STAGES.name] - steps(a) - chunks(a), 0),
     )
-    new.estimate("fused.threads", lambda a: threads)
-    new.estimate("fused.registers", registers)
-    new.estimate("fused.smem_bytes", smem)
-    new.estimate("fused.steps", steps)
-    new.estimate("fused.chunks", lambda a: w.total_out / (DEPTH * w.slices * a[CLUSTER.name]))
-    new.estimate("fused.blocks_per_tile", lambda a: w.slices * a[CLUSTER.name])
-    new.estimate("fused.bytes_in_flight", lambda a: (a[STAGES.name] - 1) * stage_bytes(a))
+    new.estimate("expand.threads", lambda a: threads)
+    new.estimate("expand.registers", registers)
+    new.estimate("expand.smem_bytes", smem)
+    new.estimate("shrink.steps", steps)
+    new.estimate("expand.chunks", lambda a: w.total_out / (DEPTH * w.slices * a[CLUSTER.name]))
+    new.estimate("expand.blocks_per_tile", lambda a: w.slices * a[CLUSTER.name])
+    new.estimate("shrink.bytes_in_flight", lambda a: (a[STAGES.name] - 1) * stage_bytes(a))
