@@ -328,11 +328,16 @@ _HINT_WORDS = {
         "L2 reads what copies of x and A want.",
         "L2 reads {value} bytes of memory at a time for copies of x and A.",
     ),
+    "l2_hints": ("", "L2 is told to keep A and to forget x and y."),
     "load_ahead": ("Loads nothing ahead at {where}.", "Loads {value} steps ahead at {where}."),
     "rank_blocks": ("", "{value} blocks share the ranks of a tile."),
     "streaming": (
         "y stays in the caches.",
         "y is marked as used once, so that caches drop it first.",
+    ),
+    "sums_apart": (
+        "The sums' place is that of the last steps' x and A.",
+        "The sums have a place of their own in shared memory.",
     ),
     "tile_blocks": ("The grid has as many tiles as expand's.", "The grid has {value} tiles."),
     "workers": ("", "Blocks go on to later tiles: {value} tiles beyond those that are full."),

@@ -27,7 +27,7 @@ from dop.space.step import SplitStep
 Key = tuple[str, str]
 """Workload key and trace key."""
 
-TILE_SIZES = (8, 16, 32, 48, 64, 128, 144)
+TILE_SIZES = (8, 16, 32, 48, 64, 80, 128)
 """Rows of tiles that a plan has tables for (dop/ops/plan.py); other kernels cannot be served."""
 
 

@@ -67,6 +67,7 @@ PRAGMAS = ("auto_unroll_max_step", "unroll_explicit")
 HINTS = (
     *("block_order", "load_ahead", "streaming", "cluster"),
     *("workers", "cluster_blocks", "rank_blocks", "tile_blocks", "l2_fetch", "engine"),
+    *("sums_apart", "l2_hints"),
 )
 """Pragmas that a tile's intrinsic reads, see lowering/tile_kernels.py."""
 

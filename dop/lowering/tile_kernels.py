@@ -7,8 +7,8 @@ shrink is placed inside accumulate's tile, chooses one that does both. The steps
 program like any others, so TVM has checked that stages are placed where they can be and regions are
 what the intrinsics want; the intrinsics then read their numbers off the loops. Pragmas that only
 they know: block_order and streaming (of accumulate), load_ahead (of accumulate and gather_b),
-cluster, cluster_blocks, rank_blocks, l2_fetch and engine (of shrink_rf), and those of batches of
-few rows: workers (of accumulate) and tile_blocks (of shrink_rf).
+cluster, cluster_blocks, rank_blocks, l2_fetch, engine, sums_apart and l2_hints (of shrink_rf), and
+those of batches of few rows: workers (of accumulate) and tile_blocks (of shrink_rf).
 """
 
 from __future__ import annotations
@@ -244,7 +244,14 @@ def _read_fused(app: Application) -> FusedTile:
     workload, rows, hints = app.program.workload, app.program.tile_rows, app.hints
     _, blocks, chunks, *chunk = _loops(app, "cluster_update", 5)
     _, part, steps, *step = _loops(app, "warpgroup_product", 8)
-    fused = FusedEngine(workload, rows, part, hints.get(("shrink_rf", "pipeline_depth"), 2))
+    fused = FusedEngine(
+        workload,
+        rows,
+        part,
+        stages=hints.get(("shrink_rf", "pipeline_depth"), 2),
+        apart=bool(hints.get(("shrink_rf", "sums_apart"), 0)),
+        hints=bool(hints.get(("shrink_rf", "l2_hints"), 0)),
+    )
     if fused.problem:
         raise TraceError(f"cluster_update: {fused.problem}.")
     if not hints.get(("shrink_rf", "engine"), 0) or app.dependent_launch not in (0, 2):

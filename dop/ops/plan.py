@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dop.errors import ConfigError, DopError, ShapeError
 
-TILE_SIZES = (8, 16, 32, 48, 64, 128, 144)
+TILE_SIZES = (8, 16, 32, 48, 64, 80, 128)
 """Rows per tile for which a plan holds tables."""
 
 ANY_RANK = 1 << 30

@@ -92,18 +92,19 @@ def test_clusters_have_whole_steps_and_chunks() -> None:
 def test_limits() -> None:
     sketch = sketch_of(DOWN)
     assert sketch is not None
-    base = {**sketch.default(), "tokens.tile_rows": 144, "shrink.stages": 5}
+    base = {**sketch.default(), "tokens.tile_rows": 128, "shrink.stages": 5}
     assert sketch.broken_limit(base) is None
     for wrong, why in (
-        ({"shrink.stages": 3}, "sums"),
-        ({"shrink.stages": 6}, "shared memory"),
+        ({"shrink.stages": 2}, "sums"),
+        ({"shrink.stages": 8}, "shared memory"),
+        ({"shrink.sums_apart": 1}, "shared memory"),
         ({"shrink.split_k": 16, "shrink.stages": 10, "tokens.tile_rows": 128}, "shared memory"),
     ):
         assert why in (sketch.broken_limit({**base, **wrong}) or ""), wrong
     high = sketch_of(replace(DOWN, rank=256))
     assert high is not None
     assert "registers" in (
-        high.broken_limit({**high.default(), "tokens.tile_rows": 144, "shrink.stages": 3}) or ""
+        high.broken_limit({**high.default(), "tokens.tile_rows": 128, "shrink.stages": 3}) or ""
     )
 
 
@@ -143,7 +144,7 @@ def test_its_maps_are_of_all_four_tensors() -> None:
     code = generate(QKV, trace, SM_90)
     maps = [name for name in code.kernels[0].arguments if parse(name)]
     a, b = (["a_box64", "a1_box64", "a2_box64"], ["b_box64", "b1_box64", "b2_box64"])
-    assert maps == ["x_box48", *a, *b, "y_box24"]
+    assert maps == ["x_box48", *a, *b, "y_box48"]
     assert any(map(takes_maps, trace.steps))
     text = take_apart(code.source)
     assert (text.min_arch, text.alone) == (90, True)
@@ -160,7 +161,7 @@ def test_traces_that_do_not_fit_are_refused() -> None:
         return Trace(tuple(replace(s, value=value) if s in found else s for s in steps))
 
     for name, value, message in (
-        ("pipeline_depth", 3, "sums"),
+        ("pipeline_depth", 2, "sums"),
         ("dependent_launch", 1, "dependent_launch 0 or 2"),
         ("engine", 0, "wants engine"),
     ):
@@ -190,7 +191,7 @@ def test_its_steps_have_words() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     ("workload", "rows", "cluster", "stages"),
-    [(DOWN, 144, 8, 5), (QKV, 16, 16, 8), (replace(DOWN, rank=256), 64, 8, 4)],
+    [(DOWN, 128, 8, 5), (QKV, 16, 8, 8), (replace(DOWN, rank=256), 64, 8, 4)],
 )
 def test_compiles_without_spills(
     workload: Workload, rows: int, cluster: int, stages: int, tmp_path: Path

@@ -98,9 +98,12 @@ ENGINE = (
     (Workload("up", 2048, (2048, 2048), 56, "bfloat16"), {"tokens.tile_rows": 128}),
 )
 FUSED = (
-    (Workload("down", 14336, (4096,), 128, "bfloat16"), {"tokens.tile_rows": 144, "stages": 5}),
+    (Workload("down", 14336, (4096,), 128, "bfloat16"), {"tokens.tile_rows": 80, "split_k": 4}),
     (Workload("qkv", 4096, (4096, 1024, 1024), 64, "float16"), {"tokens.tile_rows": 48}),
-    (Workload("o", 4096, (4096,), 128, "bfloat16"), {"split_k": 16, "tokens.tile_rows": 16}),
+    (
+        Workload("o", 4096, (4096,), 128, "bfloat16"),
+        {"split_k": 16, "tokens.tile_rows": 16, "sums_apart": 1, "l2_hints": 1},
+    ),
     (Workload("up", 2048, (2048, 2048), 192, "bfloat16"), {"split_k": 4, "tokens.tile_rows": 32}),
     (Workload("o", 1024, (1024,), 256, "float16"), {"split_k": 1, "tokens.tile_rows": 64}),
 )

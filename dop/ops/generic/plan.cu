@@ -3,7 +3,7 @@
 // In:  the slot of each token (int32 or int64; any value outside [0, slots) means no adapter), and
 //      optionally the rank and the scale of each slot.
 // Out: one int32 buffer whose layout is `layout` in dop/ops/plan.py: the row form's tables, row_index,
-//      the tile tables for tiles of 8, 16, 32, 48, 64, 128 and 144 rows, then scratch for large
+//      the tile tables for tiles of 8, 16, 32, 48, 64, 80 and 128 rows, then scratch for large
 //      batches.
 //
 // How: the tokens are sorted by slot with a stable counting sort on digits of 8 bits (one pass below
@@ -53,9 +53,9 @@ typedef unsigned short Key;
 
 __device__ __forceinline__ int padded(int n) { return (n + 15) & ~15; }
 
-// Rows of a form's tiles: multiples of 8, 144 at most. Twin of TILE_SIZES in dop/ops/plan.py.
+// Rows of a form's tiles: multiples of 8, 128 at most. Twin of TILE_SIZES in dop/ops/plan.py.
 __device__ __forceinline__ int rows_of(int form) {
-  return form < 3 ? 8 << form : form == 3 ? 48 : form == 4 ? 64 : form == 5 ? 128 : 144;
+  return form < 3 ? 8 << form : form < 6 ? 16 * form : 128;
 }
 
 // Where each table starts in the buffer.
@@ -208,7 +208,7 @@ __device__ __forceinline__ void clear_tiles(const PlanParams& p, const Layout& a
 }
 
 // Length of a tile: how far its segment goes on from `position`, at most `rows`. Segments start
-// where a bit of `starts` is set; tiles have at most 144 rows, so six words hold the answer.
+// where a bit of `starts` is set; tiles have at most 128 rows, so five words hold the answer.
 __device__ __forceinline__ int tile_length(const unsigned* starts, int position, int tokens,
                                            int rows) {
   const int word = position >> 5, words = (tokens + 31) >> 5;

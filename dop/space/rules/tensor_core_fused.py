@@ -10,8 +10,9 @@ parts of the columns are both blocks along y. The slices of a tile, which the st
 clusters of their own in the grid. TVM checks that stages can be placed so; the kernel is the
 intrinsic's text, which reads its numbers off the loops (lowering/tile_kernels.py).
 
-Clusters that run at once are the GPU's affair: an H100 holds 15 of eight blocks, so tiles of 144
-rows treat 2,048 rows of one adapter in one round where tiles of 128 take two.
+Clusters that run at once are the GPU's affair: an H100 holds seven of 16 blocks, 15 of eight, 30
+of four. Tiles of 80 rows treat 512 rows of one adapter in one round of clusters of 16, and 2,048
+in one of clusters of four, where tiles of 64 or 128 take two.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ MAX_RANK = 256
 WARPGROUPS, COPY_WARPS = 2, 4
 """That multiply; that ask the copy engine or gather rows."""
 
-SUM_PAD, BARRIER_BYTES = 4, 16
-"""Floats between rows of sums; shared memory for the barriers of a stage."""
+BARRIER_BYTES, OTHER_BARRIERS = 16, 32
+"""Shared memory for the barriers of a stage, and for the others."""
+
+UNIT = 8
+"""Ranks that go to one block of a cluster are a multiple of it."""
 
 LEAST_STEPS = 3
 """What the sums of tiles of 128 rows take the place of."""
 
 CLUSTER, STAGES = Param("shrink.split_k"), Param("shrink.stages")
+APART, HINTS = Param("shrink.sums_apart"), Param("shrink.l2_hints")
 SPARE_REGISTERS = 56
 """Of a thread, beside its sums."""
 
@@ -65,7 +70,7 @@ class FusedTiles:
             return []
         new = state.fork(self.name)
         wide = 128 if w.rank <= 128 else 32
-        rows = new.param(TILE_ROWS.name, "tile", (16, 32, 48, 64, 128, 144), wide)
+        rows = new.param(TILE_ROWS.name, "tile", (16, 32, 48, 64, 80, 128), wide)
         source = new.split("gather_x", TOKEN_AXIS["gather_x"], [rows])
         for stage, axis in TOKEN_AXIS.items():
             if stage != "gather_x":
@@ -75,12 +80,14 @@ class FusedTiles:
 
 
 def clusters_of(state: SketchState) -> tuple[int, ...]:
-    """Blocks that a cluster may have, each with whole chunks and enough steps."""
+    """Blocks that a cluster may have, each with whole chunks, whole units of ranks and enough
+    steps."""
     w = state.workload
     units = math.gcd(w.in_features, *w.out_features)
     if units % DEPTH:
         return ()
     found = dividing(units // DEPTH, (1, 2, 4, 8, 16))
+    found = tuple(n for n in found if w.rank % (UNIT * n) == 0)
     return tuple(n for n in found if w.in_features // (DEPTH * n) >= LEAST_STEPS)
 
 
@@ -167,6 +174,10 @@ class FusedShrink:
         new.annotate("shrink_rf", PART, "blockIdx.y")
         new.pragma("shrink_rf", PART, "cluster")
         new.pragma("shrink_rf", PART, "engine", 1)
+        new.param(APART.name, "pipeline", (0, 1), 0)
+        new.pragma("shrink_rf", PART, "sums_apart", APART)
+        new.param(HINTS.name, "pipeline", (0, 1), 0)
+        new.pragma("shrink_rf", PART, "l2_hints", HINTS)
         return [new]
 
 
@@ -221,20 +232,26 @@ def _limits(new: SketchState) -> None:
     def chunks(a: Annotation) -> int:
         return max(w.out_features) // (DEPTH * a[CLUSTER.name])
 
+    def sums_bytes(a: Annotation) -> int:
+        return 4 * a[TILE_ROWS.name] * w.rank
+
     def overlay(a: Annotation) -> int:
-        return -(-4 * a[TILE_ROWS.name] * (w.rank + SUM_PAD) // stage_bytes(a))
+        return 0 if a[APART.name] else -(-sums_bytes(a) // stage_bytes(a))
 
     def smem(a: Annotation) -> int:
         ring = a[STAGES.name] * (stage_bytes(a) + BARRIER_BYTES)
-        return ring + 2 * a[TILE_ROWS.name] * w.rank + BARRIER_BYTES
+        v = 2 * a[TILE_ROWS.name] * w.rank
+        return ring + a[APART.name] * sums_bytes(a) + v + OTHER_BARRIERS
 
     def registers(a: Annotation) -> int:
-        rows = a[TILE_ROWS.name] * rank_groups // WARPGROUPS
-        return w.rank // (DEPTH * rank_groups) * rows // 2 + SPARE_REGISTERS
+        rows = a[TILE_ROWS.name]
+        shrink = w.rank // (DEPTH * rank_groups) * (rows * rank_groups // WARPGROUPS)
+        return max(shrink, rows) // 2 + SPARE_REGISTERS
 
     def lacking(a: Annotation) -> int:
         """Steps or stages that the place of the sums takes and that are not there."""
-        return max(overlay(a) - steps(a), overlay(a) + 1 - a[STAGES.name], 0)
+        lacking_stages = overlay(a) + 1 - max(a[STAGES.name], 2 * a[APART.name])
+        return max(overlay(a) - steps(a), lacking_stages, 0)
 
     new.limit("fused shared memory bytes", target.max_smem_bytes, smem)
     new.limit("fused registers per thread", target.max_registers // threads, registers)
