@@ -362,7 +362,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 @EXPAND@
   // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
   const unsigned long long layout = 1ull << 62 | 64ull << 32 | 1ull << 16;
-  // v: 128 bytes are eight tokens by eight ranks; behind them the next tokens', then the next ranks'.
+  // v: 128 bytes are eight tokens by eight ranks; then come the next tokens, then the next ranks.
   const unsigned long long v_layout = 8ull << 32 | (unsigned long long)@TM@ << 16;
   const int group = warp / 4, quarter = warp % 4, g = lane >> 2;
   {
