@@ -107,7 +107,7 @@ inline void dop_copy_ahead(unsigned to, const void* from, int bytes) { dop_copy(
 // Arrival barriers and the copy engine.
 inline void __syncwarp() { warp->barrier.arrive_and_wait(); }
 inline bool dop_all_of_block(bool here) {
-  block->all = true;
+  __atomic_store_n(&block->all, true, __ATOMIC_RELAXED);
   __syncthreads();
   if (!here) __atomic_store_n(&block->all, false, __ATOMIC_RELAXED);
   __syncthreads();
