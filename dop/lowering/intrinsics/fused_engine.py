@@ -11,7 +11,7 @@ or that of the ring's first `overlay` stages, which shrink's last steps leave.
 
 wgmma has ranks (shrink) or columns (expand) as its 64 rows and tokens as its columns: a tile may
 have any multiple of 8 or 16 rows. A warpgroup takes some of the 64-rank groups and some of the
-tokens in shrink, and every other chunk in expand.
+tokens in shrink, and the chunks of every other stage in expand.
 
 Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
 warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
@@ -475,8 +475,11 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   dop_barrier_wait_peers(v_ready, 0);
   dop_cluster_arrive();  // all that this block was sent has come
 #pragma unroll 1
-  for (int step = @STEPS@ + group; step < @STEPS@ + chunks; step += @GROUPS@) {
+  for (int step = @STEPS@; step < @STEPS@ + chunks; ++step) {
     const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
+    // A stage is always the same warpgroup's: who has not seen a phase of a barrier end cannot tell
+    // it from the one after the next.
+    if ((int)stage % @GROUPS@ != group) continue;
     const unsigned at = base + stage * @STAGE_BYTES@, b_box = at + @X_BYTES@;
     const int column = offset + (part * chunks + step - @STEPS@) * 64;
     float sum[@TM@ / 8][4];
