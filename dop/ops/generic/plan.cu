@@ -53,7 +53,7 @@ typedef unsigned short Key;
 
 __device__ __forceinline__ int padded(int n) { return (n + 15) & ~15; }
 
-// Rows of a form's tiles: multiples of 8, 128 at most. Twin of TILE_SIZES in dop/ops/plan.py.
+// Rows of a form's tiles: multiples of 8, kMaxRows at most. Twin of TILE_SIZES in dop/ops/plan.py.
 __device__ __forceinline__ int rows_of(int form) {
   return form < 3 ? 8 << form : form < 6 ? 16 * form : 128;
 }
@@ -71,11 +71,21 @@ struct Layout {
   __device__ __forceinline__ int token_rank() const { return step; }
   __device__ __forceinline__ int token_scale() const { return 2 * step; }
   __device__ __forceinline__ int row_index() const { return 3 * step; }
-  __device__ __forceinline__ int tiles(int form) const { return tokens / rows_of(form) + bound; }
+  // No division by what is known at run time only.
+  __device__ __forceinline__ int tiles(int form) const {
+    const unsigned sixteens = (unsigned)tokens >> 4;
+    const unsigned full = form < 3 ? (unsigned)tokens >> (3 + form)
+                          : form == 3 ? sixteens / 3
+                          : form == 4 ? sixteens >> 2
+                          : form == 5 ? sixteens / 5
+                                      : sixteens >> 3;
+    return (int)full + bound;
+  }
   // tile_slot, tile_row0, tile_rows, tile_rank, tile_scale follow each other.
   __device__ __forceinline__ int tile_tables(int form) const {
     int at = 4 * step;
-    for (int f = 0; f < form; ++f) at += 5 * padded(tiles(f));
+#pragma unroll
+    for (int f = 0; f < kForms; ++f) at += f < form ? 5 * padded(tiles(f)) : 0;
     return at;
   }
   // Two tables of tokens.
@@ -190,14 +200,14 @@ __device__ __forceinline__ void read_ids(const PlanParams& p, const Layout& at, 
 }
 
 // Tiles that nobody needs: no rows, slot 0. Those that are needed are written over later.
-__device__ __forceinline__ void clear_tiles(const PlanParams& p, const Layout& at) {
+__device__ __forceinline__ void clear_tiles(const PlanParams& p, const int* places) {
   const Facts none = facts_of(p.ranks, p.scales, 0, p.max_rank, p.scale);
   const float s = none.scale;
   const int r = none.rank;
 #pragma unroll 1
   for (int f = 0; f < kForms; ++f) {
-    const int quads = padded(at.tiles(f)) / 4;
-    int4* const slot = (int4*)(p.tables + at.tile_tables(f));
+    const int quads = places[kForms + f] / 4;
+    int4* const slot = (int4*)(p.tables + places[f]);
     float4* const scale = (float4*)(slot + 4 * quads);
     for (int i = threadIdx.x; i < quads; i += blockDim.x) {
       slot[i] = slot[i + quads] = slot[i + 2 * quads] = make_int4(0, 0, 0, 0);
@@ -207,21 +217,22 @@ __device__ __forceinline__ void clear_tiles(const PlanParams& p, const Layout& a
   }
 }
 
-// Length of a tile: how far its segment goes on from `position`, at most `rows`. Segments start
-// where a bit of `starts` is set; tiles have at most 128 rows, so five words hold the answer.
-__device__ __forceinline__ int tile_length(const unsigned* starts, int position, int tokens,
-                                           int rows) {
+constexpr int kMaxRows = 128;  // of a tile
+
+// How far the segment of `position` goes on from there, kMaxRows at most. Segments start where a bit
+// of `starts` is set; five words hold the answer.
+__device__ __forceinline__ int rows_left(const unsigned* starts, int position, int tokens) {
   const int word = position >> 5, words = (tokens + 31) >> 5;
   unsigned bits = starts[word] & ~((2u << (position & 31)) - 1);
   int end = tokens;
-  for (int w = word; w < words && w <= word + 5; ++w) {
+  for (int w = word; w < words && w <= word + kMaxRows / 32; ++w) {
     if (w > word) bits = starts[w];
     if (bits != 0) {
       end = w * 32 + __ffs(bits) - 1;
       break;
     }
   }
-  return end - position < rows ? end - position : rows;
+  return min(end - position, kMaxRows);
 }
 
 // The tile tables of all forms, from the sorted keys. `places`: where those of each form begin, then
@@ -279,6 +290,7 @@ __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at
     if (mask != 0) segment = first + 31 - __clz(mask);
     const bool tile = key != p.slots && (row & 7) == 0;
     const Facts fact = facts_of(p.ranks, p.scales, tile ? key : 0, p.max_rank, p.scale);
+    const int left = tile ? rows_left(starts, position, p.tokens) : 0;
 #pragma unroll
     for (int f = 0; f < kForms; ++f) {
       const bool mine = tile && row % rows_of(f) == 0;
@@ -290,7 +302,7 @@ __device__ __forceinline__ void make_tiles(const PlanParams& p, const Layout& at
       const int step = places[kForms + f];
       table[0] = key;
       table[step] = position;
-      table[2 * step] = tile_length(starts, position, p.tokens, rows_of(f));
+      table[2 * step] = min(left, rows_of(f));
       table[3 * step] = fact.rank;
       ((float*)table)[4 * step] = fact.scale;
     }
@@ -326,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(1024) dop_plan(const PlanParams p) 
   counters.clear(low);
   __syncthreads();
   read_ids(p, at, counters, begin, end, warp, lane);
-  clear_tiles(p, at);
+  clear_tiles(p, places);
   __syncthreads();
   counters.scan(low, sums[0]);
   __syncthreads();
