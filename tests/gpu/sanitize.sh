@@ -1,12 +1,13 @@
 #!/bin/bash
 # Every shipped kernel under compute-sanitizer (memcheck, racecheck), shards side by side on all GPUs.
-#   tests/gpu/sanitize.sh OUT_FOLDER [shards per tool = 8] [seconds per tool = 250] [tools] [batches]
+#   tests/gpu/sanitize.sh OUT_FOLDER [shards per tool = 8] [seconds per tool = 250] [tools] [batches] \
+#       [folder of packs that were checked: their kernels are left out]
 # Takes the first compute-sanitizer that works: PATH, CUDA toolkits, those named in $SANITIZERS.
 # Without one: guard zones instead, exit status 2.
 set -u
 cd "$(dirname "$0")/../.." || exit 3
 out=${1:?where to write} shards=${2:-8} seconds=${3:-250} tools=${4:-"memcheck racecheck"}
-batches=${5:-mixed,one}
+batches=${5:-mixed,one} checked=${6:+--checked $6}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -36,7 +37,7 @@ run_shards() { # tool, then the command in front of python
   shift
   for ((i = 0; i < shards; i++)); do
     CUDA_VISIBLE_DEVICES=$((i % gpus)) timeout $((seconds + 60)) "$@" "$python" \
-      tests/gpu/sanitize_packs.py --shard "$i/$shards" --limit "$seconds" --batches "$batches" $guards \
+      tests/gpu/sanitize_packs.py --shard "$i/$shards" --limit "$seconds" --batches "$batches" $guards $checked \
       >"$out/$tool-$i.txt" 2>&1 &
   done
   wait

@@ -3,6 +3,7 @@
     compute-sanitizer --tool memcheck  python tests/gpu/sanitize_packs.py --shard 0/8
     compute-sanitizer --tool racecheck python tests/gpu/sanitize_packs.py --shard 0/8
     python tests/gpu/sanitize_packs.py --guards         # without it: guard zones, see guarded.py
+    ... --checked FOLDER                 # but for what stands, byte for byte, in FOLDER's packs
 
 `tests/gpu/sanitize.sh` finds compute-sanitizer and runs the shards side by side. No kernels but
 Dop's run: tensors are made, and results judged, on the CPU. Every tensor is an allocation of its
@@ -14,6 +15,7 @@ Ends with a line of JSON: kernels, calls, failures, what was not run. Exit statu
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -21,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 if __name__ == "__main__":
     # Every tensor is an allocation of its own then. Not where tests import this: capturing a
@@ -32,7 +35,8 @@ import torch
 from guarded import SLOTS, Arena, Batch
 
 from dop import ops
-from dop.export.load import load_cuda
+from dop.export.index import KernelInfo
+from dop.export.load import CudaLibrary, load_cuda
 from dop.ops.plan import SegmentPlan, buffer_size, fill_by_torch, layout
 from dop.ops.sources import Source
 from dop.workload import Workload
@@ -67,7 +71,20 @@ class Case:
     batches: tuple[str, ...]
 
 
-def pack_cases(batches: tuple[str, ...]) -> Iterator[Case]:
+def binaries(folder: Path) -> set[str]:
+    """Digests of the kernels of a folder's packs."""
+    found = set()
+    for path in sorted(folder.rglob("*.doppack")):
+        library = load_cuda(path)
+        found |= {_digest(library, info) for info in library.kernels.values()}
+    return found
+
+
+def _digest(library: CudaLibrary, info: KernelInfo) -> str:
+    return hashlib.sha256(library.binary(info)).hexdigest()
+
+
+def pack_cases(batches: tuple[str, ...], checked: set[str]) -> Iterator[Case]:
     """Every kernel of the shipped packs, in both types; one that several packs have, once."""
     seen = set()
     for entry in guarded.packs_here():
@@ -77,6 +94,8 @@ def pack_cases(batches: tuple[str, ...]) -> Iterator[Case]:
             if binary in seen:
                 continue
             seen.add(binary)
+            if checked and _digest(library, info) in checked:
+                continue
             source = guarded.pack_source(library, info.name)
             name = f"{entry.path.parent.name}/{entry.path.name}:{info.name}"
             cost = info.workload.in_features + info.workload.total_out
@@ -191,13 +210,16 @@ def main() -> int:
     parser.add_argument("--guards", action="store_true", help="guard zones around every tensor")
     parser.add_argument("--batches", default="mixed,one", help=f"of {', '.join(guarded.BATCHES)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--checked", type=Path, help="folder of packs whose kernels are left out")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; the rest is named")
     parser.add_argument("--list", action="store_true", help="print the cases only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = tuple(options.batches.split(","))
     shard, count = map(int, options.shard.split("/"))
-    cases = [c for c in (*pack_cases(names), *generic_cases(names)) if options.only in c.name]
+    checked = binaries(options.checked) if options.checked else set()
+    cases = [*pack_cases(names, checked), *generic_cases(names)]
+    cases = [case for case in cases if options.only in case.name]
     mine = share(cases, shard, count)
     if options.list:
         print("\n".join(case.name for case in mine))
