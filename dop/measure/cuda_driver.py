@@ -20,7 +20,10 @@ SHARED_SIZE_BYTES = 1
 LOCAL_SIZE_BYTES = 3
 NUM_REGS = 4
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+REQUIRED_CLUSTER_WIDTH = 11
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
+PORTABLE_CLUSTER = 8
+"""Blocks of a cluster that every GPU with clusters can place."""
 
 CAPTURE_RELAXED = 2
 
@@ -70,7 +73,7 @@ def _call(name: str, *arguments: object) -> None:
     check(name, getattr(library, name)(*arguments))
 
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 COMPUTE_CAPABILITY_MAJOR = 75
 HOPPER = 9
 
@@ -126,7 +129,7 @@ class Function:
         _call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, size_bytes)
 
     def allow_large_clusters(self) -> None:
-        """Allows clusters of more blocks than every GPU with clusters can place, which are 8."""
+        """Allows clusters of more than `PORTABLE_CLUSTER` blocks."""
         _call("cuFuncSetAttribute", self.handle, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
 
     def launch(
@@ -157,6 +160,32 @@ class Function:
             self.handle, *grid, *block, smem_bytes, Handle(stream), parameters, None
         )
         check("cuLaunchKernel", code)
+
+
+def has_room(function: Handle, block: Sequence[int], smem_bytes: int) -> bool:
+    """Whether the current device can place a kernel's clusters: of more than `PORTABLE_CLUSTER`
+    blocks a small GPU, or a slice of one, may place none. True too where the driver cannot tell.
+
+    Args:
+        function: a kernel whose large clusters are allowed, if it has such, lying along x.
+        block: threads.
+        smem_bytes: dynamic shared memory.
+    """
+    library, width, count = driver(), ctypes.c_int(), ctypes.c_int()
+    if not hasattr(library, "cuOccupancyMaxActiveClusters"):  # before CUDA 11.8: no clusters either
+        return True
+    read = library.cuFuncGetAttribute  # type: ignore[union-attr]
+    if read(ctypes.byref(width), REQUIRED_CLUSTER_WIDTH, function):
+        return True
+    if width.value <= PORTABLE_CLUSTER:
+        return True
+    size = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(width.value, 1, 1))
+    config = _Config(
+        (ctypes.c_uint * 3)(width.value, 1, 1), (ctypes.c_uint * 3)(*block), smem_bytes, None
+    )
+    config.attributes, config.attribute_count = ctypes.pointer(size), 1
+    ask = library.cuOccupancyMaxActiveClusters  # type: ignore[union-attr]
+    return bool(ask(ctypes.byref(count), function, ctypes.byref(config))) or count.value > 0
 
 
 Parameter = ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64 | ctypes.Array[ctypes.c_uint64]

@@ -341,6 +341,11 @@ class Driver:
         finally:
             self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
+    def has_room(self, function: int, launch: Launch) -> bool:
+        """`cuda_driver.has_room` of a function that `load` gave."""
+        handle = ctypes.c_void_p(function)
+        return cuda_driver.has_room(handle, launch.block, launch.dynamic_smem_bytes)
+
     def _function(self, module: ctypes.c_void_p, launch: Launch) -> int:
         function = cuda_driver.Function(module, launch.name)
         # Asking for an attribute loads the code now: drivers load lazily otherwise.
@@ -385,6 +390,13 @@ def functions_of(kernel: DeviceKernel, device: int) -> list[int]:
                 _LOADED[key] = driver().load(image, kernel.launches)
             _LOADED[short] = _LOADED[key]
         return _LOADED[short]
+
+
+def has_room(kernel: DeviceKernel, device: int) -> bool:
+    """Whether a GPU has room for the clusters of a kernel, which this loads."""
+    driver().ensure_context(device)
+    placed = zip(functions_of(kernel, device), kernel.launches, strict=True)
+    return all(driver().has_room(function, one) for function, one in placed)
 
 
 def new_block(

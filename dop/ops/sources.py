@@ -181,6 +181,11 @@ def from_packs(search: Search) -> DeviceKernel | None:
         if kernel.maps and launch.driver().encode is None:
             search.misses.append(f"{info.name} of {library.path} {tensor_map.NO_ENCODER}")
             continue
+        if kernel.maps and not launch.has_room(kernel, search.shape.device):
+            search.misses.append(
+                f"{info.name} of {library.path} wants larger clusters than this GPU has room for"
+            )
+            continue
         return kernel
     if not search.misses:
         folders = ", ".join(str(folder) for folder in packs.folders())

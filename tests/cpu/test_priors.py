@@ -437,7 +437,7 @@ class TestShipped:
 
     def tuned(self, tmp_path: Path, capsys, *options: str, layer: str = "o") -> tuple[dict, str]:
         log = tmp_path / "log.jsonl"
-        arguments = ["--layers", layer, "--tokens", "8,64", "--trials", "24", "--log", str(log)]
+        arguments = ["--layers", layer, "--tokens", "8,64", "--trials", "32", "--log", str(log)]
         assert main(["tune", "--model", "Llama-3.1-8B", *arguments, "--json", *options]) == 0
         captured = capsys.readouterr()
         return json.loads(captured.out), captured.err
@@ -458,9 +458,10 @@ class TestShipped:
 
     def test_the_own_pack_comes_first_and_can_be_left_out(self, h100, tmp_path, capsys):
         found, told = self.tuned(tmp_path, capsys)
-        first, *others = found["packs"]
+        first = next(iter(found["packs"]))
         assert first == "h100/llama-3.1-8b.doppack"
-        assert all(name.startswith("h200/") for name in others)  # behind all of this device
+        here = [name.startswith("h100/") for name in found["packs"]]
+        assert here == sorted(here, reverse=True)  # other devices' behind all of this one's
         assert f"{found['packs'][first]} of {first}" in told
         (workload,) = {t["workload"] for t in found["tasks"]}
         pack = PackFile(packs.SHIPPED / "h100" / "llama-3.1-8b.doppack")

@@ -156,7 +156,7 @@ def test_peers_figures_are_those_of_the_committed_results():
         for key in cases
     }
     slower = sum(value < 1 for value in speed.values())
-    assert f"{slower} of the {len(cases)} are slower" in README
+    assert f"{slower} of the {len(cases)} {'is' if slower == 1 else 'are'} slower" in README
     assert f"worst {min(speed.values()):.2f}x" in README
     for kind, count in (("decode", 420), ("prefill", 240)):
         assert sum(key.startswith(kind) for key in speed) == count

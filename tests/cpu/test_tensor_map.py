@@ -345,7 +345,7 @@ def test_a_driver_without_maps_refuses_the_kernel(world):
         ops.add_lora(world.y, world.x(), world.a, world.b, world.plan)
 
 
-def test_a_pack_s_kernel_with_maps_is_passed_over_by_an_old_driver(monkeypatch):
+def test_a_pack_s_kernel_with_maps_is_passed_over_where_it_cannot_run(monkeypatch):
     from test_ops_sources import GPU, SHAPE, Pack, match, ready
 
     from dop import packs
@@ -357,13 +357,61 @@ def test_a_pack_s_kernel_with_maps_is_passed_over_by_an_old_driver(monkeypatch):
     monkeypatch.setattr(packs, "find", lambda *args: (match(pack),))
     monkeypatch.setattr(sources, "optional", lambda module, name: lambda search: ready("generic"))
     monkeypatch.setattr(sources, "_KERNELS", {})
-    for encode, name in ((None, "generic"), (1, "small")):
+    for encode, room, name in ((None, True, "generic"), (1, False, "generic"), (1, True, "small")):
         sources.forget()
         monkeypatch.setattr(launch, "driver", lambda encode=encode: SimpleNamespace(encode=encode))
+        monkeypatch.setattr(launch, "has_room", lambda kernel, device, room=room: room)
         choice = sources.choose(SHAPE, 4, 8, None)
         assert choice.name == name
         assert ("CUDA 12" in "".join(choice.passed_over)) == (encode is None)
+        assert ("larger clusters" in "".join(choice.passed_over)) == (not room)
     sources.forget()
+
+
+class Occupancy:
+    """A driver that knows one kernel's cluster, and how many of it run at once."""
+
+    def __init__(self, width: int, at_once: int, code: int = 0) -> None:
+        self.width, self.at_once, self.code = width, at_once, code
+        self.asked: list[tuple] = []
+
+    def cuFuncGetAttribute(self, out, which, function):
+        assert (which, function.value) == (cuda_driver.REQUIRED_CLUSTER_WIDTH, 5)
+        out._obj.value = self.width
+        return 0
+
+    def cuOccupancyMaxActiveClusters(self, out, function, config):
+        config = config._obj
+        (attribute,) = config.attributes[: config.attribute_count]
+        assert attribute.kind == cuda_driver.CLUSTER_DIMENSION
+        self.asked.append(
+            (*config.grid, *config.block, config.smem_bytes, *attribute.value[:3], function.value)
+        )
+        out._obj.value = self.at_once
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("driver", "room", "asked"),
+    [
+        (Occupancy(8, 0), True, False),
+        (Occupancy(16, 7), True, True),
+        (Occupancy(16, 0), False, True),
+        (Occupancy(16, 0, code=1), True, True),  # it cannot tell
+        (SimpleNamespace(), True, False),
+    ],
+)
+def test_room_for_clusters(monkeypatch, driver, room, asked):
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    one = Launch("fused", ("tiles * 16", "1", "1"), (32, 1, 12), 1000, ("y", "y_box16"))
+    kernel = DeviceKernel("fused", "test", "test", 16, (one,), (), lambda: b"fused")
+    monkeypatch.setattr(launch, "functions_of", lambda kernel, device: [5])
+    mine = object.__new__(launch.Driver)
+    mine.ensure_context = lambda device: None
+    monkeypatch.setattr(launch, "driver", lambda: mine)
+    assert launch.has_room(kernel, 0) == room
+    want = [(16, 1, 1, 32, 1, 12, 1000, 16, 1, 1, 5)]
+    assert getattr(driver, "asked", []) == (want if asked else [])
 
 
 needs_extension = pytest.mark.skipif(native.EXTENSION is None, reason=fake_driver.NO_EXTENSION)
