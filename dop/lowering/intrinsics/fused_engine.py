@@ -46,7 +46,7 @@ class FusedEngine:
     """Numbers of the intrinsic.
 
     Attributes:
-        tile_rows: rows of a tile, a multiple of 16.
+        tile_rows: rows of a tile: a multiple of 8, of 16 where warpgroups share them in shrink.
         cluster: blocks of a cluster; parts of k and of a slice's columns.
         stages: steps or chunks in flight.
         apart: the sums do not wait for the stages whose place they would take.
@@ -81,11 +81,6 @@ class FusedEngine:
     def share(self) -> int:
         """Ranks that a block adds up."""
         return self.workload.rank // self.cluster
-
-    @property
-    def sums(self) -> int:
-        """Sums of a thread."""
-        return max(self.group_ranks * self.shrink_rows, self.tile_rows) // 2
 
     @property
     def steps(self) -> int:
