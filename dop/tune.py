@@ -20,18 +20,18 @@ from operator import itemgetter
 from dop.database.jsonl import Log, without_collector
 from dop.database.record import Record
 from dop.database.wire import Entry
+from dop.earlier import NEAREST, Earlier, serving
 from dop.effort import QUICK, Effort
 from dop.errors import ConfigError, DopError, Failure
 from dop.family import Family, FamilyState, adapted, neighbours
 from dop.measure.base import Job, Measurer
 from dop.measurement import Measurement
-from dop.prior import Prior, in_order
+from dop.prior import Prior
 from dop.progress import Event, Note, Progress, TuneResult, view
 from dop.recorded import (
     DEFAULT_MARK,
     Recorded,
     alike,
-    alike_trace,
     check_device,
     figures_of,
     recorded,
@@ -41,7 +41,6 @@ from dop.scenario import Scenario
 from dop.search.history import Result, point_key
 from dop.space.early import may_serve, plainly
 from dop.space.sketch import Candidate, Space
-from dop.space.trace import Trace
 from dop.target import Target
 from dop.workload import Workload
 
@@ -53,20 +52,14 @@ _HINTS = 12
 _LIKE = 2
 """Fastest candidates of each batch on another device that are tried first."""
 
+_ALONE = 6
+"""Likewise, for calls beside the base layer's matmul, of those without it."""
+
 _CONFIRM = {"cpu": 0.12}
 """Share of the wall time, by device, in which the closest rivals are measured once more. A shared
 host has slow spells longer than a timing: a candidate that met one lost to a worse one."""
 _RIVALS = 5
 _CLOSE = 1.35
-
-_PRIORS = 16
-"""Most kernels of earlier searches for its own workload that a family tries first."""
-
-_NEAR_PRIORS = 8
-"""Likewise, of the nearest workloads where nothing is known of its own."""
-
-_ALONE = 6
-"""Likewise, of calls beside the base layer's matmul, for those of each batch without it."""
 
 _TWINS = 4
 """Fastest early kernels of each batch in the log that is too large for them (space/early.py), of
@@ -79,9 +72,7 @@ _FINISH = 0.1
 """Share of the wall time after which old records are no longer filled up with missing batches."""
 
 _FOREIGN_WORKLOADS = 24
-_NEAREST = 3
-"""Workloads of the log that are not being tuned: so many nearest ones of each family, and so many
-in all at most."""
+"""Workloads of the log that are not being tuned: so many at most, the nearest of each family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,74 +243,19 @@ class _Run:
 
     def begin_with(self, priors: Iterable[Prior]) -> None:
         """Offer every family what earlier searches found for its workload, else for the nearest."""
-        known: dict[str, list[Prior]] = {}
-        for prior in priors:
-            known.setdefault(prior.workload.key, []).append(prior)
-        near: dict[str, Space] = {}
-        for state in self.states if known else ():
-            found = self._own_priors(state, known) or self._near_priors(state, known, near)
+        earlier = Earlier(priors, self.build)
+        for state in self.states:
             saw, default_place = state.strategy.history.saw, state.default_place
+            found = earlier.of(state.space, state.family)
             new = [(c, p) for c, p in found if default_place(c.trace) is None]
             new = [(c, p) for c, p in new if not saw(point_key(c))]
             state.strategy.first([candidate for candidate, _ in new])
             self.begun_with.update(prior.origin for _, prior in new)
+        there = {workload for workload, _ in self.foreign}
+        self.foreign += [(w, pool) for w, pool in earlier.pools.items() if w not in there]
         if self.begun_with:
             parts = ", ".join(f"{count} of {origin}" for origin, count in self.begun_with.items())
             self._note(f"Kernels of earlier searches come first: {parts}.")
-
-    def _own_priors(
-        self, state: FamilyState, known: Mapping[str, Sequence[Prior]]
-    ) -> list[tuple[Candidate, Prior]]:
-        """Kernels of a family's own workload; of calls beside a matmul also those without it."""
-        family = state.family
-        keys = (family.workload.key, replace(family.workload, beside=False).key)
-        priors = next((known[key] for key in keys if key in known), ())
-        return self._candidates(state.space, priors, family)[:_PRIORS]
-
-    def _near_priors(
-        self, state: FamilyState, known: Mapping[str, Sequence[Prior]], spaces: dict[str, Space]
-    ) -> list[tuple[Candidate, Prior]]:
-        """Kernels of the nearest workloads, with the nearest numbers that this one allows; those of
-        this device first, and of each device the nearest workload's.
-
-        Args:
-            state: the family.
-            known: priors by workload key.
-            spaces: of these workloads as far as they were built; added to.
-        """
-        family = state.family
-        workloads = [priors[0].workload for priors in known.values()]
-        workloads.sort(key=lambda w: (w.beside != family.workload.beside, w.key))
-        found: dict[Trace, tuple[Candidate, Prior]] = {}
-        pools = dict(self.foreign)
-        for workload in neighbours(family, workloads)[:_NEAREST]:
-            if workload.key not in spaces:
-                with contextlib.suppress(DopError):
-                    spaces[workload.key] = self.build(workload, family.target)
-            if workload.key not in spaces:
-                continue
-            theirs = self._candidates(spaces[workload.key], known[workload.key], family)
-            for candidate, prior in theirs:
-                for mine in adapted(state.space, [candidate], repair=True):
-                    found.setdefault(mine.trace, (mine, prior))
-            if theirs and workload not in pools:
-                self.foreign.append((workload, [c for c, _ in theirs[:_NEAR_PRIORS]]))
-        here = family.target.device_name
-        return sorted(found.values(), key=lambda item: item[1].device_name != here)[:_NEAR_PRIORS]
-
-    @staticmethod
-    def _candidates(
-        space: Space, priors: Sequence[Prior], family: Family
-    ) -> list[tuple[Candidate, Prior]]:
-        """Candidates of one workload's priors in its space, as `in_order` has them, each once."""
-        found: dict[Trace, tuple[Candidate, Prior]] = {}
-        for prior, scenario in in_order(priors, family.scenarios, family.target.device_name):
-            candidate = alike_trace(space, prior.trace, prior.sketch)
-            if candidate is not None:
-                candidate = _serving(candidate, scenario)
-            if candidate is not None:
-                found.setdefault(candidate.trace, (candidate, prior))
-        return list(found.values())
 
     def _resume(self, state: FamilyState, entries: Iterable[Entry]) -> None:
         """Tell a family's strategy what the log holds for it."""
@@ -369,7 +305,7 @@ class _Run:
         near = dict.fromkeys(
             workload
             for state in self.states
-            for workload in neighbours(state.family, list(known.values()))[:_NEAREST]
+            for workload in neighbours(state.family, list(known.values()))[:NEAREST]
         )
         for workload in list(near)[:_FOREIGN_WORKLOADS]:
             best: dict[str, Entry] = {}
@@ -658,16 +594,6 @@ def _bests(state: FamilyState) -> list[Candidate]:
     return list(found.values())
 
 
-def _serving(candidate: Candidate, scenario: Scenario) -> Candidate | None:
-    """The candidate, or its plain twin where it may not serve a batch; None if there is none."""
-    if may_serve(candidate.annotation, scenario.tokens):
-        return candidate
-    try:
-        return plainly(candidate)
-    except DopError:
-        return None
-
-
 def _offer(state: FamilyState, entries: Iterable[Entry], most: int) -> None:
     """The `most` fastest candidates of each batch are proposed before a family's search begins."""
     by_batch: dict[str, list[Entry]] = {}
@@ -678,5 +604,5 @@ def _offer(state: FamilyState, entries: Iterable[Entry], most: int) -> None:
     for tried in by_batch.values():
         winners.update((e.trace_key, e) for e in nsmallest(most, tried, key=lambda e: e.median_s))
     found = [(alike(state.space, e), Scenario.parse(e.scenario_key)) for e in winners.values()]
-    served = [_serving(candidate, s) for candidate, s in found if candidate is not None]
+    served = [serving(candidate, s) for candidate, s in found if candidate is not None]
     state.strategy.first([candidate for candidate in served if candidate is not None])

@@ -20,7 +20,7 @@ FLOW = (
     ("lowering",),
     ("measure",),
     ("database",),
-    ("family", "prior", "progress", "recorded", "tune", "engine_kernels", "collect_env"),
+    ("family", "prior", "earlier", "progress", "recorded", "tune", "engine_kernels", "collect_env"),
     ("dispatch",),
     ("export", "packs"),
     ("ops",),
