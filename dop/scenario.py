@@ -14,6 +14,11 @@ MIXES = ("distinct", "uniform", "skewed", "identical")
 
 NO_ADAPTER = -1
 
+DECODE_ROWS = 256
+"""Most rows of a batch whose rows are requests that decode, each where it arrived. What is larger
+holds prompts, whose rows lie one behind the other. Engines decode so many requests at once by
+default (vLLM's max_num_seqs)."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -24,12 +29,14 @@ class Scenario:
         segments: rows of each segment, longest first; every segment is one adapter.
         bare_rows: rows that use no adapter (id -1).
         weight: share of the traffic that looks like this (any positive scale).
+        shuffled: rows lie in any order, however many they are.
     """
 
     mix: str
     segments: tuple[int, ...]
     bare_rows: int = 0
     weight: float = 1.0
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         if self.mix not in (*MIXES, "recorded"):
@@ -86,11 +93,15 @@ class Scenario:
         return scenario
 
     def token_to_adapter(self, seed: int = 0) -> list[int]:
-        """Adapter of each row, shuffled as requests arrive: adapter ids 0..adapters-1, or -1."""
-        ids = [a for a, rows in enumerate(self.segments) for _ in range(rows)]
-        ids += [NO_ADAPTER] * self.bare_rows
-        random.Random(seed).shuffle(ids)
-        return ids
+        """Adapter of each row, as requests arrive: adapter ids 0..adapters-1, or -1. In a batch of
+        more than `DECODE_ROWS` rows an adapter's are one prompt, else each row is a request."""
+        runs = [(a, rows) for a, rows in enumerate(self.segments)]
+        if self.bare_rows:
+            runs.append((NO_ADAPTER, self.bare_rows))
+        if self.shuffled or self.tokens <= DECODE_ROWS:
+            runs = [(a, 1) for a, rows in runs for _ in range(rows)]
+        random.Random(seed).shuffle(runs)
+        return [a for a, rows in runs for _ in range(rows)]
 
 
 def named(mix: str, tokens: int, weight: float = 1.0) -> Scenario:

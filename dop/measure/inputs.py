@@ -49,7 +49,7 @@ def window_slots(
 ) -> list[NDArray[np.int32]]:
     """Slot of each row, [tokens], for each of `count` windows.
 
-    Adapters lie scattered over the stack and rows are shuffled, both by `seed`. Windows are
+    Adapters lie scattered over the stack and requests are shuffled, both by `seed`. Windows are
     disjoint as long as the stack has room, and wrap around behind it.
     """
     order = np.random.default_rng(seed).permutation(slots).astype(np.int32)
@@ -65,9 +65,9 @@ def window_slots(
 
 def awkward(tile_rows: int) -> Scenario:
     """The composition every candidate must survive: odd lengths, a segment of two full tiles and
-    one row, single rows, and rows without adapter. 37 rows in the row form."""
+    one row, single rows, and rows without adapter, in any order. 37 rows in the row form."""
     longest = 13 if tile_rows <= 6 else 2 * tile_rows + 1
-    return Scenario("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE)
+    return Scenario("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE, shuffled=True)
 
 
 def mixed_facts(workload: Workload, slots: int) -> SlotFacts:

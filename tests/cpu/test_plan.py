@@ -1,5 +1,8 @@
 """Segment plans: every row with an adapter is in exactly one tile of its own adapter."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -92,6 +95,23 @@ def test_windows_keep_bare_rows_and_segment_lengths():
         assert (rows == -1).sum() == 3
         counts = np.unique(rows[rows >= 0], return_counts=True)[1]
         assert sorted(counts.tolist(), reverse=True) == [5, 2, 1]
+
+
+def runs(ids: Sequence[int]) -> int:
+    """Runs of rows with the same adapter."""
+    return 1 + sum(a != b for a, b in itertools.pairwise(ids))
+
+
+def test_rows_of_prompts_lie_together_and_those_that_decode_do_not():
+    for scenario in (named("uniform", 2048), Scenario("recorded", (900, 100, 7), 50)):
+        ids = scenario.token_to_adapter(3)
+        assert runs(ids) == scenario.adapters + (scenario.bare_rows > 0)
+        assert sorted(ids.count(a) for a in set(ids) - {-1}) == sorted(scenario.segments)
+        assert ids.count(-1) == scenario.bare_rows
+        assert ids != scenario.token_to_adapter(4)
+    for scenario in (named("uniform", 256), awkward(128)):
+        assert runs(scenario.token_to_adapter(3)) > 2 * scenario.adapters
+    assert awkward(128).tokens > 256  # in any order all the same: a tile's rows lie apart
 
 
 @pytest.mark.parametrize("tile_rows", [0, 1, 4, 16, 64])
