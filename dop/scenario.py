@@ -29,14 +29,12 @@ class Scenario:
         segments: rows of each segment, longest first; every segment is one adapter.
         bare_rows: rows that use no adapter (id -1).
         weight: share of the traffic that looks like this (any positive scale).
-        shuffled: rows lie in any order, however many they are.
     """
 
     mix: str
     segments: tuple[int, ...]
     bare_rows: int = 0
     weight: float = 1.0
-    shuffled: bool = False
 
     def __post_init__(self) -> None:
         if self.mix not in (*MIXES, "recorded"):
@@ -55,6 +53,11 @@ class Scenario:
     def tokens(self) -> int:
         """Rows of the batch."""
         return sum(self.segments) + self.bare_rows
+
+    @property
+    def rows_are_requests(self) -> bool:
+        """Whether each row is a request of its own, so that an adapter's rows lie apart."""
+        return self.tokens <= DECODE_ROWS
 
     @property
     def adapters(self) -> int:
@@ -93,15 +96,25 @@ class Scenario:
         return scenario
 
     def token_to_adapter(self, seed: int = 0) -> list[int]:
-        """Adapter of each row, as requests arrive: adapter ids 0..adapters-1, or -1. In a batch of
-        more than `DECODE_ROWS` rows an adapter's are one prompt, else each row is a request."""
+        """Adapter of each row, as requests arrive: adapter ids 0..adapters-1, or -1. An adapter's
+        rows are one prompt unless `rows_are_requests`."""
         runs = [(a, rows) for a, rows in enumerate(self.segments)]
         if self.bare_rows:
             runs.append((NO_ADAPTER, self.bare_rows))
-        if self.shuffled or self.tokens <= DECODE_ROWS:
+        if self.rows_are_requests:
             runs = [(a, 1) for a, rows in runs for _ in range(rows)]
         random.Random(seed).shuffle(runs)
         return [a for a, rows in runs for _ in range(rows)]
+
+
+@dataclass(frozen=True)
+class Shuffled(Scenario):
+    """A batch each of whose rows is a request, however many there are."""
+
+    @property
+    def rows_are_requests(self) -> bool:
+        """Always."""
+        return True
 
 
 def named(mix: str, tokens: int, weight: float = 1.0) -> Scenario:

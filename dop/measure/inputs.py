@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dop.measure.plan import SlotFacts
-from dop.scenario import NO_ADAPTER, Scenario
+from dop.scenario import NO_ADAPTER, Scenario, Shuffled
 from dop.workload import Workload
 
 CACHE_FACTOR = 2
@@ -67,7 +67,7 @@ def awkward(tile_rows: int) -> Scenario:
     """The composition every candidate must survive: odd lengths, a segment of two full tiles and
     one row, single rows, and rows without adapter, in any order. 37 rows in the row form."""
     longest = 13 if tile_rows <= 6 else 2 * tile_rows + 1
-    return Scenario("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE, shuffled=True)
+    return Shuffled("recorded", (longest, *AWKWARD_SHORT), AWKWARD_BARE)
 
 
 def mixed_facts(workload: Workload, slots: int) -> SlotFacts:

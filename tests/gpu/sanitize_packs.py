@@ -84,8 +84,11 @@ def _digest(library: CudaLibrary, info: KernelInfo) -> str:
     return hashlib.sha256(library.binary(info)).hexdigest()
 
 
-def pack_cases(batches: tuple[str, ...], checked: set[str]) -> Iterator[Case]:
-    """Every kernel of the shipped packs, in both types; one that several packs have, once."""
+def pack_cases(
+    batches: tuple[str, ...], checked: frozenset[str] | set[str] = frozenset()
+) -> Iterator[Case]:
+    """Every kernel of the shipped packs, in both types; one that several packs have, once, and
+    none whose digest is in `checked`."""
     seen = set()
     for entry in guarded.packs_here():
         library = load_cuda(entry.path)

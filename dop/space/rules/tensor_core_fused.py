@@ -250,8 +250,7 @@ def _limits(new: SketchState) -> None:
 
     def lacking(a: Annotation) -> int:
         """Steps or stages that the place of the sums takes and that are not there."""
-        lacking_stages = overlay(a) + 1 - max(a[STAGES.name], 2 * a[APART.name])
-        return max(overlay(a) - steps(a), lacking_stages, 0)
+        return max(overlay(a) - steps(a), overlay(a) + 1 - a[STAGES.name], 0)
 
     new.limit("fused shared memory bytes", target.max_smem_bytes, smem)
     new.limit("fused registers per thread", target.max_registers // threads, registers)
