@@ -162,9 +162,10 @@ class Function:
         check("cuLaunchKernel", code)
 
 
-def has_room(function: Handle, block: Sequence[int], smem_bytes: int) -> bool:
-    """Whether the current device can place a kernel's clusters: of more than `PORTABLE_CLUSTER`
-    blocks a small GPU, or a slice of one, may place none. True too where the driver cannot tell.
+def clusters_at_once(function: Handle, block: Sequence[int], smem_bytes: int) -> int | None:
+    """How many of a kernel's clusters of more than `PORTABLE_CLUSTER` blocks the current device
+    holds at once: a small GPU, or a slice of one, may hold none. None where its clusters are not so
+    large, or the driver cannot tell.
 
     Args:
         function: a kernel whose large clusters are allowed, if it has such, lying along x.
@@ -173,19 +174,20 @@ def has_room(function: Handle, block: Sequence[int], smem_bytes: int) -> bool:
     """
     library, width, count = driver(), ctypes.c_int(), ctypes.c_int()
     if not hasattr(library, "cuOccupancyMaxActiveClusters"):  # before CUDA 11.8: no clusters either
-        return True
+        return None
     read = library.cuFuncGetAttribute  # type: ignore[union-attr]
     if read(ctypes.byref(width), REQUIRED_CLUSTER_WIDTH, function):
-        return True
+        return None
     if width.value <= PORTABLE_CLUSTER:
-        return True
+        return None
     size = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(width.value, 1, 1))
     config = _Config(
         (ctypes.c_uint * 3)(width.value, 1, 1), (ctypes.c_uint * 3)(*block), smem_bytes, None
     )
     config.attributes, config.attribute_count = ctypes.pointer(size), 1
     ask = library.cuOccupancyMaxActiveClusters  # type: ignore[union-attr]
-    return bool(ask(ctypes.byref(count), function, ctypes.byref(config))) or count.value > 0
+    failed = ask(ctypes.byref(count), function, ctypes.byref(config))
+    return None if failed else count.value
 
 
 Parameter = ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64 | ctypes.Array[ctypes.c_uint64]

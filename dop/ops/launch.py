@@ -341,10 +341,10 @@ class Driver:
         finally:
             self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
-    def has_room(self, function: int, launch: Launch) -> bool:
-        """`cuda_driver.has_room` of a function that `load` gave."""
+    def clusters_at_once(self, function: int, launch: Launch) -> int | None:
+        """`cuda_driver.clusters_at_once` of a function that `load` gave."""
         handle = ctypes.c_void_p(function)
-        return cuda_driver.has_room(handle, launch.block, launch.dynamic_smem_bytes)
+        return cuda_driver.clusters_at_once(handle, launch.block, launch.dynamic_smem_bytes)
 
     def _function(self, module: ctypes.c_void_p, launch: Launch) -> int:
         function = cuda_driver.Function(module, launch.name)
@@ -396,7 +396,7 @@ def has_room(kernel: DeviceKernel, device: int) -> bool:
     """Whether a GPU has room for the clusters of a kernel, which this loads."""
     driver().ensure_context(device)
     placed = zip(functions_of(kernel, device), kernel.launches, strict=True)
-    return all(driver().has_room(function, one) for function, one in placed)
+    return all(driver().clusters_at_once(function, one) != 0 for function, one in placed)
 
 
 def new_block(

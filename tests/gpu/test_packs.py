@@ -21,7 +21,9 @@ import guarded  # noqa: E402
 
 from dop import ops, packs  # noqa: E402
 from dop.export.index import runs_on  # noqa: E402
-from dop.ops import sources, warm  # noqa: E402
+from dop.export.load import load_cuda  # noqa: E402
+from dop.measure import tensor_map  # noqa: E402
+from dop.ops import launch, sources, warm  # noqa: E402
 from dop.packs.answer import Batch, explain  # noqa: E402
 from dop.workload import Workload  # noqa: E402
 
@@ -115,3 +117,20 @@ def test_shipped_packs_know_this_gpu():
     if not HERE:
         pytest.skip(f"no shipped pack has binaries for {ARCH}")
     assert CASES
+
+
+@pytest.mark.skipif(MAJOR != 9, reason="packs have such kernels for Hopper only")
+def test_clusters_of_more_than_eight_blocks_have_room():
+    """The driver says of each shipped kernel with such clusters how many run at once: on a whole
+    GPU there is room. Where there is none, the operator passes the kernel over."""
+    driver, counts = launch.driver(), []
+    driver.ensure_context(0)
+    for entry in HERE:
+        library = load_cuda(entry.path)
+        for info in library.kernels.values():
+            if any(tensor_map.wanted(one.arguments) for one in info.launches):
+                functions = driver.load(library.binary(info), info.launches)
+                counts += map(driver.clusters_at_once, functions, info.launches)
+    large = [count for count in counts if count is not None]
+    assert large, "no kernel has such clusters, or the driver cannot tell"
+    assert min(large) > 0
