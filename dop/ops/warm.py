@@ -145,7 +145,8 @@ def explain_choice(
     shape = _shape(found, index)
     if not eager.on_gpu(index):
         return _on_cpu(shape, tokens, adapters)
-    return sources.choose(shape, tokens, slots, adapters, found.beside)
+    with eager.device_guard(index):  # a kernel may be loaded, to see whether the GPU has room
+        return sources.choose(shape, tokens, slots, adapters, found.beside)
 
 
 def _on_cpu(shape: Shape, tokens: int, adapters: int | None) -> Choice:

@@ -1,5 +1,6 @@
 """Where kernels come from: the order of the sources, the memory of choices, the no-JIT switch."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 from dop import ops, packs
 from dop.errors import BuildError, MissingKernelError
 from dop.export.index import KernelInfo
-from dop.ops import sources
+from dop.measure.artifact import Launch
+from dop.ops import eager, launch, sources
 from dop.ops.launch import DeviceKernel
 from dop.ops.shapes import shape_of
 from dop.workload import Workload
@@ -136,3 +138,31 @@ def test_switches_restore():
     with ops.allow_jit(not before):
         assert bool(sources.JIT) is not before
     assert bool(sources.JIT) is before
+
+
+def test_an_explained_choice_is_made_on_its_own_gpu(world, monkeypatch):
+    """A kernel may be loaded to see whether the GPU has room for it: not into another one's
+    context."""
+    current = [0]
+
+    @contextmanager
+    def guard(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    def has_room(kernel, device):
+        assert device == current[0] == 1
+        return True
+
+    pack = Pack()
+    for info in pack.kernels:
+        one = Launch("k", ("tiles", "1", "1"), (32, 1, 1), 0, ("x_box16",))
+        object.__setattr__(info, "launches", (one,))
+    world.matches = [match(pack)]
+    monkeypatch.setattr(eager, "device_guard", guard)
+    monkeypatch.setattr(launch, "has_room", has_room)
+    monkeypatch.setattr(launch, "driver", lambda: SimpleNamespace(encode=1))
+    choice = ops.explain_choice(WORKLOAD.key, tokens=4, adapters=2, device="cuda:1")
+    assert choice.name == "small"
+    assert current == [0]
