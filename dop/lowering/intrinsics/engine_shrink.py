@@ -25,6 +25,14 @@ from dop.lowering.intrinsics.pipelined_shrink import OPEN_TILE, STORE, Pipelined
 
 COPY_WARPS = 4
 MAX_BOX_ROWS = 256
+STRAIGHT = """\
+  const int token0 = dop_table(row_index_ptr + row0);
+  bool straight = true;
+  for (int row = thread; row < rows; row += @THREADS@)
+    straight = straight && dop_table(row_index_ptr + row0 + row) == token0 + row;
+  straight = dop_all_of_block(straight);
+"""
+"""By all threads: whether the tile's rows lie one behind the other, and the first one's token."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class EngineShrink(PipelinedShrink):
         return {
             **values,
             "OPEN": OPEN_TILE,
+            "STRAIGHT": STRAIGHT.replace("@THREADS@", str(self.threads)),
             "MULTIPLYING": multiplying // 32,
             "SUM_ROWS": f"(warp < {multiplying // 32} ? 1 : 0)",  # warps that copy have none
             "COPYING": 32 * COPY_WARPS,
@@ -100,12 +109,7 @@ extern "C" __global__ void @CLUSTER@__launch_bounds__(@THREADS@) @NAME@(
 @FETCH_MAPS@  }
 @OPEN@  const int rank = tile_rank_ptr ? min(given_rank, @RANK@) : @RANK@;
   // Whether the tile's rows of x lie one behind the other.
-  const int token0 = dop_table(row_index_ptr + row0);
-  bool straight = true;
-  for (int row = thread; row < rows; row += @THREADS@)
-    straight = straight && dop_table(row_index_ptr + row0 + row) == token0 + row;
-  straight = dop_all_of_block(straight);
-  if (thread == 0) {
+@STRAIGHT@  if (thread == 0) {
 #pragma unroll
     for (int stage = 0; stage < @STAGES@; ++stage) {
       dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);

@@ -27,15 +27,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dop.lowering.intrinsics.engine_shrink import COPY_WARPS, MAX_BOX_ROWS, STRAIGHT
 from dop.workload import Workload
 
-COPY_WARPS = 4
 WARPGROUP = 128
 """Threads of a warpgroup."""
 DEPTH = 64
 """Elements of k of a step, columns of a chunk, and ranks of a group: 128 bytes."""
 ROW_BYTES = 2 * DEPTH
-MAX_RANK = MAX_ROWS = 256
+MAX_RANK = MAX_ROWS = MAX_BOX_ROWS
 """Rows of a box, and columns of wgmma."""
 BARRIERS = 32
 """Bytes of the barriers that no stage has."""
@@ -185,6 +185,7 @@ class FusedEngine:
             "B_MAP": _of_slice(maps[1 + w.slices : -1]),
             "Y_MAP": maps[-1],
             "CHUNKS": _of_slice(self.chunks),
+            "STRAIGHT": STRAIGHT.replace("@THREADS@", str(self.threads)),
             "OFFSET": _of_slice(w.offsets),
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
             "KIND": kind,
@@ -282,12 +283,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
   }
   // Whether the tile's rows of x and y lie one behind the other.
-  const int token0 = dop_table(row_index_ptr + row0);
-  bool straight = true;
-  for (int row = thread; row < rows; row += @THREADS@)
-    straight = straight && dop_table(row_index_ptr + row0 + row) == token0 + row;
-  straight = dop_all_of_block(straight);
-  if (thread == 0) {
+@STRAIGHT@  if (thread == 0) {
 #pragma unroll
     for (int stage = 0; stage < @STAGES@; ++stage) {
       dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);
