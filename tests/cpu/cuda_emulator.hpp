@@ -134,15 +134,11 @@ inline void dop_barrier_change(unsigned at, int arrived, int bytes, Block* of = 
   }
 }
 inline void dop_barrier_arrive(unsigned at) { dop_barrier_change(at, 1, 0); }
-inline void dop_barrier_arrive_times(unsigned at, int times) { dop_barrier_change(at, times, 0); }
 inline void dop_barrier_arrive_with(unsigned at, int bytes) { dop_barrier_change(at, 1, bytes); }
 inline void dop_barrier_arrive_behind_copies(unsigned at) { dop_barrier_change(at, 1, 0); }
 inline void dop_barrier_wait(unsigned at, int parity) {
   std::unique_lock<std::mutex> held(block->lock);
   block->moved.wait(held, [&] { return block->arrivals.at(at).phase != parity; });
-}
-inline void dop_barrier_arrive_peer(unsigned at, int peer) {
-  dop_barrier_change(at, 1, 0, cluster->blocks.at(peer).get());
 }
 inline void dop_barrier_wait_peers(unsigned at, int parity) { dop_barrier_wait(at, parity); }
 inline void dop_sync_some(int barrier, int threads) {

@@ -245,14 +245,6 @@ __device__ __forceinline__ void dop_cluster_wait() {
 __device__ __forceinline__ void dop_sync_some(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void dop_barrier_arrive_peer(unsigned at, int block) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
-               : "memory");
-#endif
-}
 __device__ __forceinline__ void dop_barrier_wait_peers(unsigned at, int parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   unsigned done;
@@ -261,11 +253,6 @@ __device__ __forceinline__ void dop_barrier_wait_peers(unsigned at, int parity) 
                  "p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(at), "r"(parity)
                  : "memory");
   } while (!done);
-#endif
-}
-__device__ __forceinline__ void dop_barrier_arrive_times(unsigned at, int times) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(at), "r"(times) : "memory");
 #endif
 }
 __device__ __forceinline__ unsigned dop_peer(unsigned at, int block) {

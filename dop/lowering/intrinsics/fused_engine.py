@@ -13,6 +13,9 @@ wgmma has ranks (shrink) or columns (expand) as its 64 rows and tokens as its co
 have any multiple of 8 or 16 rows. A warpgroup takes some of the 64-rank groups and some of the
 tokens in shrink, and the chunks of every other stage in expand.
 
+Neither an arrival at another block's barrier nor one that counts as several is used: kernels with
+them do not end under compute-sanitizer 2025.3 (docs/performance.md, 50).
+
 Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
 warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
 and never beyond the tile's: 128 bytes of each, which is faster than the engine's way with a fence
@@ -291,9 +294,10 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
     dop_barrier_init(sums_ready, 1);
     dop_barrier_init(v_ready, 1);
-    dop_barrier_init(all_shrunk, @CLUSTER@);
+    dop_barrier_init(all_shrunk, 1);
     dop_barriers_are_ready();
     dop_barrier_arrive_with(sums_ready, @TM@ * @R@ * 4);
+    dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
     dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
   }
   __syncthreads();
@@ -394,7 +398,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     // No block's last steps are in the place of the sums any more.
     dop_sync_some(1, @MULTIPLYING@);
     dop_cluster_wait();
-    if (thread < @CLUSTER@) dop_barrier_arrive_peer(all_shrunk, thread);
+    // Said by 8 bytes to where v will be. An arrival at a peer's barrier waits for all memory.
+    if (thread < @CLUSTER@)
+      dop_push(dop_peer(v_shared + part * 8, thread), dop_peer(all_shrunk, thread), 0.0f, 0.0f);
     __syncwarp();
     dop_barrier_wait_peers(all_shrunk, 0);
 #else
@@ -527,7 +533,8 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
     dop_fence_copies();
     __syncwarp();
-    if (lane == 0) dop_barrier_arrive_times(empty + stage * 8, @GROUPS@);
+    // For the other warpgroups, too.
+    if (lane < @GROUPS@) dop_barrier_arrive(empty + stage * 8);
   }
   __syncwarp();
   dop_cluster_wait();
