@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -147,3 +149,35 @@ def test_an_error_is_a_failure():
     assert sanitize_packs.attempt(case, guarded.BATCHES["one"], 0) == [
         "RuntimeError: an illegal memory access"
     ]
+
+
+STALL = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import guarded, sanitize_packs
+names = ("ends", "does not", "comes behind")
+sanitize_packs.pack_cases = lambda *_: [
+    sanitize_packs.Case(
+        n, n, 9 - i, lambda *_, n=n: time.sleep(60 * (n == "does not")) or [], ("mixed",)
+    )
+    for i, n in enumerate(names)
+]
+sanitize_packs.generic_cases = lambda *_: []
+sanitize_packs.Arena = lambda zone: None
+sys.exit(sanitize_packs.main())
+"""
+
+
+def test_a_call_that_does_not_end_is_a_failure():
+    folder = str(Path(guarded.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", STALL, folder, "--batches", "mixed", "--stall", "1"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["failures"] == ["does not: did not end within 1 s"]
+    assert told["not_run"] == ["comes behind"]
+    assert (told["kernels"], told["calls"]) == (2, 2)

@@ -10,6 +10,7 @@ Dop's run: tensors are made, and results judged, on the CPU. Every tensor is an 
 own, so that an address behind it is not another tensor's.
 
 Ends with a line of JSON: kernels, calls, failures, what was not run. Exit status 1 after a failure.
+A call that takes longer than --stall is one; the rest of the shard is not run then.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -206,6 +208,57 @@ def attempt(case: Case, batch: Batch, zone: int) -> list[str]:
         return [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
 
 
+@dataclass
+class Shown:
+    """What a shard has to say.
+
+    Attributes:
+        shard: which part of how many.
+        cases: how many it has.
+        calls: made so far.
+        failures: what was wrong.
+        left: cases that were not run.
+    """
+
+    shard: str
+    cases: int
+    calls: int = 0
+    failures: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the shard began."""
+        return time.monotonic() - self.began
+
+    def failed(self, line: str) -> None:
+        """Note what was wrong."""
+        self.failures.append(line)
+        print(f"FAILED {line}", flush=True)
+
+    def stalled(self, name: str, seconds: float, rest: list[str]) -> None:
+        """End the process, whose call does not end."""
+        self.failed(f"{name}: did not end within {seconds:.0f} s")
+        self.left += rest
+        print(self.summary(), flush=True)
+        os._exit(1)
+
+    def summary(self) -> str:
+        """A line of JSON."""
+        return json.dumps(
+            {
+                "shard": self.shard,
+                "kernels": self.cases - len(self.left),
+                "calls": self.calls,
+                "slots": SLOTS,
+                "seconds": round(self.seconds, 1),
+                "failures": self.failures,
+                "not_run": self.left,
+            }
+        )
+
+
 def main() -> int:
     """Runs a shard."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -214,6 +267,7 @@ def main() -> int:
     parser.add_argument("--batches", default="mixed,one", help=f"of {', '.join(guarded.BATCHES)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--checked", type=Path, help="folder of packs whose kernels are left out")
+    parser.add_argument("--stall", type=float, default=100, help="seconds that a call may take")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; the rest is named")
     parser.add_argument("--list", action="store_true", help="print the cases only")
     options = parser.parse_args()
@@ -227,29 +281,24 @@ def main() -> int:
     if options.list:
         print("\n".join(case.name for case in mine))
         return 0
-    began, calls, failures, left = time.monotonic(), 0, [], []
-    for case in mine:
-        if time.monotonic() - began > options.limit:
-            left.append(case.name)
+    shown = Shown(options.shard, len(mine))
+    for number, case in enumerate(mine):
+        if shown.seconds > options.limit:
+            shown.left.append(case.name)
             continue
         for name in case.batches:
             batch = guarded.BATCHES[name or "one"]
-            calls += 1
+            shown.calls += 1
+            rest = [later.name for later in mine[number + 1 :]]
+            watch = threading.Timer(options.stall, shown.stalled, (case.name, options.stall, rest))
+            watch.daemon = True
+            watch.start()
             for line in attempt(case, batch, guarded.ZONE_BYTES if options.guards else 0):
-                failures.append(f"{case.name} {name}: {line}")
-                print(f"FAILED {failures[-1]}", flush=True)
-        print(f"ran {case.name} ({time.monotonic() - began:.0f} s)", flush=True)
-    summary = {
-        "shard": options.shard,
-        "kernels": len(mine) - len(left),
-        "calls": calls,
-        "slots": SLOTS,
-        "seconds": round(time.monotonic() - began, 1),
-        "failures": failures,
-        "not_run": left,
-    }
-    print(json.dumps(summary))
-    return 1 if failures else 0
+                shown.failed(f"{case.name} {name}: {line}")
+            watch.cancel()
+        print(f"ran {case.name} ({shown.seconds:.0f} s)", flush=True)
+    print(shown.summary(), flush=True)
+    return 1 if shown.failures else 0
 
 
 if __name__ == "__main__":
