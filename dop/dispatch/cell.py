@@ -1,7 +1,7 @@
 """Cells: the batches that a dispatcher can tell apart, and what each kernel costs there.
 
-Scenarios that look alike (same tokens, same mean segment length) form one cell and get one kernel,
-judged by its worst regret among them.
+Scenarios that look alike (same tokens, mean segment lengths within a factor of 1.4) form one cell
+and get one kernel, judged by its worst regret among them, unless no kernel serves them all.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from dop.dispatch.table import UNKNOWN_ROWS
 from dop.errors import ConfigError
 from dop.scenario import Scenario
 
+NEAR = math.sqrt(2)
+"""Ratio of mean segment lengths up to which batches are not told apart. Engines tell how many
+adapters there are at most, as a power of two mostly: between the right number and twice as many."""
+TOGETHER = 1.15
+"""What one kernel may take, of the best of each, in batches that are taken for one."""
+
 
 @dataclass(slots=True)
 class Cell:
-    """Scenarios of one token count and one mean segment length.
+    """Scenarios of one token count and of mean segment lengths that a hint does not tell apart.
 
     Attributes:
         times: seconds by trace key, per scenario key.
@@ -53,7 +59,7 @@ class Cell:
 
 
 def cells_of(tasks: list[list[Entry]]) -> list[Cell]:
-    """Cells of the ranked entries of one workload's tasks."""
+    """Cells of the ranked entries of one workload's tasks, by tokens and segment length."""
     cells: dict[tuple[int, float], Cell] = {}
     for found in tasks:
         try:
@@ -65,7 +71,24 @@ def cells_of(tasks: list[list[Entry]]) -> list[Cell]:
         cell.times[scenario.key] = {e.trace_key: e.median_s for e in found}
     for cell in cells.values():
         cell.judge()
-    return [cells[key] for key in sorted(cells)]
+    return _with_neighbours([cells[key] for key in sorted(cells)])
+
+
+def _with_neighbours(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, those as one that a hint does not tell apart, if one kernel serves them."""
+    found: list[Cell] = []
+    shortest = 0.0  # segment length with which the last one begins
+    for cell in cells:
+        if found and found[-1].tokens == cell.tokens and cell.rows <= NEAR * shortest:
+            times = found[-1].times | cell.times
+            both = Cell(cell.tokens, math.sqrt(shortest * cell.rows), times)
+            both.judge()
+            if min(both.costs.values()) <= TOGETHER:
+                found[-1] = both
+                continue
+        found.append(cell)
+        shortest = cell.rows
+    return found
 
 
 def rows_per_segment(scenario: Scenario) -> float:

@@ -5,8 +5,8 @@ smallest set is sought whose best member loses at most `max_regret` in every sce
 cover, which takes again and again the kernel that serves most of the batches not served yet.
 Source: Chvatal, A greedy heuristic for the set-covering problem (1979).
 
-Scenarios that a dispatcher cannot tell apart (same tokens, same mean segment length) form one
-*cell* and get one kernel, judged by its worst regret among them.
+Scenarios that a dispatcher cannot tell apart (same tokens, mean segment lengths within a factor of
+1.4) form one *cell* and get one kernel, judged by its worst regret among them.
 
 A bucket is one more cell: the batch of which nothing but the padded token count is known, as when
 a CUDA graph is captured. Its kernel is judged by its time over all of the bucket's cells together,
@@ -25,9 +25,17 @@ from functools import partial
 from dop.database.query import problems_of, ranked
 from dop.database.wire import Entry
 from dop.dispatch.between import virtual_buckets
-from dop.dispatch.cell import Cell, bucketed, cells_of, mean_cost, unknown_cell
+from dop.dispatch.cell import (
+    Cell,
+    bucketed,
+    cells_of,
+    mean_cost,
+    rows_per_segment,
+    unknown_cell,
+)
 from dop.dispatch.table import UNKNOWN_ROWS, Bound, Fit, Row, Table, WorkloadTable, halfway
 from dop.errors import ExportError
+from dop.scenario import Scenario
 
 MAX_REGRET = 0.05
 """Largest loss against the log's best in any scenario, by default."""
@@ -241,8 +249,9 @@ def _bucket_rows(bucket: list[Cell], chosen: list[str]) -> list[Row]:
 def _fits(table: WorkloadTable, cells: list[Cell], tasks: list[list[Entry]]) -> Iterable[Fit]:
     floors = {found[0].scenario_key: found[0].floor_s for found in tasks}
     for cell in cells:
-        trace = table.choose_by_rows(cell.tokens, cell.rows)
         for scenario, times in cell.times.items():
+            rows = rows_per_segment(Scenario.parse(scenario))
+            trace = table.choose_by_rows(cell.tokens, rows)
             best = min(times, key=lambda t: times[t])
             seconds = times.get(trace)
             others = {t: times[t] for t in table.trace_keys if t != trace and t in times}

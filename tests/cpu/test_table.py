@@ -306,6 +306,49 @@ def test_a_bound_takes_the_smallest_mean_loss_of_what_is_left(tmp_path):
         assert bound.worst == pytest.approx(max(lost[chosen].values()) - 1)
 
 
+def test_batches_that_a_hint_does_not_tell_apart_share_a_kernel(tmp_path):
+    """11 and 12 adapters are both told as 16; the kernel is good for equal shares and others."""
+    times = {
+        "T128/uniform/12": {"a": 10.0, "b": 14.0, "c": 10.4},
+        "T128/skewed/11": {"a": 13.0, "b": 10.0, "c": 10.6},
+        "T128/identical/1": {"a": 8.0, "b": 8.0, "c": 5.0},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
+    table = found.workloads[WORKLOAD.key]
+    for adapters in (11, 12, 16):
+        assert name_of(table.choose(128, adapters)) == "c"
+    worst = {fit.scenario_key: fit.regret for fit in table.fits}
+    assert worst == {
+        "T128/uniform/12": pytest.approx(0.04),
+        "T128/skewed/11": pytest.approx(0.06),
+        "T128/identical/1": 0,
+    }
+
+
+def test_batches_that_no_kernel_serves_together_stay_apart(tmp_path):
+    times = {
+        "T128/uniform/12": {"a": 10.0, "b": 14.0, "c": 11.6},
+        "T128/skewed/11": {"a": 13.0, "b": 10.0, "c": 11.6},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
+    table = found.workloads[WORKLOAD.key]
+    assert [name_of(table.choose(128, n)) for n in (16, 12, 11, 1)] == ["a", "a", "b", "b"]
+
+
+def test_only_near_batches_of_a_token_count_are_taken_together(tmp_path):
+    """4, 5.3 and 6.4 rows: the first two; the last is near the second only."""
+    times = {
+        "T32/skewed/8": {"a": 10.0, "b": 12.0, "c": 10.4},
+        "T32/uniform/6": {"a": 12.0, "b": 10.0, "c": 10.4},
+        "T32/recorded/8,8,8,4,4/0": {"a": 10.0, "b": 10.8, "c": 10.7},
+        "T64/uniform/8": {"a": 12.0, "b": 10.0, "c": 10.7},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
+    table = found.workloads[WORKLOAD.key]
+    assert [name_of(table.choose(32, n)) for n in (8, 6, 5)] == ["c", "c", "a"]
+    assert name_of(table.choose(64, 8)) == "b"
+
+
 def test_a_table_without_bounds_still_serves(tmp_path):
     """Packs of before have none."""
     times = {"T8/distinct/8": {"a": 1.0}, "T8/identical/1": {"a": 2.0}}
