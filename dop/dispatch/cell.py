@@ -79,7 +79,8 @@ def _with_neighbours(cells: Iterable[Cell]) -> list[Cell]:
     found: list[Cell] = []
     shortest = 0.0  # segment length with which the last one begins
     for cell in cells:
-        if found and found[-1].tokens == cell.tokens and cell.rows <= NEAR * shortest:
+        near = found and found[-1].tokens == cell.tokens and cell.rows <= NEAR * shortest
+        if near and found[-1].costs.keys() & cell.costs.keys():  # measured in all of them
             times = found[-1].times | cell.times
             both = Cell(cell.tokens, math.sqrt(shortest * cell.rows), times)
             both.judge()

@@ -333,6 +333,10 @@ def test_batches_that_no_kernel_serves_together_stay_apart(tmp_path):
     found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
     table = found.workloads[WORKLOAD.key]
     assert [name_of(table.choose(128, n)) for n in (16, 12, 11, 1)] == ["a", "a", "b", "b"]
+    strangers = {"T128/uniform/12": {"a": 10.0}, "T128/skewed/11": {"b": 10.0}}
+    found = table_of(tmp_path / "s", records_of(WORKLOAD, TRACES, strangers)).table
+    table = found.workloads[WORKLOAD.key]
+    assert [name_of(table.choose(128, n)) for n in (16, 12, 11, 1)] == ["a", "a", "b", "b"]
 
 
 def test_only_near_batches_of_a_token_count_are_taken_together(tmp_path):
