@@ -356,6 +356,7 @@ def way(request, monkeypatch):
     ops.forget()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("outs", [(4096,), (14336, 14336), (4096, 1024, 1024)], ids=str)
 def test_host_time_of_an_eager_call(outs, record_property, monkeypatch, way):
     a, b = make_stacks(8, 16, 4096, outs)
@@ -376,6 +377,7 @@ def test_host_time_of_an_eager_call(outs, record_property, monkeypatch, way):
         assert took <= HOST_US
 
 
+@pytest.mark.timed
 def test_host_time_of_the_driver_alone(record_property):
     """The two launches of an `add_lora` without what stands before them: the floor of its time."""
     from dop.ops.stacks import STACKS
