@@ -259,7 +259,7 @@ def _read_fused(app: Application) -> FusedTile:
     whole = blocks == part and chunks == sum(fused.chunks) and chunk == [rows, DEPTH]
     if not whole or (steps, step) != (
         fused.steps,
-        [workload.slices, 1, rows, workload.rank, DEPTH],
+        [workload.slices, 1, rows, app.program.rank, DEPTH],
     ):
         raise TraceError("blocks of cluster_update leave rows, ranks or columns over.")
     return FusedTile(fused, app.dependent_launch)

@@ -349,6 +349,16 @@ FUSED = {
         FusedEngine(Workload("o", 256, (128,), 64, "bfloat16"), 16, 1, 4),
         "plain",
     ),
+    "rank 32": (FusedEngine(Workload("o", 512, (256,), 32, "bfloat16"), 32, 2, 3), "straight"),
+    "rank 16, no tables of ranks": (
+        FusedEngine(Workload("o", 256, (128,), 16, "bfloat16"), 16, 1, 4, apart=True),
+        "plain",
+    ),
+    "rank 8, two slices, rows apart": (
+        FusedEngine(Workload("two", 512, (512, 1024), 8, "bfloat16"), 16, 8, 4),
+        "apart",
+    ),
+    "rank 96": (FusedEngine(Workload("o", 512, (256,), 96, "bfloat16"), 16, 2, 3), "straight"),
 }
 
 
@@ -365,7 +375,9 @@ def test_fused_engine(tmp_path: Path, name: str) -> None:
     row0 = np.array([2, height - 1, 0, 2 * height], np.int32)
     slot = np.array([1, 0, 0, 2], np.int32)
     tiles, tokens = len(slot), 2 * height + 8
-    true = {64: (61, 64, 9), 128: (29, 128, 65), 192: (128, 192, 100), 256: (250, 256, 16)}[w.rank]
+    true = {64: (61, 64, 9), 128: (29, 128, 65), 192: (128, 192, 100), 256: (250, 256, 16)}
+    true |= {32: (29, 32, 9), 16: (3, 16, 8), 8: (5, 8, 1), 96: (90, 96, 65)}
+    true = true[w.rank]
     if how == "plain":
         true = (w.rank,) * 3
     ranks = np.array([true[n] for n in (0, 1, 0, 2)], np.int32)

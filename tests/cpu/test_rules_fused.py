@@ -52,7 +52,7 @@ def valid(sketch: Sketch, count: int) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     "widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (1024,), (128, 64)]
 )
-@pytest.mark.parametrize("rank", [64, 128, 192, 256])
+@pytest.mark.parametrize("rank", [8, 16, 40, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("k", [1024, 4096, 14336])
 def test_default_fits(widths: tuple[int, ...], rank: int, k: int) -> None:
     if rank > min(widths):
@@ -64,8 +64,7 @@ def test_default_fits(widths: tuple[int, ...], rank: int, k: int) -> None:
 
 def test_shapes_that_it_cannot_treat_have_no_sketch() -> None:
     for workload in (
-        replace(DOWN, rank=16),
-        replace(DOWN, rank=96),
+        replace(DOWN, rank=12),
         replace(DOWN, rank=320),
         replace(DOWN, out_features=(4128,)),
         replace(DOWN, in_features=4128),
@@ -108,7 +107,11 @@ def test_limits() -> None:
     )
 
 
-@pytest.mark.parametrize("workload", [DOWN, QKV, replace(DOWN, rank=256)], ids=lambda w: w.key)
+@pytest.mark.parametrize(
+    "workload",
+    [DOWN, QKV, replace(DOWN, rank=256), replace(DOWN, rank=32), replace(QKV, rank=8)],
+    ids=lambda w: w.key,
+)
 def test_one_kernel_and_no_workspace(workload: Workload) -> None:
     sketch = sketch_of(workload)
     assert sketch is not None
@@ -136,12 +139,15 @@ def test_one_kernel_and_no_workspace(workload: Workload) -> None:
     assert heights <= set(TILE_SIZES)
 
 
-def test_its_maps_are_of_all_four_tensors() -> None:
-    sketch = sketch_of(QKV)
+@pytest.mark.parametrize("rank", [64, 16])
+def test_its_maps_are_of_all_four_tensors(rank: int) -> None:
+    """Boxes hold 64 ranks, whatever the stack's are."""
+    workload = replace(QKV, rank=rank)
+    sketch = sketch_of(workload)
     assert sketch is not None
     values = {**sketch.default(), "tokens.tile_rows": 48}
     trace = sketch.bind(values)
-    code = generate(QKV, trace, SM_90)
+    code = generate(workload, trace, SM_90)
     maps = [name for name in code.kernels[0].arguments if parse(name)]
     a, b = (["a_box64", "a1_box64", "a2_box64"], ["b_box64", "b1_box64", "b2_box64"])
     assert maps == ["x_box48", *a, *b, "y_box48"]
@@ -191,7 +197,12 @@ def test_its_steps_have_words() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     ("workload", "rows", "cluster", "stages"),
-    [(DOWN, 128, 8, 5), (QKV, 16, 8, 8), (replace(DOWN, rank=256), 64, 8, 4)],
+    [
+        (DOWN, 128, 8, 5),
+        (QKV, 16, 8, 8),
+        (replace(DOWN, rank=256), 64, 8, 4),
+        (replace(DOWN, rank=24), 80, 4, 8),
+    ],
 )
 def test_compiles_without_spills(
     workload: Workload, rows: int, cluster: int, stages: int, tmp_path: Path

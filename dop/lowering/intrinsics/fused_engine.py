@@ -20,7 +20,8 @@ Rows of a box lie one behind the other. In a tile whose rows do not (`straight` 
 warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
 and never beyond the tile's: 128 bytes of each, which is faster than the engine's way with a fence
 in front of it. What an adapter of less than the stack's rank has beyond its rank may be anything:
-such ranks of v are set to zero, and so are B's in shared memory.
+such ranks of v are set to zero, and so are B's in shared memory. A stack's rank may be any multiple
+of 8: boxes hold whole groups of 64, and the engine fills them up with zeros.
 
 The maps that the kernel takes: dop/measure/tensor_map.py.
 """
@@ -40,6 +41,8 @@ DEPTH = 64
 ROW_BYTES = 2 * DEPTH
 MAX_RANK = MAX_ROWS = MAX_BOX_ROWS
 """Rows of a box, and columns of wgmma."""
+RANK_UNIT = 8
+"""Ranks of 16 bytes: rows of B are a multiple of it apart in a tensor map."""
 BARRIERS = 32
 """Bytes of the barriers that no stage has."""
 
@@ -66,14 +69,19 @@ class FusedEngine:
     warpgroups: int = 2
 
     @property
+    def ranks(self) -> int:
+        """Ranks that are computed: whole groups of 64. The engine fills up with zeros."""
+        return -(-self.workload.rank // DEPTH) * DEPTH
+
+    @property
     def rank_groups(self) -> int:
         """Warpgroups along the ranks in shrink; the others are along the tokens."""
-        return math.gcd(self.workload.rank // DEPTH, self.warpgroups)
+        return math.gcd(self.ranks // DEPTH, self.warpgroups)
 
     @property
     def group_ranks(self) -> int:
         """Groups of 64 ranks of a warpgroup in shrink."""
-        return self.workload.rank // (DEPTH * self.rank_groups)
+        return self.ranks // (DEPTH * self.rank_groups)
 
     @property
     def shrink_rows(self) -> int:
@@ -83,7 +91,7 @@ class FusedEngine:
     @property
     def share(self) -> int:
         """Ranks that a block adds up."""
-        return self.workload.rank // self.cluster
+        return self.ranks // self.cluster
 
     @property
     def steps(self) -> int:
@@ -98,7 +106,7 @@ class FusedEngine:
     @property
     def stage_bytes(self) -> int:
         """Bytes of a stage."""
-        return ROW_BYTES * (self.tile_rows + self.workload.rank)
+        return ROW_BYTES * (self.tile_rows + self.ranks)
 
     @property
     def overlay(self) -> int:
@@ -107,7 +115,7 @@ class FusedEngine:
 
     @property
     def _sums_bytes(self) -> int:
-        return 4 * self.tile_rows * self.workload.rank
+        return 4 * self.tile_rows * self.ranks
 
     @property
     def threads(self) -> int:
@@ -135,7 +143,7 @@ class FusedEngine:
 
     @property
     def _barriers_at(self) -> int:
-        return self._v_at + 2 * self.tile_rows * self.workload.rank
+        return self._v_at + 2 * self.tile_rows * self.ranks
 
     @property
     def smem_bytes(self) -> int:
@@ -147,7 +155,7 @@ class FusedEngine:
     def problem(self) -> str:
         """Why there is no such kernel; empty if there is."""
         w, unit = self.workload, DEPTH * self.cluster
-        if w.rank % DEPTH or w.rank > MAX_RANK:
+        if w.rank % RANK_UNIT or w.rank > MAX_RANK:
             return f"rank {w.rank}"
         if any(n % unit for n in (w.in_features, *w.out_features)):
             return "columns left over by the cluster"
@@ -170,7 +178,7 @@ class FusedEngine:
     def maps(self) -> tuple[str, ...]:
         """Names of the tensor maps."""
         slices = ["", *map(str, range(1, self.workload.slices))]
-        a = (f"a{s}_box{self.workload.rank}" for s in slices)
+        a = (f"a{s}_box{self.ranks}" for s in slices)
         b = (f"b{s}_box{DEPTH}" for s in slices)
         return (f"x_box{self.tile_rows}", *a, *b, f"y_box{self.tile_rows}")
 
@@ -204,7 +212,8 @@ class FusedEngine:
             "V_AT": self._v_at,
             "BARRIERS_AT": self._barriers_at,
             "TM": self.tile_rows,
-            "R": w.rank,
+            "R": self.ranks,
+            "RANK": w.rank,
             "K": w.in_features,
             "N": w.total_out,
             "STEPS": self.steps,
@@ -271,7 +280,8 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const float given_scale = dop_table(
       (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
   if (rows <= 0) return;
-  const int rank = tile_rank_ptr ? min(given_rank, @R@) : @R@;
+  // Beyond the stack's rank the engine fills in zeros: no need to say where a full adapter ends.
+  const int rank = tile_rank_ptr && given_rank < @RANK@ ? given_rank : @R@;
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
   const int chunks = @CHUNKS@, offset = @OFFSET@;
   if (thread == @MULTIPLYING@) {

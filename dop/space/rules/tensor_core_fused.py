@@ -10,6 +10,9 @@ parts of the columns are both blocks along y. The slices of a tile, which the st
 clusters of their own in the grid. TVM checks that stages can be placed so; the kernel is the
 intrinsic's text, which reads its numbers off the loops (lowering/tile_kernels.py).
 
+Ranks are computed in groups of 64: a stack of another rank is treated as one of the next multiple,
+whose missing ranks the copy engine fills with zeros and nobody reads from memory.
+
 Clusters that run at once are the GPU's affair: an H100 holds seven of 16 blocks, 15 of eight, 30
 of four. Tiles of 80 rows treat 512 rows of one adapter in one round of clusters of 16, and 2,048
 in one of clusters of four, where tiles of 64 or 128 take two.
@@ -39,7 +42,7 @@ BARRIER_BYTES, OTHER_BARRIERS = 16, 32
 """Shared memory for the barriers of a stage, and for the others."""
 
 UNIT = 8
-"""Ranks that go to one block of a cluster are a multiple of it."""
+"""Ranks that go to one block of a cluster are a multiple of it, and so are those of a stack."""
 
 LEAST_STEPS = 3
 """What the sums of tiles of 128 rows take the place of."""
@@ -65,11 +68,11 @@ class FusedTiles:
     def apply(self, state: SketchState) -> list[SketchState]:
         w = state.workload
         clusters = clusters_of(state)
-        fits = w.dtype in INTRINSIC_TYPES and w.rank % DEPTH == 0 and w.rank <= MAX_RANK
+        fits = w.dtype in INTRINSIC_TYPES and w.rank % UNIT == 0 and w.rank <= MAX_RANK
         if state.target.arch != "sm_90a" or w.beside or not fits or not clusters:
             return []
         new = state.fork(self.name)
-        wide = 128 if w.rank <= 128 else 32
+        wide = 128 if _ranks(new) <= 128 else 32
         rows = new.param(TILE_ROWS.name, "tile", (16, 32, 48, 64, 80, 128), wide)
         source = new.split("gather_x", TOKEN_AXIS["gather_x"], [rows])
         for stage, axis in TOKEN_AXIS.items():
@@ -87,8 +90,13 @@ def clusters_of(state: SketchState) -> tuple[int, ...]:
     if units % DEPTH:
         return ()
     found = dividing(units // DEPTH, (1, 2, 4, 8, 16))
-    found = tuple(n for n in found if w.rank % (UNIT * n) == 0)
+    found = tuple(n for n in found if _ranks(state) % (UNIT * n) == 0)
     return tuple(n for n in found if w.in_features // (DEPTH * n) >= LEAST_STEPS)
+
+
+def _ranks(state: SketchState) -> int:
+    """Ranks that are computed: whole groups."""
+    return -(-state.workload.rank // DEPTH) * DEPTH
 
 
 @dataclass(frozen=True)
@@ -219,12 +227,12 @@ class FusedX:
 
 
 def _limits(new: SketchState) -> None:
-    w, target = new.workload, new.target
-    rank_groups = math.gcd(w.rank // DEPTH, WARPGROUPS)
+    w, target, ranks = new.workload, new.target, _ranks(new)
+    rank_groups = math.gcd(ranks // DEPTH, WARPGROUPS)
     threads = 32 * (4 * WARPGROUPS + COPY_WARPS)
 
     def stage_bytes(a: Annotation) -> int:
-        return 2 * DEPTH * (a[TILE_ROWS.name] + w.rank)
+        return 2 * DEPTH * (a[TILE_ROWS.name] + ranks)
 
     def steps(a: Annotation) -> int:
         return w.in_features // (DEPTH * a[CLUSTER.name])
@@ -233,19 +241,19 @@ def _limits(new: SketchState) -> None:
         return max(w.out_features) // (DEPTH * a[CLUSTER.name])
 
     def sums_bytes(a: Annotation) -> int:
-        return 4 * a[TILE_ROWS.name] * w.rank
+        return 4 * a[TILE_ROWS.name] * ranks
 
     def overlay(a: Annotation) -> int:
         return 0 if a[APART.name] else -(-sums_bytes(a) // stage_bytes(a))
 
     def smem(a: Annotation) -> int:
         ring = a[STAGES.name] * (stage_bytes(a) + BARRIER_BYTES)
-        v = 2 * a[TILE_ROWS.name] * w.rank
+        v = 2 * a[TILE_ROWS.name] * ranks
         return ring + a[APART.name] * sums_bytes(a) + v + OTHER_BARRIERS
 
     def registers(a: Annotation) -> int:
         rows = a[TILE_ROWS.name]
-        shrink = w.rank // (DEPTH * rank_groups) * (rows * rank_groups // WARPGROUPS)
+        shrink = ranks // (DEPTH * rank_groups) * (rows * rank_groups // WARPGROUPS)
         return max(shrink, rows) // 2 + SPARE_REGISTERS
 
     def lacking(a: Annotation) -> int:
