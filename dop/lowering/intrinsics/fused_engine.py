@@ -94,6 +94,11 @@ class FusedEngine:
         return self.ranks // self.cluster
 
     @property
+    def unit(self) -> int:
+        """Ranks that are sent at a time."""
+        return 16 if self.share % 16 == 0 else 8
+
+    @property
     def steps(self) -> int:
         """Steps of a block along k."""
         return self.workload.in_features // (DEPTH * self.cluster)
@@ -222,8 +227,10 @@ class FusedEngine:
             "SHIFT": (self.overlay - self.steps) % self.stages,
             "SUMS_AT": self.stages * self.stage_bytes if self.apart else 0,
             "SHARE": self.share,
-            "UNIT": 16 if self.share % 16 == 0 else 8,
-            "SUBS": self.share // (16 if self.share % 16 == 0 else 8),
+            "UNIT": self.unit,
+            "SUBS": self.share // self.unit,
+            "FILLED": -(-w.rank // self.unit),
+            "USED": -(-w.rank // 16) * 16,
             "RANK_GROUPS": self.rank_groups,
             "MI": self.group_ranks,
             "SHRINK_ROWS": self.shrink_rows,
@@ -284,6 +291,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const int rank = tile_rank_ptr && given_rank < @RANK@ ? given_rank : @R@;
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
   const int chunks = @CHUNKS@, offset = @OFFSET@;
+  // Units of this block's ranks that the stack has; of the others nobody sends sums.
+  constexpr bool all_filled = @FILLED@ == @R@ / @UNIT@;
+  const int mine_filled = all_filled ? @SUBS@ : min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
   if (thread == @MULTIPLYING@) {
     // The first steps' A does not wait for the rows' tokens.
     dop_barrier_init(first_a, 1);
@@ -306,7 +316,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_barrier_init(v_ready, 1);
     dop_barrier_init(all_shrunk, 1);
     dop_barriers_are_ready();
-    dop_barrier_arrive_with(sums_ready, @TM@ * @R@ * 4);
+    dop_barrier_arrive_with(sums_ready, mine_filled * (@TM@ * @UNIT@ * 4 * @CLUSTER@));
     dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
     dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
   }
@@ -423,6 +433,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll
       for (int h = 0; h < 16 / @UNIT@; ++h) {
         const int unit = (first_rank / 16 + m * 4 + quarter) * (16 / @UNIT@) + h;
+        if (!all_filled && unit >= @FILLED@) continue;
         const int place = (part * @SUBS@ + unit % @SUBS@) * (@TM@ / 8) + first_row / 8;
         const unsigned to = dop_peer(
             base + @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@, unit / @SUBS@);
@@ -446,22 +457,26 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     const int sub = i / (@TM@ / 8), row = i % (@TM@ / 8) * 8 + (lane & 7);
     const int r = part * @SHARE@ + sub * @UNIT@ + g;
 #if @UNIT@ == 16
-    float4 total = *reinterpret_cast<const float4*>(from);
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (all_filled || sub < mine_filled) {
 #pragma unroll
-    for (int p = 1; p < @CLUSTER@; ++p) {
-      const float4 next = *reinterpret_cast<const float4*>(from + p * (@TM@ * @SHARE@ * 4));
-      total.x += next.x; total.y += next.y; total.z += next.z; total.w += next.w;
+      for (int p = 0; p < @CLUSTER@; ++p) {
+        const float4 next = *reinterpret_cast<const float4*>(from + p * (@TM@ * @SHARE@ * 4));
+        total.x += next.x; total.y += next.y; total.z += next.z; total.w += next.w;
+      }
     }
     if (r >= rank) total.x = total.y = 0.0f;  // what lies beyond the adapter's rank
     if (r + 8 >= rank) total.z = total.w = 0.0f;
     dop_stmatrix_turned(mine + (sub * 2 + ((lane >> 3) & 1)) * (@TM@ * 16) + row * 16,
                         dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
 #else
-    float2 total = *reinterpret_cast<const float2*>(from);
+    float2 total = make_float2(0.0f, 0.0f);
+    if (all_filled || sub < mine_filled) {
 #pragma unroll
-    for (int p = 1; p < @CLUSTER@; ++p) {
-      const float2 next = *reinterpret_cast<const float2*>(from + p * (@TM@ * @SHARE@ * 4));
-      total.x += next.x; total.y += next.y;
+      for (int p = 0; p < @CLUSTER@; ++p) {
+        const float2 next = *reinterpret_cast<const float2*>(from + p * (@TM@ * @SHARE@ * 4));
+        total.x += next.x; total.y += next.y;
+      }
     }
     if (r >= rank) total.x = total.y = 0.0f;  // what lies beyond the adapter's rank
     dop_stmatrix_turned(mine + sub * (@TM@ * 16) + row * 16, dop_pack_@KIND@(total.x, total.y));
@@ -498,7 +513,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_barrier_wait(full + stage * 8, step / @STAGES@ & 1);
     if (rank < @R@) {
       // B beyond the adapter's rank, which need not be numbers.
-      for (int p = thread % 128; p < 64 * (@R@ / 8 - rank / 8); p += 128) {
+      for (int p = thread % 128; p < 64 * (@USED@ / 8 - rank / 8); p += 128) {
         const int row = p % 64, piece = rank / 8 + p / 64;
         unsigned char* b = dop_shared + stage * @STAGE_BYTES@ + @X_BYTES@ + piece / 8 * 8192
             + row * 128 + ((piece & 7) ^ (row & 7)) * 16;
@@ -513,7 +528,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
     dop_wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < @R@ / 16; ++k)
+    for (int k = 0; k < @USED@ / 16; ++k)
       DOP_EXPAND(sum, layout | ((b_box + k / 4 * 8192 + k % 4 * 32) & 0x3ffff) >> 4,
                  v_layout | ((v_shared + k * (@TM@ * 32)) & 0x3ffff) >> 4);
     dop_wgmma_commit();
