@@ -21,6 +21,8 @@ from dop.tune import tune
 
 SPACE = build_space(synthetic.WORKLOAD, SM_90)
 SMALL, LARGE = named("uniform", EARLY_TOKENS), named("identical", 4 * EARLY_TOKENS)
+MANY = 160
+"""Trials that meet several early kernels."""
 USERS = ("dop.tune", "dop.search.history", "dop.search.strategy", "dop.search.evolutionary")
 
 
@@ -75,7 +77,7 @@ def test_an_older_log_gives_their_plain_twins(tmp_path, monkeypatch):
     with monkeypatch.context() as older:
         for user in USERS:
             older.setattr(f"{user}.may_serve", lambda annotation, tokens: True)
-        _, before = run(path, (LARGE,), 80)
+        _, before = run(path, (LARGE,), MANY)
     ranked = sorted(before, key=lambda e: e.median_s)
     winners = [entry.trace() for entry in ranked if is_early(entry.trace())][:4]
     assert is_early(ranked[0].trace())
@@ -93,7 +95,7 @@ def test_a_log_that_comes_first_gives_their_plain_twins_for_large_batches(tmp_pa
     with monkeypatch.context() as older:
         for user in USERS:
             older.setattr(f"{user}.may_serve", lambda annotation, tokens: True)
-        _, there = run(tmp_path / "there.jsonl", (LARGE,), 80)
+        _, there = run(tmp_path / "there.jsonl", (LARGE,), MANY)
     winner = min(there, key=lambda e: e.median_s).trace()
     assert is_early(winner)
     # The small batch is one that the early kernel could serve, but it was chosen for the large one.
