@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from unittest.mock import patch
 
 import torch
@@ -123,7 +123,7 @@ class Inputs:
     y: torch.Tensor
 
 
-@cache
+@lru_cache(maxsize=4)
 def _weights(workload: Workload) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     draw = torch.Generator().manual_seed(11)
     kind = getattr(torch, workload.dtype)

@@ -50,6 +50,9 @@ GENERIC = (
     "520->264/r129",
 )
 """Shapes of the generic kernels: odd, narrow, wide, a rank above 128."""
+PIECE = 3
+"""Cases of a group that stay in one shard: more would leave some shards with minutes of work."""
+LEAST_COST = 1_000_000
 PLANS = ((1, 1), (67, 6), (700, 1024), (4096, 3), (20_000, 40))
 """Tokens and slots; the last has more tokens than shared memory has room for."""
 
@@ -60,8 +63,8 @@ class Case:
 
     Attributes:
         name: for messages.
-        group: cases of one group share inputs and stay in one shard.
-        cost: rough bytes of a call.
+        group: cases of one group share inputs.
+        cost: how long it takes under racecheck, roughly: 20 s are 15 million.
         run: makes the calls with a batch and an arena; says what was wrong.
         batches: names of those it wants; "" if it has batches of its own.
     """
@@ -103,7 +106,7 @@ def pack_cases(
                 continue
             source = guarded.pack_source(library, info.name)
             name = f"{entry.path.parent.name}/{entry.path.name}:{info.name}"
-            cost = info.workload.in_features + info.workload.total_out
+            cost = 8 * info.workload.in_features + info.workload.total_out
             yield Case(
                 name, info.workload.key, cost * info.workload.rank, _call(info.workload, source),
                 batches,
@@ -186,17 +189,22 @@ def _plan(tokens: int, slots: int) -> Callable[[Batch, Arena], list[str]]:
 
 
 def share(cases: list[Case], shard: int, count: int) -> list[Case]:
-    """The cases of a shard: groups dealt out by cost, each to the shard that has least."""
+    """The cases of a shard: pieces of groups, by cost, each dealt to the shard that has least."""
     groups: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         groups[case.group].append(case)
+    pieces = [
+        group[first : first + PIECE]
+        for group in groups.values()
+        for first in range(0, len(group), PIECE)
+    ]
     loads, mine = [0.0] * count, []
-    for group in sorted(groups.values(), key=lambda g: (-sum(c.cost for c in g), g[0].group)):
+    for piece in sorted(pieces, key=lambda p: (-sum(c.cost for c in p), p[0].name)):
         least = loads.index(min(loads))
         # A kernel costs something even if its tensors are small.
-        loads[least] += sum(case.cost + 500_000 for case in group)
+        loads[least] += sum(case.cost + LEAST_COST for case in piece)
         if least == shard:
-            mine += group
+            mine += piece
     return mine
 
 
