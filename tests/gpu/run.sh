@@ -9,7 +9,7 @@ out=${1:?where to write}
 shift
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-python=${PYTHON:-python3}
+export out python=${PYTHON:-python3}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 [ "$gpus" -gt 0 ] || gpus=1
 # The longest first: lines of a file are all that is known of how long it takes.
@@ -26,28 +26,10 @@ part() { # name, GPU, then what pytest is to run
   grep -a "^FAILED\|^ERROR" "$out/part-$name.txt"
   [ $status = 0 ] || [ $status = 5 ] # 5: no test of that kind
 }
+export -f part
 
 failed=0
 part timed 0 -s -m timed "${files[@]}" || failed=1
-lock=$out/next
-echo 0 >"$lock"
-work() { # GPU: takes file after file
-  local number status=0
-  while :; do
-    exec 9>>"$lock.held"
-    flock 9
-    number=$(<"$lock")
-    echo $((number + 1)) >"$lock"
-    exec 9>&-
-    [ "$number" -lt ${#files[@]} ] || return $status
-    part "$(basename "${files[number]}" .py)" "$1" -m "not timed" "${files[number]}" || status=1
-  done
-}
-workers=()
-for ((i = 0; i < gpus; i++)); do
-  work $i &
-  workers+=($!)
-done
-for one in "${workers[@]}"; do wait "$one" || failed=1; done
-rm -f "$lock" "$lock.held"
+printf '%s\0' "${files[@]}" | xargs -0 -n 1 -P "$gpus" --process-slot-var=GPU bash -c \
+  'part "$(basename "$1" .py)" "$GPU" -m "not timed" "$1"' part || failed=1
 exit $failed

@@ -222,14 +222,14 @@ class Shown:
 
     Attributes:
         shard: which part of how many.
-        cases: how many it has.
+        cases: their names.
         calls: made so far.
         failures: what was wrong.
         left: cases that were not run.
     """
 
     shard: str
-    cases: int
+    cases: list[str]
     calls: int = 0
     failures: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -245,10 +245,10 @@ class Shown:
         self.failures.append(line)
         print(f"FAILED {line}", flush=True)
 
-    def stalled(self, name: str, seconds: float, rest: list[str]) -> None:
-        """End the process, whose call does not end."""
+    def stalled(self, name: str, seconds: float) -> None:
+        """End the process, in which the call of a case does not end."""
         self.failed(f"{name}: did not end within {seconds:.0f} s")
-        self.left += rest
+        self.left += self.cases[self.cases.index(name) + 1 :]
         print(self.summary(), flush=True)
         os._exit(1)
 
@@ -257,7 +257,7 @@ class Shown:
         return json.dumps(
             {
                 "shard": self.shard,
-                "kernels": self.cases - len(self.left),
+                "kernels": len(self.cases) - len(self.left),
                 "calls": self.calls,
                 "slots": SLOTS,
                 "seconds": round(self.seconds, 1),
@@ -289,16 +289,15 @@ def main() -> int:
     if options.list:
         print("\n".join(case.name for case in mine))
         return 0
-    shown = Shown(options.shard, len(mine))
-    for number, case in enumerate(mine):
+    shown = Shown(options.shard, [case.name for case in mine])
+    for case in mine:
         if shown.seconds > options.limit:
             shown.left.append(case.name)
             continue
         for name in case.batches:
             batch = guarded.BATCHES[name or "one"]
             shown.calls += 1
-            rest = [later.name for later in mine[number + 1 :]]
-            watch = threading.Timer(options.stall, shown.stalled, (case.name, options.stall, rest))
+            watch = threading.Timer(options.stall, shown.stalled, (case.name, options.stall))
             watch.daemon = True
             watch.start()
             for line in attempt(case, batch, guarded.ZONE_BYTES if options.guards else 0):

@@ -292,8 +292,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
   const int chunks = @CHUNKS@, offset = @OFFSET@;
   // Units of this block's ranks that the stack has; of the others nobody sends sums.
-  constexpr bool all_filled = @FILLED@ == @R@ / @UNIT@;
-  const int mine_filled = all_filled ? @SUBS@ : min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
+  const int mine_filled = min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
   if (thread == @MULTIPLYING@) {
     // The first steps' A does not wait for the rows' tokens.
     dop_barrier_init(first_a, 1);
@@ -433,7 +432,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll
       for (int h = 0; h < 16 / @UNIT@; ++h) {
         const int unit = (first_rank / 16 + m * 4 + quarter) * (16 / @UNIT@) + h;
-        if (!all_filled && unit >= @FILLED@) continue;
+        if (unit >= @FILLED@) continue;
         const int place = (part * @SUBS@ + unit % @SUBS@) * (@TM@ / 8) + first_row / 8;
         const unsigned to = dop_peer(
             base + @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@, unit / @SUBS@);
@@ -458,7 +457,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     const int r = part * @SHARE@ + sub * @UNIT@ + g;
 #if @UNIT@ == 16
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (all_filled || sub < mine_filled) {
+    if (sub < mine_filled) {
 #pragma unroll
       for (int p = 0; p < @CLUSTER@; ++p) {
         const float4 next = *reinterpret_cast<const float4*>(from + p * (@TM@ * @SHARE@ * 4));
@@ -471,7 +470,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
                         dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
 #else
     float2 total = make_float2(0.0f, 0.0f);
-    if (all_filled || sub < mine_filled) {
+    if (sub < mine_filled) {
 #pragma unroll
       for (int p = 0; p < @CLUSTER@; ++p) {
         const float2 next = *reinterpret_cast<const float2*>(from + p * (@TM@ * @SHARE@ * 4));

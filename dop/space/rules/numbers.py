@@ -23,3 +23,8 @@ def vector_width(number: int, element_bytes: int, load_bytes: int = 16) -> int:
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def round_up(number: int, unit: int) -> int:
+    """The next multiple of the unit."""
+    return ceil_div(number, unit) * unit

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.numbers import dividing, vector_width
+from dop.space.rules.numbers import dividing, round_up, vector_width
 from dop.space.sketch import Annotation
 from dop.space.stages import TOKEN_AXIS
 from dop.space.step import Num, Param
@@ -44,7 +44,7 @@ COLUMNS = 1
 
 def padded_rank(state: SketchState) -> int:
     """The rank rounded up to whole tiles."""
-    return -(-state.workload.rank // EDGE) * EDGE
+    return round_up(state.workload.rank, EDGE)
 
 
 def fetch(

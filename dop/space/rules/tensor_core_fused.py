@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from dop.space.rule import SketchState
 from dop.space.rules.launches import dependent_launch
-from dop.space.rules.numbers import dividing
+from dop.space.rules.numbers import ceil_div, dividing, round_up
 from dop.space.rules.tensor_core_expand import INTRINSIC_TYPES, TILE_ROWS
 from dop.space.sketch import Annotation
 from dop.space.stages import TOKEN_AXIS
@@ -96,7 +96,7 @@ def clusters_of(state: SketchState) -> tuple[int, ...]:
 
 def _ranks(state: SketchState) -> int:
     """Ranks that are computed: whole groups."""
-    return -(-state.workload.rank // DEPTH) * DEPTH
+    return round_up(state.workload.rank, DEPTH)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _limits(new: SketchState) -> None:
         return 4 * a[TILE_ROWS.name] * ranks
 
     def overlay(a: Annotation) -> int:
-        return 0 if a[APART.name] else -(-sums_bytes(a) // stage_bytes(a))
+        return 0 if a[APART.name] else ceil_div(sums_bytes(a), stage_bytes(a))
 
     def smem(a: Annotation) -> int:
         ring = a[STAGES.name] * (stage_bytes(a) + BARRIER_BYTES)

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from dop.space.rule import SketchState
-from dop.space.rules.numbers import dividing
+from dop.space.rules.numbers import dividing, round_up
 from dop.space.rules.tensor_core_expand import EDGE, INTRINSIC_TYPES, TILE_ROWS
 from dop.space.sketch import Annotation
 from dop.space.step import Param
@@ -40,7 +40,7 @@ BLOCK, WARP, STEP, TILE = 1, 3, 4, 5
 
 def padded(rank: int) -> int:
     """The rank rounded up to whole matrix tiles."""
-    return -(-rank // EDGE) * EDGE
+    return round_up(rank, EDGE)
 
 
 def sums_of_v(a: Annotation) -> int:
