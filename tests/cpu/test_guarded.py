@@ -119,6 +119,19 @@ def test_every_shipped_kernel_is_in_one_shard():
     assert shipped == tried
 
 
+def test_what_was_checked_is_left_out(tmp_path):
+    all_cases = [case for case in cases() if case.digest]
+    first, second = all_cases[0].digest, all_cases[1].digest
+    file = tmp_path / "checked.txt"
+    file.write_text(f"# racecheck\n\n{first}\n{second} h100/some.doppack\n")
+    checked = sanitize_packs.digests(file)
+    assert checked == {first, second}
+    with patch.object(torch.cuda, "get_device_capability", lambda: (9, 0)):
+        left = [*sanitize_packs.pack_cases(("mixed",), checked)]
+    assert [c.name for c in left] == [c.name for c in all_cases if c.digest not in checked]
+    assert len(left) < len(all_cases)
+
+
 @pytest.mark.parametrize("part", ["halves:sgmv/float32/r12/", "plan:67x6", "plan:700x1024"])
 def test_halves_and_plans_pass(part):
     """Those cases need no kernel of a pack, so that they run here."""
@@ -158,7 +171,7 @@ import guarded, sanitize_packs
 names = ("ends", "does not", "comes behind")
 sanitize_packs.pack_cases = lambda *_: [
     sanitize_packs.Case(
-        n, n, 9 - i, lambda *_, n=n: time.sleep(60 * (n == "does not")) or [], ("mixed",)
+        n, n, 9 - i, lambda *_, n=n: time.sleep(60 * (n == "does not")) or [], ("mixed",), n
     )
     for i, n in enumerate(names)
 ]
@@ -180,4 +193,5 @@ def test_a_call_that_does_not_end_is_a_failure():
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["failures"] == ["does not: did not end within 1 s"]
     assert told["not_run"] == ["comes behind"]
+    assert told["clean"] == ["ends"]
     assert (told["kernels"], told["calls"]) == (2, 2)

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Every shipped kernel under compute-sanitizer (memcheck, racecheck), shards side by side on all GPUs.
 #   tests/gpu/sanitize.sh OUT_FOLDER [shards per tool = 8] [seconds per tool = 250] [tools] [batches] \
-#       [folder of packs that were checked: their kernels are left out]
+#       [file of digests of kernels that were checked and are left out, e.g. tests/gpu/checked.txt]
+# OUT_FOLDER/clean.txt: digests of the packs' kernels that every tool found nothing at.
 # Takes the first compute-sanitizer that works: PATH, CUDA toolkits, those named in $SANITIZERS.
 # Without one: guard zones instead, exit status 2.
 set -u
@@ -49,7 +50,7 @@ import json, re, sys
 from pathlib import Path
 out, tool, shards = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 kernels = calls = errors = 0
-bad, left = [], []
+bad, left, clean = [], [], set()
 for i in range(shards):
     text = (out / f"{tool}-{i}.txt").read_text(errors="replace")
     found = re.findall(r"^\{.*\}$", text, re.M)
@@ -61,6 +62,8 @@ for i in range(shards):
     bad += summary["failures"]
     left += summary["not_run"]
     told = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)
+    # The tool does not say which kernel an error is of.
+    clean |= set(summary["clean"] if tool == "guards" or told and not int(told[-1]) else ())
     if tool != "guards" and not told:
         bad.append(f"shard {i}: {tool} gave no summary")
     if told and int(told[-1]):
@@ -68,6 +71,7 @@ for i in range(shards):
         first = next((n for n, line in enumerate(text.splitlines()) if line.startswith("========= ")
                       and "COMPUTE-SANITIZER" not in line), 0)
         bad += [f"shard {i}: " + line for line in text.splitlines()[first:first + 8]]
+(out / f"clean-{tool}.txt").write_text("".join(f"{one}\n" for one in sorted(clean)))
 print(f"{tool}: {kernels} kernels, {calls} calls, {errors} errors or hazards, "
       f"{len(bad)} lines to look at, {len(left)} kernels not run")
 for line in [*bad[:40], *(f"not run: {name}" for name in left[:10])]:
@@ -87,6 +91,8 @@ if sanitizer=$(find_sanitizer); then
     run_shards "$tool" "$sanitizer" "${options[@]}"
     report "$tool" || status=1
     echo "$tool took $((SECONDS - began)) s"
+    [ "$tool" = "${tools%% *}" ] && cp "$out/clean-$tool.txt" "$out/clean.txt"
+    comm -12 "$out/clean.txt" "$out/clean-$tool.txt" >"$out/both.txt" && mv "$out/both.txt" "$out/clean.txt"
   done
   exit $status
 fi

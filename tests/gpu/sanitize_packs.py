@@ -3,20 +3,20 @@
     compute-sanitizer --tool memcheck  python tests/gpu/sanitize_packs.py --shard 0/8
     compute-sanitizer --tool racecheck python tests/gpu/sanitize_packs.py --shard 0/8
     python tests/gpu/sanitize_packs.py --guards         # without it: guard zones, see guarded.py
-    ... --checked FOLDER                 # but for what stands, byte for byte, in FOLDER's packs
+    ... --checked FILE                   # but for binaries whose digests stand in FILE
 
 `tests/gpu/sanitize.sh` finds compute-sanitizer and runs the shards side by side. No kernels but
 Dop's run: tensors are made, and results judged, on the CPU. Every tensor is an allocation of its
 own, so that an address behind it is not another tensor's.
 
-Ends with a line of JSON: kernels, calls, failures, what was not run. Exit status 1 after a failure.
+Ends with a line of JSON: kernels, calls, failures, what was not run, and the digests of the packs'
+kernels that ran without failure. Exit status 1 after a failure.
 A call that takes longer than --stall is one; the rest of the shard is not run then.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -37,8 +37,7 @@ import torch
 from guarded import SLOTS, Arena, Batch
 
 from dop import ops
-from dop.export.index import KernelInfo
-from dop.export.load import CudaLibrary, load_cuda
+from dop.export.load import load_cuda
 from dop.ops.plan import SegmentPlan, buffer_size, fill_by_torch, layout
 from dop.ops.sources import Source
 from dop.workload import Workload
@@ -67,6 +66,7 @@ class Case:
         cost: how long it takes under racecheck, roughly: 20 s are 15 million.
         run: makes the calls with a batch and an arena; says what was wrong.
         batches: names of those it wants; "" if it has batches of its own.
+        digest: of a pack's binary; "" for kernels that are built elsewhere.
     """
 
     name: str
@@ -74,24 +74,17 @@ class Case:
     cost: int
     run: Callable[[Batch, Arena], list[str]]
     batches: tuple[str, ...]
+    digest: str = ""
 
 
-def binaries(folder: Path) -> set[str]:
-    """Digests of the kernels of a folder's packs."""
-    found = set()
-    for path in sorted(folder.rglob("*.doppack")):
-        library = load_cuda(path)
-        found |= {_digest(library, info) for info in library.kernels.values()}
-    return found
+def digests(file: Path) -> frozenset[str]:
+    """Those of a file: the first 16 hexadecimal digits of a binary's SHA-256 begin each line; lines
+    with # are for people."""
+    lines = file.read_text().splitlines()
+    return frozenset(line.split()[0] for line in lines if line.strip() and line[0] != "#")
 
 
-def _digest(library: CudaLibrary, info: KernelInfo) -> str:
-    return hashlib.sha256(library.binary(info)).hexdigest()
-
-
-def pack_cases(
-    batches: tuple[str, ...], checked: frozenset[str] | set[str] = frozenset()
-) -> Iterator[Case]:
+def pack_cases(batches: tuple[str, ...], checked: frozenset[str] = frozenset()) -> Iterator[Case]:
     """Every kernel of the shipped packs, in both types; one that several packs have, once, and
     none whose digest is in `checked`."""
     seen = set()
@@ -102,14 +95,15 @@ def pack_cases(
             if binary in seen:
                 continue
             seen.add(binary)
-            if checked and _digest(library, info) in checked:
+            digest = binary[1][:16]
+            if digest in checked:
                 continue
             source = guarded.pack_source(library, info.name)
             name = f"{entry.path.parent.name}/{entry.path.name}:{info.name}"
             cost = 8 * info.workload.in_features + info.workload.total_out
             yield Case(
                 name, info.workload.key, cost * info.workload.rank, _call(info.workload, source),
-                batches,
+                batches, digest,
             )  # fmt: skip
 
 
@@ -224,6 +218,7 @@ class Shown:
         shard: which part of how many.
         cases: their names.
         calls: made so far.
+        clean: digests of kernels without failure.
         failures: what was wrong.
         left: cases that were not run.
     """
@@ -231,6 +226,7 @@ class Shown:
     shard: str
     cases: list[str]
     calls: int = 0
+    clean: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
@@ -261,6 +257,7 @@ class Shown:
                 "calls": self.calls,
                 "slots": SLOTS,
                 "seconds": round(self.seconds, 1),
+                "clean": self.clean,
                 "failures": self.failures,
                 "not_run": self.left,
             }
@@ -274,7 +271,7 @@ def main() -> int:
     parser.add_argument("--guards", action="store_true", help="guard zones around every tensor")
     parser.add_argument("--batches", default="mixed,one", help=f"of {', '.join(guarded.BATCHES)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--checked", type=Path, help="folder of packs whose kernels are left out")
+    parser.add_argument("--checked", type=Path, help="file of digests that are left out")
     parser.add_argument("--stall", type=float, default=100, help="seconds that a call may take")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; the rest is named")
     parser.add_argument("--list", action="store_true", help="print the cases only")
@@ -282,7 +279,7 @@ def main() -> int:
     torch.set_num_threads(1)
     names = tuple(options.batches.split(","))
     shard, count = map(int, options.shard.split("/"))
-    checked = binaries(options.checked) if options.checked else set()
+    checked = digests(options.checked) if options.checked else frozenset()
     cases = [*pack_cases(names, checked), *generic_cases(names)]
     cases = [case for case in cases if options.only in case.name]
     mine = share(cases, shard, count)
@@ -294,6 +291,7 @@ def main() -> int:
         if shown.seconds > options.limit:
             shown.left.append(case.name)
             continue
+        failed = len(shown.failures)
         for name in case.batches:
             batch = guarded.BATCHES[name or "one"]
             shown.calls += 1
@@ -303,6 +301,8 @@ def main() -> int:
             for line in attempt(case, batch, guarded.ZONE_BYTES if options.guards else 0):
                 shown.failed(f"{case.name} {name}: {line}")
             watch.cancel()
+        if case.digest and len(shown.failures) == failed:
+            shown.clean.append(case.digest)
         print(f"ran {case.name} ({shown.seconds:.0f} s)", flush=True)
     print(shown.summary(), flush=True)
     return 1 if shown.failures else 0

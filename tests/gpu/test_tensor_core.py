@@ -107,7 +107,7 @@ FUSED = (
     (Workload("up", 2048, (2048, 2048), 192, "bfloat16"), {"split_k": 4, "tokens.tile_rows": 32}),
     (Workload("o", 1024, (1024,), 256, "float16"), {"split_k": 1, "tokens.tile_rows": 64}),
     (Workload("down", 14336, (4096,), 32, "bfloat16"), {"tokens.tile_rows": 80, "split_k": 4}),
-    (Workload("qkv", 4096, (4096, 1024, 1024), 24, "float16"), {"tokens.tile_rows": 32}),
+    (Workload("qkv", 4096, (4096, 1024, 1024), 40, "float16"), {"tokens.tile_rows": 32}),
 )
 CASES = (*ENGINE, *FUSED)
 SLOTS, TOKENS = 8, 333

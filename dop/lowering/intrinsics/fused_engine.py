@@ -13,8 +13,11 @@ wgmma has ranks (shrink) or columns (expand) as its 64 rows and tokens as its co
 have any multiple of 8 or 16 rows. A warpgroup takes some of the 64-rank groups and some of the
 tokens in shrink, and the chunks of every other stage in expand.
 
-Neither an arrival at another block's barrier nor one that counts as several is used: kernels with
-them do not end under compute-sanitizer 2025.3 (docs/performance.md, 50).
+Two things are as they are for compute-sanitizer 2025.3 (docs/performance.md, 52). Under it the
+cluster's barrier lets nobody on before every warp stands at it, so no warp waits for another one
+between the barrier's two halves. And racecheck sees order between two threads only where one itself
+arrives at the mbarrier that the other waits at: before `cp.async` writes where y or sums were read,
+every thread that read arrives.
 
 Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
 warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
@@ -43,8 +46,8 @@ MAX_RANK = MAX_ROWS = MAX_BOX_ROWS
 """Rows of a box, and columns of wgmma."""
 RANK_UNIT = 8
 """Ranks of 16 bytes: rows of B are a multiple of it apart in a tensor map."""
-BARRIERS = 32
-"""Bytes of the barriers that no stage has."""
+BARRIERS, STAGE_BARRIERS = 40, 24
+"""Bytes of the barriers that no stage has, and of those that each has."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,8 @@ class FusedEngine:
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory: the ring, v, two barriers of 8 bytes for each stage, and some
-        more."""
-        return self._barriers_at + 16 * self.stages + BARRIERS
+        """Dynamic shared memory: the ring, v, and barriers."""
+        return self._barriers_at + STAGE_BARRIERS * self.stages + BARRIERS
 
     @property
     def problem(self) -> str:
@@ -273,8 +275,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const int lane = threadIdx.x, warp = threadIdx.z, thread = warp * 32 + lane;
   const unsigned base = dop_shared_address(dop_shared), v_shared = base + @V_AT@;
   const unsigned full = base + @BARRIERS_AT@, empty = full + @STAGES@ * 8;
-  const unsigned first_a = empty + @STAGES@ * 8, sums_ready = first_a + 8;
-  const unsigned v_ready = first_a + 16, all_shrunk = first_a + 24;
+  const unsigned used = empty + @STAGES@ * 8, first_a = used + @STAGES@ * 8;
+  const unsigned sums_ready = first_a + 8, v_ready = first_a + 16, all_shrunk = first_a + 24;
+  const unsigned sums_read = first_a + 32;
   if (thread == @MULTIPLYING@) {
 @FETCH_MAPS@  }
   dop_dependents_may_start();
@@ -310,10 +313,12 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     for (int stage = 0; stage < @STAGES@; ++stage) {
       dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);
       dop_barrier_init(empty + stage * 8, @GROUPS@ * 4);
+      dop_barrier_init(used + stage * 8, straight ? 4 : 128);
     }
     dop_barrier_init(sums_ready, 1);
     dop_barrier_init(v_ready, 1);
     dop_barrier_init(all_shrunk, 1);
+    dop_barrier_init(sums_read, @MULTIPLYING@);
     dop_barriers_are_ready();
     dop_barrier_arrive_with(sums_ready, mine_filled * (@TM@ * @UNIT@ * 4 * @CLUSTER@));
     dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
@@ -333,45 +338,61 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
       }
     }
     const int boxes = (rank + 63) / 64;
-    for (int step = 0; step < (straight && copier > 0 ? 0 : @STEPS@ + chunks); ++step) {
-      const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
-      const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
-      const int k = (part * @STEPS@ + step) * 64;
-      const int column = (part * chunks + step - @STEPS@) * 64;
-      if (step >= @STAGES@) dop_barrier_wait(empty + stage * 8, (step / @STAGES@ - 1) & 1);
-      if (copier == 0) {
-        const int weights = step < @FIRST@ ? 0 : step < @STEPS@ ? @R@ * 128 : boxes * 8192;
-        dop_barrier_arrive_with(ready, straight ? weights + @X_BYTES@ : weights);
-        if (step < @STEPS@) {
-          if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
-          if (straight) dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
-        } else {
-          for (int box = 0; box < boxes; ++box)
-            dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
-          if (straight) dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
+    const bool copies = !straight || copier == 0;
+    int step = 0;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+      for (; copies && step < (half ? @STEPS@ + chunks : @FIRST@); ++step) {
+        const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
+        const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
+        const int k = (part * @STEPS@ + step) * 64;
+        const int column = (part * chunks + step - @STEPS@) * 64;
+        // Who had the stage before: a step of shrink, sums, or a chunk.
+        const int before = step - @STAGES@;
+        if (before >= @STEPS@) {
+          dop_barrier_wait(used + stage * 8, (before - @STEPS@) / @STAGES@ & 1);
+        } else if (before >= @STEPS@ - @OVERLAY@) {
+          dop_barrier_wait(sums_read, 0);
+        } else if (before >= 0) {
+          dop_barrier_wait(empty + stage * 8, before / @STAGES@ & 1);
         }
-      }
-      if (!straight) {
-        const @TYPE@* from = step < @STEPS@ ? x_ptr + k : y_ptr + (offset + column);
-        const long long width = step < @STEPS@ ? @K@ : @N@;
+        if (copier == 0) {
+          const int weights = step < @FIRST@ ? 0 : step < @STEPS@ ? @R@ * 128 : boxes * 8192;
+          dop_barrier_arrive_with(ready, straight ? weights + @X_BYTES@ : weights);
+          if (step < @STEPS@) {
+            if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
+            if (straight) dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
+          } else {
+            for (int box = 0; box < boxes; ++box)
+              dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
+            if (straight) dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
+          }
+        }
+        if (!straight) {
+          const @TYPE@* from = step < @STEPS@ ? x_ptr + k : y_ptr + (offset + column);
+          const long long width = step < @STEPS@ ? @K@ : @N@;
 #pragma unroll
-        for (int c = 0; c < @ROW_COPIES@; ++c) {
-          const int row = copier / 8 + c * (@COPYING@ / 8);
-          if (row < @TM@)
-            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
-                     from + max(token[c], 0) * width + piece * 8, token[c] < 0 ? 0 : 16);
+          for (int c = 0; c < @ROW_COPIES@; ++c) {
+            const int row = copier / 8 + c * (@COPYING@ / 8);
+            if (row < @TM@)
+              dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
+                       from + max(token[c], 0) * width + piece * 8, token[c] < 0 ? 0 : 16);
+          }
+          dop_barrier_arrive_behind_copies(ready);
         }
-        dop_barrier_arrive_behind_copies(ready);
       }
+      __syncwarp();
+      if (half == 0) dop_cluster_wait();  // the first stages are on their way
     }
     dop_commit();
     dop_wait_but<0>();
     __syncwarp();
-    dop_cluster_wait();
     dop_cluster_arrive();
     dop_cluster_wait();
     return;
   }
+  dop_cluster_wait();  // peers' barriers are there
 @SHRINK@
 @EXPAND@
   // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
@@ -416,7 +437,6 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #if @OVERLAY@
     // No block's last steps are in the place of the sums any more.
     dop_sync_some(1, @MULTIPLYING@);
-    dop_cluster_wait();
     // Said by 8 bytes to where v will be. An arrival at a peer's barrier waits for all memory.
     if (thread < @CLUSTER@)
       dop_push(dop_peer(v_shared + part * 8, thread), dop_peer(all_shrunk, thread), 0.0f, 0.0f);
@@ -424,7 +444,6 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_barrier_wait_peers(all_shrunk, 0);
 #else
     if (lane == 0) dop_barrier_arrive(empty + (unsigned)(@STEPS@ - 1 + @SHIFT@) % @STAGES@ * 8);
-    dop_cluster_wait();
 #endif
     // To the block that adds up these ranks: [part][@UNIT@ ranks][8 tokens][lane].
 #pragma unroll
@@ -482,19 +501,14 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #endif
   }
   dop_fence_copies();
-  dop_sync_some(1, @MULTIPLYING@);
 #if @OVERLAY@
-  if (lane == 0) {
-#pragma unroll
-    for (int step = @STEPS@ - @OVERLAY@; step < @STEPS@; ++step)
-      dop_barrier_arrive(empty + (unsigned)(step + @SHIFT@) % @STAGES@ * 8);
-  }
+  dop_barrier_arrive(sums_read);
 #endif
+  dop_sync_some(1, @MULTIPLYING@);
   if (thread < @CLUSTER@ && thread != part)
     dop_copy_to_peer(dop_peer(mine, thread), mine, @TM@ * @SHARE@ * 2, dop_peer(v_ready, thread));
   __syncwarp();
   dop_barrier_wait_peers(v_ready, 0);
-  dop_cluster_arrive();  // all that this block was sent has come
 #pragma unroll 1
   for (int step = @STEPS@; step < @STEPS@ + chunks; ++step) {
     const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
@@ -557,10 +571,10 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
     dop_fence_copies();
     __syncwarp();
-    // For the other warpgroups, too.
-    if (lane < @GROUPS@) dop_barrier_arrive(empty + stage * 8);
+    if (lane == 0 || !straight) dop_barrier_arrive(used + stage * 8);
   }
   __syncwarp();
+  dop_cluster_arrive();  // all that this block was sent has come
   dop_cluster_wait();
 #undef DOP_SHRINK
 #undef DOP_EXPAND

@@ -11,7 +11,9 @@ clusters of their own in the grid. TVM checks that stages can be placed so; the 
 intrinsic's text, which reads its numbers off the loops (lowering/tile_kernels.py).
 
 Ranks are computed in groups of 64: a stack of another rank is treated as one of the next multiple,
-whose missing ranks the copy engine fills with zeros and nobody reads from memory.
+whose missing ranks the copy engine fills with zeros and nobody reads from memory. Where more than
+half of them are missing there is no such kernel: it gained 5 % at most, for one layer in one batch,
+and lost up to 70 % (docs/performance.md, 51).
 
 Clusters that run at once are the GPU's affair: an H100 holds seven of 16 blocks, 15 of eight, 30
 of four. Tiles of 80 rows treat 512 rows of one adapter in one round of clusters of 16, and 2,048
@@ -38,7 +40,7 @@ MAX_RANK = 256
 WARPGROUPS, COPY_WARPS = 2, 4
 """That multiply; that ask the copy engine or gather rows."""
 
-BARRIER_BYTES, OTHER_BARRIERS = 16, 32
+BARRIER_BYTES, OTHER_BARRIERS = 24, 40
 """Shared memory for the barriers of a stage, and for the others."""
 
 UNIT = 8
@@ -69,6 +71,7 @@ class FusedTiles:
         w = state.workload
         clusters = clusters_of(state)
         fits = w.dtype in INTRINSIC_TYPES and w.rank % UNIT == 0 and w.rank <= MAX_RANK
+        fits = fits and 2 * w.rank >= _ranks(state)
         if state.target.arch != "sm_90a" or w.beside or not fits or not clusters:
             return []
         new = state.fork(self.name)
