@@ -13,11 +13,12 @@ wgmma has ranks (shrink) or columns (expand) as its 64 rows and tokens as its co
 have any multiple of 8 or 16 rows. A warpgroup takes some of the 64-rank groups and some of the
 tokens in shrink, and the chunks of every other stage in expand.
 
-Two things are as they are for compute-sanitizer 2025.3 (docs/performance.md, 52). Under it the
-cluster's barrier lets nobody on before every warp stands at it, so no warp waits for another one
-between the barrier's two halves. And racecheck sees order between two threads only where one itself
-arrives at the mbarrier that the other waits at: before `cp.async` writes where y or sums were read,
-every thread that read arrives.
+Three things are as they are for compute-sanitizer 2025.3 (docs/performance.md, 52). Under it the
+cluster's barrier lets nobody on before every warp stands at it: so no warp waits for another one
+between the barrier's two halves, and it is used once; that a block's ranks of v have come its peers
+say by 8 bytes each. Racecheck sees order between two threads only where one itself arrives at the
+mbarrier that the other waits at: before `cp.async` writes where y or sums were read, every thread
+that read arrives. And a cluster of one block sends nothing to itself.
 
 Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
 warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
@@ -46,8 +47,9 @@ MAX_RANK = MAX_ROWS = MAX_BOX_ROWS
 """Rows of a box, and columns of wgmma."""
 RANK_UNIT = 8
 """Ranks of 16 bytes: rows of B are a multiple of it apart in a tensor map."""
-BARRIERS, STAGE_BARRIERS = 40, 24
-"""Bytes of the barriers that no stage has, and of those that each has."""
+MAX_CLUSTER = 16
+BARRIERS, STAGE_BARRIERS = 48 + 8 * MAX_CLUSTER, 24
+"""Bytes of the barriers that no stage has, with what peers write, and of those that each has."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const unsigned full = base + @BARRIERS_AT@, empty = full + @STAGES@ * 8;
   const unsigned used = empty + @STAGES@ * 8, first_a = used + @STAGES@ * 8;
   const unsigned sums_ready = first_a + 8, v_ready = first_a + 16, all_shrunk = first_a + 24;
-  const unsigned sums_read = first_a + 32;
+  const unsigned sums_read = first_a + 32, all_have_v = first_a + 40, had = first_a + 48;
   if (thread == @MULTIPLYING@) {
 @FETCH_MAPS@  }
   dop_dependents_may_start();
@@ -318,14 +320,18 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_barrier_init(sums_ready, 1);
     dop_barrier_init(v_ready, 1);
     dop_barrier_init(all_shrunk, 1);
+    dop_barrier_init(all_have_v, 1);
     dop_barrier_init(sums_read, @MULTIPLYING@);
     dop_barriers_are_ready();
     dop_barrier_arrive_with(sums_ready, mine_filled * (@TM@ * @UNIT@ * 4 * @CLUSTER@));
     dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
+    dop_barrier_arrive_with(all_have_v, @CLUSTER@ * 8);
     dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
   }
   __syncthreads();
+#if @CLUSTER@ > 1
   dop_cluster_arrive();
+#endif
   if (warp >= @MULTIPLYING@ / 32) {
     // Steps of shrink, then chunks of expand, are brought as their places become free.
     const int copier = thread - @MULTIPLYING@, piece = copier % 8;
@@ -343,7 +349,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
 #pragma unroll 1
-      for (; copies && step < (half ? @STEPS@ + chunks : @FIRST@); ++step) {
+      for (; copies && step < (half ? @STEPS@ + chunks : @STEPS@); ++step) {
         const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
         const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
         const int k = (part * @STEPS@ + step) * 64;
@@ -383,16 +389,15 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         }
       }
       __syncwarp();
-      if (half == 0) dop_cluster_wait();  // the first stages are on their way
+#if @CLUSTER@ > 1
+      // Here for the sanitizer alone: chunks' stages come from warps that stand at it, too.
+      if (half == 0) dop_cluster_wait();
+#endif
     }
     dop_commit();
     dop_wait_but<0>();
-    __syncwarp();
-    dop_cluster_arrive();
-    dop_cluster_wait();
     return;
   }
-  dop_cluster_wait();  // peers' barriers are there
 @SHRINK@
 @EXPAND@
   // Rows of 128 bytes with swizzled pieces, in groups of eight: 1024 bytes.
@@ -434,16 +439,22 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         dop_barrier_arrive(empty + (unsigned)(step - 1 + @SHIFT@) % @STAGES@ * 8);
     }
     dop_wgmma_wait();
+#if !@OVERLAY@
+    if (lane == 0) dop_barrier_arrive(empty + (unsigned)(@STEPS@ - 1 + @SHIFT@) % @STAGES@ * 8);
+#endif
+#if @CLUSTER@ > 1
+    dop_cluster_wait();  // peers' barriers are there
+#endif
 #if @OVERLAY@
     // No block's last steps are in the place of the sums any more.
     dop_sync_some(1, @MULTIPLYING@);
+#if @CLUSTER@ > 1
     // Said by 8 bytes to where v will be. An arrival at a peer's barrier waits for all memory.
     if (thread < @CLUSTER@)
       dop_push(dop_peer(v_shared + part * 8, thread), dop_peer(all_shrunk, thread), 0.0f, 0.0f);
     __syncwarp();
     dop_barrier_wait_peers(all_shrunk, 0);
-#else
-    if (lane == 0) dop_barrier_arrive(empty + (unsigned)(@STEPS@ - 1 + @SHIFT@) % @STAGES@ * 8);
+#endif
 #endif
     // To the block that adds up these ranks: [part][@UNIT@ ranks][8 tokens][lane].
 #pragma unroll
@@ -453,12 +464,17 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         const int unit = (first_rank / 16 + m * 4 + quarter) * (16 / @UNIT@) + h;
         if (unit >= @FILLED@) continue;
         const int place = (part * @SUBS@ + unit % @SUBS@) * (@TM@ / 8) + first_row / 8;
-        const unsigned to = dop_peer(
-            base + @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@, unit / @SUBS@);
+        const unsigned at = @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@;
+#if @CLUSTER@ > 1
+        const unsigned to = dop_peer(base + at, unit / @SUBS@);
         const unsigned there = dop_peer(sums_ready, unit / @SUBS@);
+#endif
 #pragma unroll
         for (int n = 0; n < @SHRINK_ROWS@ / 8; ++n) {
-#if @UNIT@ == 16
+#if @CLUSTER@ == 1
+          *reinterpret_cast<float4*>(dop_shared + at + n * 512) =
+              make_float4(sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]);
+#elif @UNIT@ == 16
           dop_push(to + n * 512, there, sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]);
 #else
           dop_push(to + n * 256, there, sum[m][n][2 * h], sum[m][n][2 * h + 1]);
@@ -467,7 +483,11 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
       }
     }
   }
+#if @CLUSTER@ > 1
   dop_barrier_wait_peers(sums_ready, 0);
+#else
+  dop_sync_some(1, @MULTIPLYING@);
+#endif
   // This block's ranks of v.
   const unsigned mine = v_shared + part * (@TM@ * @SHARE@ * 2);
   for (int i = warp; i < @SUBS@ * (@TM@ / 8); i += @GROUPS@ * 4) {
@@ -505,10 +525,15 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   dop_barrier_arrive(sums_read);
 #endif
   dop_sync_some(1, @MULTIPLYING@);
+#if @CLUSTER@ > 1
   if (thread < @CLUSTER@ && thread != part)
     dop_copy_to_peer(dop_peer(mine, thread), mine, @TM@ * @SHARE@ * 2, dop_peer(v_ready, thread));
   __syncwarp();
   dop_barrier_wait_peers(v_ready, 0);
+  if (thread < @CLUSTER@)
+    dop_push(dop_peer(had + part * 8, thread), dop_peer(all_have_v, thread), 0.0f, 0.0f);
+  __syncwarp();
+#endif
 #pragma unroll 1
   for (int step = @STEPS@; step < @STEPS@ + chunks; ++step) {
     const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
@@ -573,9 +598,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     __syncwarp();
     if (lane == 0 || !straight) dop_barrier_arrive(used + stage * 8);
   }
-  __syncwarp();
-  dop_cluster_arrive();  // all that this block was sent has come
-  dop_cluster_wait();
+#if @CLUSTER@ > 1
+  dop_barrier_wait_peers(all_have_v, 0);  // what this block's memory holds for them is read
+#endif
 #undef DOP_SHRINK
 #undef DOP_EXPAND
 }

@@ -40,7 +40,7 @@ MAX_RANK = 256
 WARPGROUPS, COPY_WARPS = 2, 4
 """That multiply; that ask the copy engine or gather rows."""
 
-BARRIER_BYTES, OTHER_BARRIERS = 24, 40
+BARRIER_BYTES, OTHER_BARRIERS = 24, 176
 """Shared memory for the barriers of a stage, and for the others."""
 
 UNIT = 8
