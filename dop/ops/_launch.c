@@ -2,6 +2,7 @@
  *
  *   Call      the launches of one block: the argument area and the launch structures, filled once;
  *             a call writes addresses and starts the kernels (launch.py: PythonCall does the same).
+ *             Calls of the short path that come again are kept as graphs (graphs.py says why).
  *   Weights   what was found when weight stacks were checked (stacks.py).
  *   Short     the short path of add_lora (short.py: `_in_python` does the same).
  *
@@ -118,10 +119,43 @@ typedef struct {
 
 _Static_assert(sizeof(Map) == 64, "as calls.py packs it");
 
+/* What records and replays graphs, as graphs.py packs it: cuStreamBeginCapture_v2,
+ * cuStreamEndCapture, cuGraphInstantiateWithFlags, cuGraphLaunch, cuGraphExecDestroy,
+ * cuGraphDestroy, cuThreadExchangeStreamCaptureMode, and the stream to record on. */
+typedef struct {
+    int (*begin)(void *stream, int mode);
+    int (*end)(void *stream, void **graph);
+    int (*instantiate)(void **exec, void *graph, unsigned long long flags);
+    int (*launch)(void *exec, void *stream);
+    int (*drop_exec)(void *exec);
+    int (*drop_graph)(void *graph);
+    int (*exchange_mode)(int *mode);
+    void *stream;
+} Graphs;
+
+_Static_assert(sizeof(Graphs) == 64, "as graphs.py packs it");
+
+enum { RELAXED = 2 }; /* CU_STREAM_CAPTURE_MODE_RELAXED */
+
+/* Kept calls are found by their addresses: in one of SETS places by a hash, and there among WAYS,
+ * of which the one that was not used for longest gives way. A call that was seen SEEN times is
+ * recorded when it comes again. */
+enum { SETS = 64, WAYS = 4, SEEN = 2 };
+
+typedef struct {
+    uint64_t key[FIXED];
+    uint64_t used; /* 0: nothing stands here */
+    void *exec;
+    int seen;
+} Kept;
+
 typedef struct {
     PyObject_HEAD
     Launcher start;
     Encoder encode;
+    Graphs graphs; /* launch is NULL where there are none */
+    Kept *kept;
+    uint64_t clock;
     Map *maps;
     Py_ssize_t map_count;
     uint64_t *area;
@@ -140,6 +174,10 @@ call_dealloc(PyObject *object)
     Call *self = (Call *)object;
     for (Py_ssize_t i = 0; i < self->count; ++i)
         PyMem_Free(self->launches[i].parameters);
+    for (int i = 0; self->kept != NULL && i < SETS * WAYS; ++i)
+        if (self->kept[i].exec != NULL)
+            self->graphs.drop_exec(self->kept[i].exec); /* one that runs lives on until its end */
+    PyMem_Free(self->kept);
     PyMem_Free(self->launches);
     PyMem_Free(self->maps);
     PyMem_Free(self->area);
@@ -226,22 +264,28 @@ static PyObject *
 call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
     unsigned long long entry, stream, encode = 0;
-    const char *fixed, *maps = "";
-    Py_ssize_t fixed_bytes, map_bytes = 0;
+    const char *fixed, *maps = "", *graphs = "";
+    Py_ssize_t fixed_bytes, map_bytes = 0, graph_bytes = 0;
     PyObject *launches, *tile_rows;
     long long tokens, width, total_out;
-    if (!PyArg_ParseTuple(args, "KKy#O!O!LLL|Ky#:Call", &entry, &stream, &fixed, &fixed_bytes,
+    if (!PyArg_ParseTuple(args, "KKy#O!O!LLL|Ky#y#:Call", &entry, &stream, &fixed, &fixed_bytes,
                           &PyTuple_Type, &launches, &PyLong_Type, &tile_rows, &tokens, &width,
-                          &total_out, &encode, &maps, &map_bytes))
+                          &total_out, &encode, &maps, &map_bytes, &graphs, &graph_bytes))
         return NULL;
     Py_ssize_t count = PyTuple_Size(launches);
     if (entry == 0 || fixed_bytes % 8 || fixed_bytes / 8 > MAX_WORDS || count > MAX_PARAMETERS) {
         PyErr_SetString(PyExc_ValueError, "an entry point and words of 8 bytes are wanted");
         return NULL;
     }
+    if (graph_bytes != 0 && graph_bytes != sizeof(Graphs)) {
+        PyErr_SetString(PyExc_ValueError, "graphs are 8 words");
+        return NULL;
+    }
     Call *self = (Call *)fresh(type);
     if (self == NULL)
         return NULL;
+    if (graph_bytes != 0)
+        memcpy(&self->graphs, graphs, sizeof(Graphs));
     Py_INCREF(tile_rows);
     self->tile_rows = tile_rows;
     self->start = (Launcher)(uintptr_t)entry;
@@ -310,6 +354,103 @@ start(Call *self, int overlap)
     Py_END_ALLOW_THREADS
     Py_DECREF(self);
     return code;
+}
+
+/* ---- calls that come again ---- */
+
+static uint64_t
+hash_of(const uint64_t *words)
+{
+    uint64_t hash = 0;
+    for (int i = 0; i < FIXED; ++i) {
+        hash = (hash ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+/* The place of the call whose addresses stand in the area; NULL without memory. */
+static Kept *
+find_kept(Call *self)
+{
+    if (self->kept == NULL) {
+        self->kept = PyMem_Calloc(SETS * WAYS, sizeof(Kept));
+        if (self->kept == NULL)
+            return NULL;
+    }
+    Kept *set = self->kept + hash_of(self->area) % SETS * WAYS, *oldest = set;
+    for (Kept *one = set; one < set + WAYS; ++one) {
+        if (one->used != 0 && memcmp(one->key, self->area, sizeof(one->key)) == 0) {
+            one->used = ++self->clock;
+            return one;
+        }
+        if (one->used < oldest->used)
+            oldest = one;
+    }
+    if (oldest->exec != NULL)
+        self->graphs.drop_exec(oldest->exec);
+    memcpy(oldest->key, self->area, sizeof(oldest->key));
+    oldest->used = ++self->clock;
+    oldest->exec = NULL;
+    oldest->seen = 0;
+    return oldest;
+}
+
+/* Records the launches of the area's addresses; NULL if the driver refuses, for which there is no
+ * need to know a reason: the call is launched as others are. The first kernel has no predecessor in
+ * a graph, so it is not a dependent one; the graph starts when all before it is complete. */
+static void *
+record(Call *self)
+{
+    Graphs *graphs = &self->graphs;
+    void *graph = NULL, *exec = NULL;
+    int mode = RELAXED, code = 0, begun = 0;
+    if (graphs->exchange_mode(&mode) != 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < self->map_count && code == 0; ++i)
+        code = make_map(self, &self->maps[i]);
+    if (code == 0)
+        code = graphs->begin(graphs->stream, RELAXED), begun = code == 0;
+    for (Py_ssize_t i = 0; i < self->count && code == 0; ++i) {
+        Launch *one = &self->launches[i];
+        Config config = one->config;
+        config.stream = graphs->stream;
+        config.attribute_count = i > 0 && !one->early && config.attributes != NULL ? 1 : 0;
+        code = self->start(&config, one->function, one->parameters, NULL);
+    }
+    if (begun) {
+        int end = graphs->end(graphs->stream, &graph);
+        code = code != 0 ? code : end;
+    }
+    if (code == 0 && graphs->instantiate(&exec, graph, 0) != 0)
+        exec = NULL;
+    if (graph != NULL)
+        graphs->drop_graph(graph);
+    graphs->exchange_mode(&mode);
+    return exec;
+}
+
+/* As `start`, but for a call that came before: that is replayed. Never while the stream is being
+ * captured. */
+static int
+start_or_replay(Call *self, int overlap)
+{
+    Kept *kept = self->graphs.launch == NULL || self->count == 0 ? NULL : find_kept(self);
+    if (kept == NULL)
+        return start(self, overlap);
+    int code = 0;
+    Py_INCREF(self);
+    Py_BEGIN_ALLOW_THREADS
+    if (kept->exec == NULL && kept->seen++ >= SEEN) {
+        kept->exec = record(self);
+        if (kept->exec == NULL)
+            self->graphs.launch = NULL; /* never again */
+    }
+    if (kept->exec != NULL)
+        code = self->graphs.launch(kept->exec, (void *)(uintptr_t)self->stream);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(self);
+    return kept->exec != NULL ? code : start(self, overlap);
 }
 
 static int
@@ -906,7 +1047,7 @@ read_and_start(const Short *self, Found *found)
         return ERROR;
     memcpy(call->area + STACKS, found->weights->words, STACK_BYTES);
     put_xy(call, x, y);
-    int code = start(call, found->overlap);
+    int code = start_or_replay(call, found->overlap);
     if (code == 0 && found->note != NULL &&
         PyObject_SetAttr(found->checked, self->name[SETTLED], found->note) < 0)
         PyErr_Clear(); /* the call is done; the next one is plain again */

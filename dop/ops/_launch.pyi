@@ -14,6 +14,7 @@ class Call:
         total_out: int,
         encode: int = ...,
         maps: bytes = ...,
+        graphs: bytes = ...,
         /,
     ) -> Call: ...
     def run(self, x: int, y: int, stacks: bytes, tables: bytes, overlap: bool = ..., /) -> int: ...

@@ -118,6 +118,7 @@ def make_call(
     starts: Sequence[Start],
     tile_rows: int,
     sizes: tuple[int, int, int],
+    recorder: bytes = b"",
 ) -> Call:
     """Launches, prepared.
 
@@ -128,6 +129,7 @@ def make_call(
         starts: the launches in order.
         tile_rows: rows per tile of the tables.
         sizes: tokens, width of x, width of y.
+        recorder: of `graphs.recorder`; empty: calls are always launched, as they are by ctypes.
     """
     words = struct.pack(f"={len(fixed)}Q", *(word & (1 << 64) - 1 for word in fixed))
     maps = tuple(dict.fromkeys(one for start in starts for one in start.maps))
@@ -144,8 +146,9 @@ def make_call(
         for one in starts
     )
     ready = driver.entry, stream, words, launches, tile_rows, *sizes
-    figures = (driver.encode_entry, b"".join(one.figures for one in maps)) if maps else ()
-    call: Call = native.EXTENSION.Call(*ready, *figures)
+    figures = b"".join(one.figures for one in maps)
+    entry = driver.encode_entry if maps else 0
+    call: Call = native.EXTENSION.Call(*ready, entry, figures, recorder)
     return call
 
 

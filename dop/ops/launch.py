@@ -23,7 +23,7 @@ from torch import Tensor
 from dop.errors import ExportError, MissingKernelError
 from dop.measure import cuda_driver, tensor_map
 from dop.measure.artifact import Buffer, Launch, evaluate, is_pair
-from dop.ops import calls
+from dop.ops import calls, graphs
 from dop.ops.calls import CONFIG, FIXED_WORDS, TABLE_WORDS, Call, MapPlace, Start, make_call
 from dop.ops.plan import ROW_TABLES, TILE_TABLES, tile_count
 from dop.ops.shapes import DTYPES, Shape
@@ -88,8 +88,9 @@ class Block:
         early: a kernel reads tables and weights before it waits, see settled.py.
     """
 
-    __slots__ = ("_fixed", "_pieces", "_sizes", "call", "dtype", "early", "kernel", "overlaps",
-                 "starts", "stream", "tile_rows", "workspace", "x_shape", "y_shape")  # fmt: skip
+    __slots__ = ("_device", "_fixed", "_pieces", "_sizes", "call", "dtype", "early", "kernel",
+                 "overlaps", "starts", "stream", "tile_rows", "workspace", "x_shape",
+                 "y_shape")  # fmt: skip
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class Block:
             workspace: uint8, at least `workspace_bytes`; None if that is 0.
         """
         tokens, slots = batch
-        self.stream, self.workspace = stream, workspace
+        self.stream, self.workspace, self._device = stream, workspace, shape.device
         self.overlaps = has_dependent_launches(shape.device)
         self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
         self.x_shape = torch.Size((tokens, shape.in_features))
@@ -158,7 +159,11 @@ class Block:
         return found
 
     def _make_call(self, stream: int, starts: Sequence[Start]) -> Call:
-        return make_call(driver(), stream, self._fixed, starts, self.tile_rows, self._sizes)
+        few = self._sizes[0] <= graphs.KEEP_TOKENS
+        recorder = driver().recorder(self._device) if few else b""
+        return make_call(
+            driver(), stream, self._fixed, starts, self.tile_rows, self._sizes, recorder
+        )
 
     def _start(
         self,
@@ -276,6 +281,7 @@ class PerThread(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[Any, Block] = {}
         self.rooms: dict[Any, Room] = {}
+        self.recorders: dict[int, bytes] = {}
 
 
 LOCAL = PerThread()
@@ -298,6 +304,7 @@ class Driver:
         if hasattr(library, "cuLaunchKernelEx"):
             self.launch = library.cuLaunchKernelEx
             self.entry = ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value or 0
+        self._graphs = graphs.entries(library) if graphs.are_on() else ()
         self.encode: Any = tensor_map.encoder()
         """cuTensorMapEncodeTiled; None before CUDA 12."""
         self.encode_entry = 0
@@ -311,6 +318,16 @@ class Driver:
         stream = ctypes.c_void_p(figures[7])
         code = self._library.cuLaunchKernel(function, *figures[:7], stream, parameters, extra)
         return int(code)
+
+    def recorder(self, device: int) -> bytes:
+        """What records this thread's calls on a device, which is the current one, see
+        `graphs.recorder`; empty if nothing does."""
+        if not self._graphs:
+            return b""
+        found = LOCAL.recorders.get(device)
+        if found is None:
+            found = LOCAL.recorders[device] = graphs.recorder(self._library, self._graphs)
+        return found
 
     def ensure_context(self, device: int) -> None:
         """Makes torch's context of the device current in this thread if none is."""

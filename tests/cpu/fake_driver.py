@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -70,8 +71,95 @@ def read(name: str, place: int):
     return struct.unpack("=q", ctypes.string_at(place, 8))[0]
 
 
+class FakeGraphs:
+    """Records and replays launches: the driver's functions, as `_launch.Call` takes them.
+
+    Attributes:
+        recording: launches since the last begin; None outside of a recording.
+        graphs: what was recorded.
+        execs: what can be replayed, by handle.
+        replayed: handles and streams in order.
+        refuse: name of a function that fails.
+    """
+
+    STREAM = 99
+    FUNCTIONS: ClassVar = {
+        "begin": (ctypes.c_void_p, ctypes.c_int),
+        "end": (ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)),
+        "instantiate": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint64),
+        "launch": (ctypes.c_void_p, ctypes.c_void_p),
+        "drop_exec": (ctypes.c_void_p,),
+        "drop_graph": (ctypes.c_void_p,),
+        "exchange_mode": (ctypes.POINTER(ctypes.c_int),),
+    }
+
+    def __init__(self) -> None:
+        self.recording: list | None = None
+        self.graphs: dict[int, list] = {}
+        self.execs: dict[int, list] = {}
+        self.replayed: list[tuple[int, int | None]] = []
+        self.modes = [0]
+        self.made = 0
+        self.refuse = ""
+        self._callbacks = [
+            ctypes.CFUNCTYPE(ctypes.c_int, *types)(self._guarded(name))
+            for name, types in self.FUNCTIONS.items()
+        ]
+        addresses = [ctypes.cast(one, ctypes.c_void_p).value for one in self._callbacks]
+        self.recorder = struct.pack("=8Q", *addresses, self.STREAM)
+
+    def _guarded(self, name: str):
+        def call(*given) -> int:
+            if self.refuse != name:
+                return int(getattr(self, name)(*given))
+            if name == "end":  # a broken recording ends as well
+                self.recording = None
+            return 7
+
+        return call
+
+    def begin(self, stream, mode) -> int:
+        assert (stream, mode, self.recording, self.modes[-1]) == (self.STREAM, 2, None, 2)
+        self.recording = []
+        return 0
+
+    def end(self, stream, graph) -> int:
+        assert stream == self.STREAM
+        self.made += 1
+        self.graphs[self.made], self.recording = self.recording, None
+        graph[0] = self.made
+        return 0
+
+    def instantiate(self, exec_, graph, flags) -> int:
+        assert flags == 0
+        self.execs[1000 + graph] = self.graphs[graph]
+        exec_[0] = 1000 + graph
+        return 0
+
+    def launch(self, exec_, stream) -> int:
+        self.replayed.append((exec_, stream))
+        for one in self.execs[exec_]:
+            one()
+        return 0
+
+    def drop_exec(self, exec_) -> int:
+        del self.execs[exec_]
+        return 0
+
+    def drop_graph(self, graph) -> int:
+        del self.graphs[graph]
+        return 0
+
+    def exchange_mode(self, mode) -> int:
+        self.modes.append(mode[0])
+        mode[0] = self.modes[-2]
+        return 0
+
+
 class FakeDriver:
     """Counts launches; `code` is what a launch answers, `map_code` what making a map does."""
+
+    keeps = False
 
     def __init__(self, shape_sizes) -> None:
         self.sizes = shape_sizes  # slices, rank, in, outs, slots of the stacks
@@ -85,6 +173,10 @@ class FakeDriver:
         self.map_code = 0
         self.encode = encoder(self.maps, lambda: self.map_code)
         self.encode_entry = ctypes.cast(self.encode, ctypes.c_void_p).value
+        self.graphs = FakeGraphs() if self.keeps else None
+
+    def recorder(self, device: int) -> bytes:
+        return self.graphs.recorder if self.graphs else b""
 
     def ensure_context(self, device: int) -> None:
         pass
@@ -114,7 +206,12 @@ class FakeDriver:
             assert (kind, allowed, count) == (6, 1, 1)
         self.launches.append((what.name, tuple(grid_block_smem), stream, bool(count)))
         words = (ctypes.c_void_p * len(what.arguments)).from_address(parameters.value)
-        getattr(self, what.name)({n: read(n, words[i]) for i, n in enumerate(what.arguments)})
+        given = {n: read(n, words[i]) for i, n in enumerate(what.arguments)}
+        if self.graphs is not None and self.graphs.recording is not None:
+            assert stream == FakeGraphs.STREAM
+            self.graphs.recording.append(lambda: getattr(self, what.name)(given))
+        else:
+            getattr(self, what.name)(given)
         return 0
 
     def _tiles(self, p):
@@ -199,8 +296,8 @@ def kernel(tile_rows: int, slices: int, early: bool = False) -> DeviceKernel:
     )  # fmt: skip
 
 
-WAYS = ["compiled", "ctypes"]
-"""How kernels are launched."""
+WAYS = ["compiled", "kept", "ctypes"]
+"""How kernels are launched; "kept": compiled, and calls that come again are graphs."""
 NO_EXTENSION = "dop.ops._launch is not built, or torch is older than 2.10"
 
 
@@ -210,6 +307,7 @@ def choose_way(monkeypatch, way: str) -> None:
         monkeypatch.setattr(native, "EXTENSION", None)
     elif not native.reads_tensors():
         pytest.skip(NO_EXTENSION)
+    monkeypatch.setattr(FakeDriver, "keeps", way == "kept")
 
 
 def install(monkeypatch, sizes, tile_rows: int, early: bool = False) -> FakeDriver:

@@ -342,18 +342,21 @@ def host_us(call, calls=200, rounds=25):
     return statistics.median(found)
 
 
-@pytest.fixture(params=["compiled", "ctypes"])
+@pytest.fixture(params=["compiled", "kept", "ctypes"])
 def way(request, monkeypatch):
-    """How kernels are launched."""
-    if request.param == "compiled":
+    """How kernels are launched; "kept": calls that come again are graphs."""
+    if request.param != "ctypes":
         if not native.reads_tensors():
             pytest.skip("dop.ops._launch is not built, or torch is older than 2.10")
     else:
         monkeypatch.setattr(native, "EXTENSION", None)
         monkeypatch.setattr(api, "_short_path", short.short_path(short.Surroundings()))
+    monkeypatch.setenv("DOP_GRAPHS", str(int(request.param == "kept")))
+    launch.driver.cache_clear()
     ops.forget()
     yield request.param
     ops.forget()
+    launch.driver.cache_clear()
 
 
 @pytest.mark.timed
@@ -373,7 +376,7 @@ def test_host_time_of_an_eager_call(outs, record_property, monkeypatch, way):
     took = host_us(lambda: ops.add_lora(y, x, a, b, plan))
     record_property("host_us", took)
     print(f"\nadd_lora {outs}, {way}: {took:.2f} us on the host")
-    if way == "compiled":
+    if way != "ctypes":
         assert took <= HOST_US
 
 
@@ -417,6 +420,35 @@ def test_both_ways_give_the_same_bits(way):
     x.data = torch.randn_like(x)
     want = eager.add_lora(y0.clone(), x, a, b, plan, 1.0, None)
     assert torch.equal(ops.add_lora(y0.clone(), x, a, b, plan), want)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_calls_that_come_again(way, tokens):
+    """Layer after layer, step after step: values, x, y, weights, plan and stream change meanwhile,
+    and kernels of others stand between the calls."""
+    layers = [make_stacks(6, 16, 512, (256, 128)) for _ in range(3)]
+    wide = torch.randn(512, 384, device=DEVICE, dtype=torch.bfloat16)
+    x, y = make_rows(tokens, 512, 384)
+    other = torch.cuda.Stream()
+    for step in range(12):
+        ids = make_ids(tokens, 6, seed=step // 6).to(DEVICE)
+        if step % 6 == 0:
+            plan = ops.segment_plan(ids, slots=6)
+        if step == 7:
+            layers[1][0][0].data = torch.randn_like(layers[1][0][0])
+        if step == 8:
+            x.data = torch.randn_like(x)
+        stream = other if step in (4, 5, 10) else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for a, b in layers:
+                a[1].mul_(1.01)
+                torch.mm(x, wide, out=y)
+                want = eager.add_lora(y.clone(), x, a, b, plan, 1.0, None)
+                ops.add_lora(y, x, a, b, plan)
+                assert torch.equal(y, want), step
+                x.add_(0.125)
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def test_streams_and_threads(way):
