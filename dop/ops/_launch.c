@@ -142,6 +142,10 @@ enum { RELAXED = 2 }; /* CU_STREAM_CAPTURE_MODE_RELAXED */
  * recorded when it comes again. */
 enum { SETS = 64, WAYS = 4, SEEN = 2 };
 
+/* All threads' graphs, counted while the GIL is held. A graph of two kernels takes some 10 kB. */
+enum { MAX_GRAPHS = 4096 };
+static int graphs_alive;
+
 typedef struct {
     uint64_t key[FIXED];
     uint64_t used; /* 0: nothing stands here */
@@ -168,6 +172,17 @@ typedef struct {
     int early; /* one of the launches is */
 } Call;
 
+/* One that runs lives on until its end. */
+static void
+drop(Call *self, Kept *kept)
+{
+    if (kept->exec == NULL)
+        return;
+    self->graphs.drop_exec(kept->exec);
+    kept->exec = NULL;
+    --graphs_alive;
+}
+
 static void
 call_dealloc(PyObject *object)
 {
@@ -175,8 +190,7 @@ call_dealloc(PyObject *object)
     for (Py_ssize_t i = 0; i < self->count; ++i)
         PyMem_Free(self->launches[i].parameters);
     for (int i = 0; self->kept != NULL && i < SETS * WAYS; ++i)
-        if (self->kept[i].exec != NULL)
-            self->graphs.drop_exec(self->kept[i].exec); /* one that runs lives on until its end */
+        drop(self, &self->kept[i]);
     PyMem_Free(self->kept);
     PyMem_Free(self->launches);
     PyMem_Free(self->maps);
@@ -387,11 +401,9 @@ find_kept(Call *self)
         if (one->used < oldest->used)
             oldest = one;
     }
-    if (oldest->exec != NULL)
-        self->graphs.drop_exec(oldest->exec);
+    drop(self, oldest);
     memcpy(oldest->key, self->area, sizeof(oldest->key));
     oldest->used = ++self->clock;
-    oldest->exec = NULL;
     oldest->seen = 0;
     return oldest;
 }
@@ -438,19 +450,27 @@ start_or_replay(Call *self, int overlap)
     Kept *kept = self->graphs.launch == NULL || self->count == 0 ? NULL : find_kept(self);
     if (kept == NULL)
         return start(self, overlap);
-    int code = 0;
+    int code = 0, new = 0;
+    if (kept->exec == NULL) {
+        new = kept->seen >= SEEN && graphs_alive < MAX_GRAPHS;
+        kept->seen += kept->seen < SEEN;
+        if (!new)
+            return start(self, overlap);
+        ++graphs_alive;
+    }
     Py_INCREF(self);
     Py_BEGIN_ALLOW_THREADS
-    if (kept->exec == NULL && kept->seen++ >= SEEN) {
+    if (new)
         kept->exec = record(self);
-        if (kept->exec == NULL)
-            self->graphs.launch = NULL; /* never again */
-    }
     if (kept->exec != NULL)
         code = self->graphs.launch(kept->exec, (void *)(uintptr_t)self->stream);
     Py_END_ALLOW_THREADS
     Py_DECREF(self);
-    return kept->exec != NULL ? code : start(self, overlap);
+    if (kept->exec != NULL)
+        return code;
+    --graphs_alive;
+    self->graphs.launch = NULL; /* the driver does not record: never again */
+    return start(self, overlap);
 }
 
 static int

@@ -10,8 +10,8 @@ wherever a plain launch may (settled.py). What a graph costs the GPU, about 1 us
 hidden where the host is slower, in decode; calls of more than KEEP_TOKENS tokens are always
 launched.
 
-At most 256 calls of a shape, batch size, thread and stream are kept; the one not used for longest
-gives way. Nothing is kept or replayed while a graph is being captured: such calls take the long
+At most 256 calls of a shape, batch size, thread and stream are kept, the one not used for longest
+gives way, and 4,096 in all: beyond them calls are launched. Nothing is kept or replayed while a graph is being captured: such calls take the long
 path.
 """
 
