@@ -103,7 +103,8 @@ def table_path(folder: Path, target: Target, scenario: Scenario) -> Path:
     kind = (
         re.sub(r"[^a-z0-9]+", "-", target.device_name.lower()) if target.kind == "cuda" else "cpu"
     )
-    return folder / f"space_{kind}_T{scenario.tokens}_{scenario.mix}.json.gz"
+    cold = "_cold" if scenario.cold else ""
+    return folder / f"space_{kind}_T{scenario.tokens}_{scenario.mix}{cold}.json.gz"
 
 
 def opened(

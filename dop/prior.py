@@ -104,14 +104,16 @@ def in_order(
 
 
 def _nearest(scenario: Scenario, columns: dict[str, _Column]) -> _Column:
-    """The batch itself, else the one most like it in tokens and in rows of a segment."""
+    """The batch itself, else the one most like it in tokens and in rows of a segment, of two alike
+    the one whose x and y come from where this one's do."""
     if scenario.key in columns:
         return columns[scenario.key]
 
-    def distance(column: _Column) -> tuple[float, str]:
+    def distance(column: _Column) -> tuple[float, bool, str]:
         other = column.scenario
         tokens = abs(math.log2(scenario.tokens / other.tokens))
-        return tokens + abs(math.log2(_rows(scenario) / _rows(other))), other.key
+        rows = abs(math.log2(_rows(scenario) / _rows(other)))
+        return tokens + rows, other.cold != scenario.cold, other.key
 
     return min(columns.values(), key=distance)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dop.errors import ConfigError
@@ -13,6 +13,9 @@ MIXES = ("distinct", "uniform", "skewed", "identical")
 """The four named mixes of Punica's benchmark."""
 
 NO_ADAPTER = -1
+
+COLD = "/cold"
+"""How the key of a batch ends whose x and y come from memory."""
 
 DECODE_ROWS = 256
 """Most rows of a batch whose rows are requests that decode, each where it arrived. What is larger
@@ -29,12 +32,14 @@ class Scenario:
         segments: rows of each segment, longest first; every segment is one adapter.
         bare_rows: rows that use no adapter (id -1).
         weight: share of the traffic that looks like this (any positive scale).
+        cold: x and y come from memory, not from the cache.
     """
 
     mix: str
     segments: tuple[int, ...]
     bare_rows: int = 0
     weight: float = 1.0
+    cold: bool = False
 
     def __post_init__(self) -> None:
         if self.mix not in (*MIXES, "recorded"):
@@ -66,11 +71,13 @@ class Scenario:
 
     @cached_property
     def key(self) -> str:
-        """Short name in the log, e.g. "T32/uniform/6"; recorded ones carry their lengths."""
+        """Short name in the log, e.g. "T32/uniform/6"; recorded ones carry their lengths, cold ones
+        end in COLD."""
+        end = COLD if self.cold else ""
         if self.mix == "recorded":
             lengths = ",".join(map(str, self.segments))
-            return f"T{self.tokens}/recorded/{lengths}/{self.bare_rows}"
-        return f"T{self.tokens}/{self.mix}/{self.adapters}"
+            return f"T{self.tokens}/recorded/{lengths}/{self.bare_rows}{end}"
+        return f"T{self.tokens}/{self.mix}/{self.adapters}{end}"
 
     @staticmethod
     def parse(key: str) -> Scenario:
@@ -80,13 +87,14 @@ class Scenario:
             ConfigError: the key is not of the form that `key` writes.
         """
         try:
-            head, mix, *rest = key.split("/")
+            head, mix, *rest = key.removesuffix(COLD).split("/")
             tokens = int(head.removeprefix("T"))
             if mix == "recorded":
                 lengths = tuple(int(n) for n in rest[0].split(",") if n)
                 scenario = Scenario(mix, lengths, int(rest[1]))
             else:
                 scenario = named(mix, tokens)
+            scenario = replace(scenario, cold=key.endswith(COLD))
         except (ValueError, IndexError) as error:
             raise ConfigError(
                 f"{key!r} is not a scenario key.", "It should read like T32/uniform/6."
@@ -115,6 +123,14 @@ class Shuffled(Scenario):
     def rows_are_requests(self) -> bool:
         """Always."""
         return True
+
+
+def short_key(key: str, width: int) -> str:
+    """A key in at most `width` characters: a long list of lengths is cut, COLD behind it is not."""
+    if len(key) <= width:
+        return key
+    end = f"...{COLD}" if key.endswith(COLD) else "..."
+    return key[: width - len(end)] + end
 
 
 def named(mix: str, tokens: int, weight: float = 1.0) -> Scenario:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dop.errors import Failure
 from dop.progress import Event, FamilyView, Note, Progress, TaskResult, TuneResult
+from dop.scenario import short_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,7 +159,7 @@ def _task_row(task: TaskResult) -> tuple[str, ...]:
     return (
         task.workload.name,
         str(task.workload.rank),
-        task.scenario.key if len(task.scenario.key) <= 32 else task.scenario.key[:29] + "...",
+        short_key(task.scenario.key, 32),
         _us(task.best_s),
         _us(task.default_s),
         _times(ratio),

@@ -52,6 +52,7 @@ class Request:
     mix: str | None = None
     beside: bool = False
     layers: str | None = None
+    cold: bool = False
 
     def families(self, target: Target) -> list[Family]:
         """One family per distinct workload of the model, ranks and adapters.
@@ -72,6 +73,12 @@ class Request:
                     "Leave it out, or run on a machine with a GPU.",
                 )
             found = [replace(workload, beside=True) for workload in found]
+        if self.cold and (target.kind == "cpu" or self.beside):
+            where = "beside a matmul, which reads x and writes y," if self.beside else "on a CPU"
+            raise ConfigError(
+                f"--cold measures with x and y in memory, but {where} they are in the cache.",
+                "Leave it out." if self.beside else "Leave it out, or run on a GPU.",
+            )
         scenarios = self.scenarios(target)
         return [Family(workload, target, scenarios) for workload in _merged(found)]
 
@@ -89,11 +96,18 @@ class Request:
         return given or adapters.ranks, adapters.targets
 
     def scenarios(self, target: Target) -> tuple[Scenario, ...]:
-        """The batches: of the traffic file, or mixes times token buckets.
+        """The batches: of the traffic file, or mixes times token buckets; if asked for, their cold
+        twins behind them.
 
         Raises:
             ConfigError: the traffic file, a number of tokens or a mix cannot be used.
         """
+        warm = self._warm(target)
+        twins = (replace(scenario, cold=True) for scenario in warm)
+        return (*warm, *twins) if self.cold else warm
+
+    def _warm(self, target: Target) -> tuple[Scenario, ...]:
+        """The batches without their cold twins."""
         if self.traffic is not None:
             if self.tokens is not None or self.mix is not None:
                 raise ConfigError(

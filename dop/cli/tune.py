@@ -66,6 +66,14 @@ def tune(
             "plugin's CUDA graphs have it. Needs a GPU.",
         ),
     ] = False,
+    cold: Annotated[
+        bool,
+        Option(
+            "--cold",
+            help="Measure each batch also with x and y in memory instead of the cache. Needs a "
+            "GPU.",
+        ),
+    ] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     as_json: Annotated[bool, Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> int:
@@ -88,10 +96,11 @@ def tune(
         if budget is None:
             profile = replace(profile, budget_s=float("inf"))
     target = find_target(device)
-    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix, beside, layers)
+    request = Request(model, adapters, ranks, tp, traffic, dtype, tokens, mix, beside, layers, cold)
     families = request.families(target)
-    stand_ins = request.left_out(families[0].scenarios)
-    for line in left_out_lines(stand_ins, families[0].scenarios):
+    chosen = [s for s in families[0].scenarios if not s.cold]
+    stand_ins = request.left_out(chosen)
+    for line in left_out_lines(stand_ins, chosen):
         note(line)
     path = log or log_path(model, target)
     result = search(families, path, profile, seed, quiet=as_json, like=like, packs=packs)

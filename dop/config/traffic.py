@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dop.config.files import brief, read_object, show, whole
@@ -214,7 +215,7 @@ def _by_weight(scenarios: Iterable[Scenario]) -> tuple[Scenario, ...]:
 
 
 def _reweighed(scenario: Scenario, weight: float) -> Scenario:
-    return Scenario(scenario.mix, scenario.segments, scenario.bare_rows, weight)
+    return replace(scenario, weight=weight)
 
 
 def _point(s: Scenario) -> tuple[float, ...]:

@@ -37,7 +37,7 @@ PointKey = tuple[str, tuple[tuple[str, int], ...]]
 Factors = tuple[Num, ...]
 """A loop's length as a product; an empty tuple is a length that only the batch decides."""
 
-_SCENARIO_COLUMNS = ("tokens", "adapters", "mean_rows", "max_rows", "bare_rows")
+_SCENARIO_COLUMNS = ("tokens", "adapters", "mean_rows", "max_rows", "bare_rows", "cold")
 _CROSS_COLUMNS = ("tiles", "padding", "blocks", "waves", "bytes_per_flop", "floor_bytes")
 _PER_TILE = ".blocks_per_tile"
 """Estimates of this name say how large a grid is; what it comes to for a batch is a column."""
@@ -177,7 +177,8 @@ class _BatchTables:
 def _scenario_row(scenario: Scenario) -> tuple[float, ...]:
     segments = scenario.segments or (0,)
     mean = sum(segments) / len(segments)
-    return (scenario.tokens, scenario.adapters, mean, max(segments), scenario.bare_rows)
+    rows = (mean, max(segments), scenario.bare_rows)
+    return (scenario.tokens, scenario.adapters, *rows, float(scenario.cold))
 
 
 def _estimate(sketch: Sketch, name: str, values: Annotation) -> float:

@@ -10,6 +10,7 @@ from dop.database.record import Record
 from dop.database.step_words import LoopTracker, StepWords
 from dop.errors import ConfigError
 from dop.measurement import Measurement
+from dop.scenario import COLD
 from dop.workload import Workload
 
 AXIS_MEANING = {
@@ -110,10 +111,14 @@ def _problem(key: str) -> str:
 
 
 def _batch(key: str) -> str:
-    tokens, _, rest = key.partition("/")
+    tokens, _, rest = key.removesuffix(COLD).partition("/")
     mix, _, lengths = rest.partition("/")
     if not tokens.startswith("T") or not lengths:
         return key
+    return _composition(tokens, mix, lengths) + ", x and y in memory" * key.endswith(COLD)
+
+
+def _composition(tokens: str, mix: str, lengths: str) -> str:
     if mix == "recorded":
         segments, _, bare = lengths.partition("/")
         return f"tokens {tokens[1:]}, rows per adapter {segments}, rows without adapter {bare or 0}"

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dop.errors import ConfigError, ExportError
+from dop.scenario import short_key
 
 UNKNOWN_ROWS = 0.0
 """The hint of a batch whose segments are not known."""
@@ -357,5 +358,5 @@ def _fit_lines(fits: Iterable[Fit]) -> Iterable[str]:
         seconds = "-" if fit.seconds is None else f"{fit.seconds * 1e6:.2f}"
         regret = "-" if fit.seconds is None else f"{fit.regret:.1%}"
         floor = "-" if fit.floor_s is None else f"{fit.floor_s * 1e6:.2f}"
-        name = fit.scenario_key if len(fit.scenario_key) <= 24 else fit.scenario_key[:21] + "..."
+        name = short_key(fit.scenario_key, 24)
         yield f"  {name:<24}  {seconds:>9}  {fit.best_s * 1e6:7.2f}  {regret:>6}  {floor:>8}"

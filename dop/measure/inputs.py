@@ -3,11 +3,13 @@
 Weights of one workload lie in one stack per slice with more slots than any batch uses. Each
 timed call takes the next *window* of slots, disjoint from the last, until the windows together
 are larger than the last-level cache: as in a model with many layers, weights come from memory,
-while x, y and the small tables stay in the cache, as they do behind the layer before.
+while x, y and the small tables stay in the cache, as they do behind the layer before. In a cold
+batch x and y come from memory too: each call takes the next of several *copies* of both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +21,8 @@ from dop.scenario import NO_ADAPTER, Scenario, Shuffled
 from dop.workload import Workload
 
 CACHE_FACTOR = 2
-"""Bytes of weights that rotate, in units of the last-level cache."""
+"""Bytes of weights, and of x and y, that rotate, in units of the last-level cache."""
+MIN_COPIES = 2
 MIN_SLOTS = 16
 AWKWARD_SHORT = (7, 5, 3, 1, 1)
 AWKWARD_BARE = 7
@@ -34,6 +37,22 @@ def windows(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int
     """Disjoint sets of slots over which calls rotate."""
     one_call = max(1, scenario.adapters) * adapter_bytes(workload)
     return min(max(1, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
+
+
+def copies(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int) -> int:
+    """Copies of x and y over which calls rotate; 1 if they are to stay in the cache."""
+    if not scenario.cold:
+        return 1
+    widths = workload.in_features + workload.total_out
+    one_call = scenario.tokens * widths * workload.element_bytes
+    return min(max(MIN_COPIES, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
+
+
+def turns(windows: int, copies: int, calls: int) -> list[tuple[int, int]]:
+    """Window of weights and copy of x and y of each call, of `calls` at most: behind the last the
+    first follows."""
+    count = min(math.lcm(windows, copies), calls)
+    return [(call % windows, call % copies) for call in range(count)]
 
 
 def stack_slots(

@@ -138,7 +138,10 @@ class LocalMeasurer:
 
         Raises:
             WorkerError: workers do not start, for example because gcc or TVM is missing.
+            ConfigError: a batch is cold, and x and y cannot come from memory there.
         """
+        for job in jobs:
+            self._check_cold(job)
         batch = _Batch(self, jobs)
         try:
             yield from batch.results()
@@ -147,6 +150,20 @@ class LocalMeasurer:
                 self._ahead = {}
                 self.builders.cancel()
                 self.runners.cancel()
+
+    def _check_cold(self, job: Job) -> None:
+        """Refuses a cold batch where only warm ones are measured."""
+        cold = next((scenario for scenario in job.scenarios if scenario.cold), None)
+        if cold is not None and not self._overlap:
+            raise ConfigError(
+                f"{cold.key} wants x and y in memory, which is measured on GPUs only.",
+                "Leave it out, or measure on a GPU.",
+            )
+        if cold is not None and job.workload.beside:
+            raise ConfigError(
+                f"{cold.key} wants x and y in memory, but beside a matmul they are in the cache.",
+                "Leave it out, or take a workload that is not beside.",
+            )
 
     def rss_bytes(self) -> int:
         """Resident memory of all workers."""

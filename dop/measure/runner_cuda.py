@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from dop.measure import tensor_map
 from dop.measure.accuracy import judge
 from dop.measure.artifact import Artifact, Launch, evaluate, is_pair, shift_of
 from dop.measure.base_layer import BaseLayers
-from dop.measure.inputs import awkward
+from dop.measure.inputs import awkward, turns
 from dop.measure.runner import PREPARED, RunConfig, RunTask, fail_all
 from dop.measure.tensors_cuda import DEVICE, Batch, TensorCache, Weights
 from dop.measure.timer import collect
@@ -184,7 +184,7 @@ class CudaRunner:
         with loaded.workspaces(batch) as spaces:
             for space in spaces.values():
                 space.fill_(0xFF)
-            (kernels,) = loaded.calls(batch, 1, spaces)
+            (kernels,) = loaded.calls(batch, [(0, 0)], spaces)
             self._begin.record(self.stream)
             _launch(kernels, self.stream)
             self._end.record(self.stream)
@@ -223,7 +223,7 @@ class CudaRunner:
     def _time(
         self, loaded: Loaded, batch: Batch, best_s: float | None, cold_s: float
     ) -> tuple[float, ...]:
-        """Seconds per call: a graph of back-to-back calls, each on the next window of weights."""
+        """Seconds per call: a graph of back-to-back calls, see `_time_graph`."""
         calls = calls_of(len(batch.rows), cold_s)
 
         def launch(call: int, kernels: list[_Kernel]) -> None:
@@ -257,19 +257,20 @@ class CudaRunner:
         sample: Callable[[cuda.Graph], float],
         best_s: float | None,
     ) -> tuple[float, ...]:
-        """Seconds per call of a graph of `calls`, each on the next window of weights.
+        """Seconds per call of a graph of `calls`, each on the next window of weights and, in a cold
+        batch, the next copy of x and y.
 
         Args:
             launch: one call, given its number and its kernels.
             sample: seconds that count of one replay.
         """
-        count = min(len(batch.rows), calls)
+        order = turns(len(batch.rows), batch.copies, calls)
         graph = cuda.Graph()
         with loaded.workspaces(batch) as spaces:
-            windows = loaded.calls(batch, count, spaces)
+            prepared = loaded.calls(batch, order, spaces)
             with graph.capture(self.stream):
                 for call in range(calls):
-                    launch(call, windows[call % count])
+                    launch(call, prepared[call % len(order)])
             try:
                 self._warm_up(graph)
                 return collect(partial(sample, graph), calls, self._config.timer, best_s)
@@ -391,36 +392,40 @@ class Loaded:
         return _Spaces(tensors)
 
     def calls(
-        self, batch: Batch, count: int, spaces: dict[str, torch.Tensor]
+        self, batch: Batch, order: Sequence[tuple[int, int]], spaces: dict[str, torch.Tensor]
     ) -> list[list[_Kernel]]:
-        """The launches of `count` calls, each on the next window of weights.
+        """The launches of calls, each on a window of weights and a copy of x and y.
 
-        Windows differ in their tables only; all else is worked out once.
+        Windows differ in their tables only; all else is worked out once for each copy.
         """
         tables = batch.plans_for(self.artifact.tile_rows)
         stacks, steps = self._weights.pointers(), tables.steps()
         pointers = {**stacks, "a": stacks["a0"], "b": stacks["b0"], **tables.pointers()}
-        pointers |= {"x": batch.x.data_ptr(), "y_in": batch.y_pointer, "y": batch.y_pointer}
         pointers |= {name: space.data_ptr() for name, space in spaces.items()}
         counts = {"tokens": tables.plan.tokens, "tiles": tables.plan.tiles}
         counts["slots"] = self._weights.slots
         launches, workload = self.artifact.launches, Workload.parse(self.artifact.workload_key)
-        fixed = [
-            [_value(name, pointers, counts, workload) for name in launch.arguments]
-            for launch in launches
-        ]
+
+        def values_of(copy: int) -> list[list[cuda.Parameter]]:
+            mine = pointers | batch.pointers(copy)
+            return [
+                [_value(name, mine, counts, workload) for name in launch.arguments]
+                for launch in launches
+            ]
+
+        fixed = {copy: values_of(copy) for copy in dict.fromkeys(copy for _, copy in order)}
         grids = self._grids(batch)
 
-        def kernel(position: int, window: int) -> _Kernel:
+        def kernel(position: int, window: int, copy: int) -> _Kernel:
             launch = launches[position]
             values = [
                 ctypes.c_void_p(pointers[name] + window * steps[name]) if name in steps else value
-                for name, value in zip(launch.arguments, fixed[position], strict=True)
+                for name, value in zip(launch.arguments, fixed[copy][position], strict=True)
             ]
             parameters = cuda.pack_parameters(values)
             return _Kernel(self._functions[position], grids[position], launch, parameters)
 
-        return [[kernel(k, window) for k in range(len(launches))] for window in range(count)]
+        return [[kernel(k, window, copy) for k in range(len(launches))] for window, copy in order]
 
 
 def _value(

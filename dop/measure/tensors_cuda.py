@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dop.measure import tensor_cache
 from dop.measure.accuracy import Errors
 from dop.measure.base_layer import Matmuls
-from dop.measure.inputs import window_slots
+from dop.measure.inputs import copies, window_slots
 from dop.measure.plan import PLAN_ADAPTERS, Plan, SlotFacts, Table, make_plan
 from dop.scenario import NO_ADAPTER, Scenario
 from dop.workload import Workload
@@ -21,7 +21,8 @@ from dop.workload import Workload
 GUARD = 1024
 """Elements before and behind y that no kernel may touch."""
 WINDOW_LIMIT = 32
-"""Calls of one graph at most; the cache is flushed before each replay, so they need not fill it."""
+"""Calls of one graph at most; the cache is flushed before each replay, so they need not fill it,
+nor need that many copies of x and y."""
 BUDGET_BYTES = 40 << 30
 TABLE_STEP = 16
 """Tables start at multiples of 64 bytes."""
@@ -64,6 +65,7 @@ class Batch:
         rows: slot of each row, per window.
         x: [tokens, in].
         guarded: y with its guards, [GUARD + tokens * out + GUARD].
+        others: x and guarded y of a cold batch's other copies; only the first one is checked.
         before: y and guards before a call.
         want: y after it, [tokens, out], computed in float64, stored as float32.
         used: rows with an adapter, or None if all are.
@@ -82,6 +84,7 @@ class Batch:
     update_rms: float
     scale: float
     facts: SlotFacts | None
+    others: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     plans: dict[int, WindowTables] = field(default_factory=dict)
     matmuls: Matmuls | None = None
 
@@ -91,9 +94,15 @@ class Batch:
         return self.guarded[GUARD:-GUARD].view(self.want.shape)
 
     @property
-    def y_pointer(self) -> int:
-        """Address of y."""
-        return self.guarded.data_ptr() + GUARD * self.guarded.element_size()
+    def copies(self) -> int:
+        """Copies of x and y."""
+        return 1 + len(self.others)
+
+    def pointers(self, copy: int) -> dict[str, int]:
+        """Addresses of x and y of a copy, by the names of kernels' parameters."""
+        x, guarded = [(self.x, self.guarded), *self.others][copy]
+        y = guarded.data_ptr() + GUARD * guarded.element_size()
+        return {"x": x.data_ptr(), "y_in": y, "y": y}
 
     def plans_for(self, tile_rows: int) -> WindowTables:
         """Plans of all windows for a tile height.
@@ -150,6 +159,7 @@ class Weights(tensor_cache.Weights[torch.Tensor, Batch]):
         tensors = [*self.a, *self.b]
         for batch in self.batches.values():
             tensors += [batch.x, batch.guarded, batch.before, batch.want]
+            tensors += [tensor for copy in batch.others for tensor in copy]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def pointers(self) -> dict[str, int]:
@@ -178,7 +188,11 @@ class TensorCache(tensor_cache.TensorCache[Weights, Batch]):
         facts: SlotFacts | None,
     ) -> Batch:
         """Normal values, and what a call must make of them."""
-        return _make_batch(workload, weights, scenario, count, facts)
+        batch = _make_batch(workload, weights, scenario, count, facts)
+        wanted = copies(workload, scenario, self._cache_bytes, WINDOW_LIMIT)
+        # The allocator aligns each of them to 512 bytes.
+        batch.others = [(batch.x.clone(), batch.before.clone()) for _ in range(1, wanted)]
+        return batch
 
 
 def _normal(shape: tuple[int, ...], kind: torch.dtype, scale: float) -> torch.Tensor:

@@ -47,9 +47,10 @@ def _mixes(tasks: Sequence[TaskView]) -> list[tuple[str, str]]:
 
 def task_label(task: TaskView) -> str:
     """Batch of a task in a few words."""
+    cold = ", cold" if task.cold else ""
     if task.mix == "recorded":
-        return f"{task.tokens} recorded, {task.adapters} adapters"
-    return f"{task.tokens} {task.mix}" if task.tokens else shorten(task.scenario_key, 30)
+        return f"{task.tokens} recorded, {task.adapters} adapters{cold}"
+    return f"{task.tokens} {task.mix}{cold}" if task.tokens else shorten(task.scenario_key, 30)
 
 
 def _gutter(labels: Sequence[str]) -> float:

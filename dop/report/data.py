@@ -18,7 +18,7 @@ from dop.database import query
 from dop.database.jsonl import LogContents
 from dop.database.wire import Entry
 from dop.errors import ConfigError, DopError, Failure, LogError
-from dop.scenario import MIXES
+from dop.scenario import COLD, MIXES
 from dop.workload import Workload
 
 DEFAULT_MARK = " (default)"
@@ -53,6 +53,7 @@ class TaskView:
     tokens: int
     mix: str
     adapters: int
+    cold: bool
     best_us: float | None = None
     floor_us: float | None = None
     default_us: float | None = None
@@ -277,6 +278,7 @@ def _new_task(entry: Entry, best: Entry | None) -> TaskView:
         tokens=tokens,
         mix=mix,
         adapters=adapters,
+        cold=entry.scenario_key.endswith(COLD),
     )
     if best is not None:
         view.best_us = best.median_s * 1e6

@@ -230,7 +230,7 @@ def _task_table(tasks: Iterable[TaskView]) -> str:
         rows.append(
             (
                 str(task.tokens),
-                task.mix,
+                f"{task.mix}, cold" if task.cold else task.mix,
                 str(task.adapters),
                 _us(task.best_us),
                 _us(task.floor_us),

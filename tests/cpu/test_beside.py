@@ -291,14 +291,14 @@ def test_the_runner_times_a_call_beside_the_matmuls_and_takes_them_off(monkeypat
 
         return SimpleNamespace(launch=launch)
 
-    def calls(batch, count, spaces):
+    def calls(batch, order, spaces):
         return [
             [runner_cuda._Kernel(function(k.name, w), (1, 1, 1), k, None) for k in launches]
-            for w in range(count)
+            for w, _ in order
         ]
 
     loaded = SimpleNamespace(workspaces=lambda batch: nullcontext({}), calls=calls)
-    batch = SimpleNamespace(matmuls=None, x=None, y=None, rows=[0, 1])
+    batch = SimpleNamespace(matmuls=None, x=None, y=None, rows=[0, 1], copies=1)
     seconds = runner._time_beside(loaded, batch, BESIDE, None)
     assert seconds == pytest.approx((6e-6,) * 3)
     assert batch.matmuls is matmuls

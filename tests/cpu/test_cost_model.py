@@ -83,6 +83,10 @@ def test_features_have_a_name_each_and_nan_where_a_sketch_lacks_something():
             assert row[column["tiles"]] == tiles
             assert row[column["padding"]] == tiles * tile / scenario.tokens
             assert row[column["steps.SP"]] == sum(s.code == "SP" for s in point.sketch.steps)
+    twins = extractor.rows(points, [dataclasses.replace(s, cold=True) for s in SCENARIOS])
+    assert (rows[:, column["cold"]].any(), twins[:, column["cold"]].all()) == (False, True)
+    twins[:, column["cold"]] = 0
+    assert np.array_equal(twins, rows, equal_nan=True)
     vectorised = rows[:, column["length.vectorize"]]
     assert vectorised.tolist() == [p.values["shrink.vector"] for p in points for _ in SCENARIOS]
     pairs = [(p, s) for p in points for s in SCENARIOS]

@@ -128,6 +128,20 @@ def test_the_header_says_what_a_person_asks_first() -> None:
     assert "not checked" in failed
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("T32/uniform/6/cold", "tokens 32, adapters 6, uniform shares, x and y in memory"),
+        (
+            "T7/recorded/4,2/1/cold",
+            "tokens 7, rows per adapter 4,2, rows without adapter 1, x and y in memory",
+        ),
+    ],
+)
+def test_a_cold_batch_is_called_so(key: str, words: str) -> None:
+    assert dict(explain(dataclasses.replace(record(), scenario_key=key)).header)["batch"] == words
+
+
 def test_odd_fields_do_not_stop_it() -> None:
     odd = dataclasses.replace(
         record(), workload_key="?", scenario_key="?", timestamp=10**15, trace=Trace(())

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop.errors import ConfigError
-from dop.measure.inputs import awkward, mixed_facts, stack_slots, window_slots, windows
+from dop.measure.inputs import (
+    awkward,
+    copies,
+    mixed_facts,
+    stack_slots,
+    turns,
+    window_slots,
+    windows,
+)
 from dop.measure.plan import ANY_RANK, PLAN_ADAPTERS, SlotFacts, make_plan, tile_bound
 from dop.scenario import Scenario, named
 from dop.workload import Workload
@@ -87,6 +96,36 @@ def test_windows_are_disjoint_and_larger_than_the_cache():
     assert all(len(s) == scenario.adapters for s in used)
     assert len(set().union(*used)) == count * scenario.adapters
     assert count * workload.min_bytes(0, scenario.adapters) >= 2 * cache
+
+
+GATE_UP = Workload("gate_up", 4096, (14336, 14336), 16, "bfloat16")
+L2 = 50 << 20
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [(1, 32), (32, 32), (128, 13), (512, 4), (2048, 2), (1 << 16, 2)]
+)
+def test_copies_of_a_cold_batch_are_larger_than_the_cache_or_one_per_call(tokens, wanted):
+    warm = named("identical", tokens)
+    cold = replace(warm, cold=True)
+    assert copies(GATE_UP, warm, L2, 32) == 1
+    assert copies(GATE_UP, cold, L2, 32) == wanted
+    size = wanted * tokens * (4096 + 2 * 14336) * 2
+    assert size >= 2 * L2 or wanted == 32
+    assert windows(GATE_UP, cold, L2, 32) == windows(GATE_UP, warm, L2, 32)
+
+
+@pytest.mark.parametrize(("weights", "calls"), [(32, 32), (32, 7), (3, 6), (1, 4), (2, 4)])
+def test_calls_of_a_warm_batch_take_each_window_in_turn(weights, calls):
+    assert turns(weights, 1, calls) == [(n, 0) for n in range(min(weights, calls))]
+
+
+def test_calls_of_a_cold_batch_take_each_window_and_each_copy_in_turn():
+    assert turns(3, 2, 20) == [(0, 0), (1, 1), (2, 0), (0, 1), (1, 0), (2, 1)]
+    assert turns(4, 2, 20) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert turns(1, 4, 4) == [(0, n) for n in range(4)]
+    assert turns(32, 13, 32) == [(n, n % 13) for n in range(32)]
+    assert turns(32, 32, 5) == [(n, n) for n in range(5)]
 
 
 def test_windows_keep_bare_rows_and_segment_lengths():

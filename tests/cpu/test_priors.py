@@ -118,6 +118,16 @@ class TestOrder:
         assert self.order(known) == [a.trace, b.trace]
         assert self.order(known, heavy) == [b.trace, a.trace]
 
+    def test_a_cold_batch_takes_what_was_fastest_in_a_cold_one_and_else_its_twins(self):
+        warm, cold = candidates(2)
+        batch = named("uniform", 64)
+        known = [prior(warm, batch), prior(cold, replace(batch, cold=True))]
+        for tokens in (64, 128):
+            asked = named("uniform", tokens)
+            assert self.order(known, (asked,)) == [warm.trace]
+            assert self.order(known, (replace(asked, cold=True),)) == [cold.trace]
+            assert self.order(known[:1], (replace(asked, cold=True),)) == [warm.trace]
+
     def test_a_batch_of_which_nothing_is_known_takes_the_nearest_ones(self):
         near, far, shaped = candidates(3)
         known = [

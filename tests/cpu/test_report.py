@@ -20,6 +20,7 @@ from dop.database.record import Record
 from dop.errors import Failure, LogError
 from dop.measurement import Measurement
 from dop.report import data as report_data
+from dop.report.charts import task_label
 from dop.report.data import collect
 from dop.report.html import render, write
 from dop.report.svg import Canvas, Scale, log_ticks
@@ -179,6 +180,18 @@ def test_hostile_keys_do_not_stop_the_report(tmp_path):
         record(9, trace=0, scenario_key="T5/recorded/3,2/0"),
     ]
     render(collect(read_log(save(tmp_path / "log.jsonl", odd))))
+
+
+def test_a_cold_batch_is_told_from_its_twin(tmp_path):
+    made = [record(9, trace=0, scenario=f"T32/uniform/6{end}") for end in ("", "/cold")]
+    found = collect(read_log(save(tmp_path / "log.jsonl", made)))
+    tasks = found.families[0].tasks
+    assert [(t.tokens, t.mix, t.adapters, t.cold) for t in tasks] == [
+        (32, "uniform", 6, False),
+        (32, "uniform", 6, True),
+    ]
+    assert [task_label(t) for t in tasks] == ["32 uniform", "32 uniform, cold"]
+    assert "uniform, cold" in render(found)
 
 
 def test_the_winner_is_explained_with_its_loops(tmp_path):

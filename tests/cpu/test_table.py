@@ -339,6 +339,26 @@ def test_batches_that_no_kernel_serves_together_stay_apart(tmp_path):
     assert [name_of(table.choose(128, n)) for n in (16, 12, 11, 1)] == ["a", "a", "b", "b"]
 
 
+def test_a_batch_and_its_cold_twin_get_the_kernel_that_loses_least_in_the_worse_of_both(tmp_path):
+    times = {
+        "T512/identical/1": {"a": 21.5, "b": 21.9, "c": 24.0},
+        "T512/identical/1/cold": {"a": 31.1, "b": 27.7, "c": 27.6},
+        "T512/uniform/23": {"a": 30.0, "b": 40.0, "c": 40.0},
+    }
+    exact = {"max_regret": 0.0}
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), **exact).table
+    table = found.workloads[WORKLOAD.key]
+    assert [name_of(table.choose(512, n)) for n in (1, 23)] == ["b", "a"]
+    worst = {fit.scenario_key: fit.regret for fit in table.fits}
+    assert worst["T512/identical/1"] == pytest.approx(21.9 / 21.5 - 1)
+    assert worst["T512/identical/1/cold"] == pytest.approx(27.7 / 27.6 - 1)
+    assert "T512/identical/1/cold" in found.text()
+    assert Table.from_json(found.to_json()) == found
+    del times["T512/identical/1/cold"]
+    warm = table_of(tmp_path / "w", records_of(WORKLOAD, TRACES, times), **exact).table
+    assert name_of(warm.workloads[WORKLOAD.key].choose(512, 1)) == "a"
+
+
 def test_only_near_batches_of_a_token_count_are_taken_together(tmp_path):
     """4, 5.3 and 6.4 rows: the first two; the last is near the second only."""
     times = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from dop.config import bucketize, default_scenarios, read_traffic
 from dop.config.traffic import BUCKETS
 from dop.errors import ConfigError, DopError
-from dop.scenario import MIXES, Scenario, named
+from dop.scenario import MIXES, Scenario, Shuffled, named, short_key
 
 
 def write(folder: Path, batches: Any, **extra: Any) -> Path:
@@ -56,6 +57,68 @@ def test_duplicates_merge_and_named_compositions_take_their_name(tmp_path: Path)
         "T1/identical/1": 1.0,
     }
     assert all(Scenario.parse(key).key == key for key in found)
+
+
+COLD_KEYS = (
+    "T512/identical/1/cold",
+    "T512/recorded/128,128,128,128/0/cold",
+    "T9/recorded//9/cold",
+    "T1/identical/1/cold",
+)
+
+
+@pytest.mark.parametrize("key", COLD_KEYS)
+def test_a_cold_batch_is_its_twin_but_for_the_end_of_its_key(key: str) -> None:
+    cold, warm = Scenario.parse(key), Scenario.parse(key.removesuffix("/cold"))
+    assert (cold.key, cold.cold, warm.cold) == (key, True, False)
+    assert cold != warm
+    assert replace(cold, cold=False) == warm
+    assert cold.token_to_adapter() == warm.token_to_adapter()
+    shuffled = Shuffled(warm.mix, warm.segments, warm.bare_rows, cold=True)
+    assert (shuffled.key, replace(shuffled, cold=False).key) == (key, warm.key)
+
+
+def test_keys_of_batches_that_are_not_cold_are_what_they_were() -> None:
+    batches = (named("uniform", 32), named("identical", 1), Scenario("recorded", (4, 2), 1))
+    assert [s.key for s in batches] == ["T32/uniform/6", "T1/identical/1", "T7/recorded/4,2/1"]
+    assert [Scenario.parse(s.key) for s in batches] == list(batches)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "T32/uniform/6/cold/cold",
+        "T32/uniform/6/Cold",
+        "T32/uniform/6/hot",
+        "T32/uniform/6/",
+        "T32/uniform/cold/6",
+        "T32/uniform/cold",
+        "T32/cold",
+        "/cold",
+        "T7/recorded/4,2/cold",
+        "T7/recorded/cold",
+        "T7/recorded/4,2/cold/1",
+        "T7/recorded/4,2/1/cold/",
+    ],
+)
+def test_what_is_no_key_of_a_cold_batch_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError):
+        Scenario.parse(key)
+
+
+def test_keys_are_cut_but_for_what_says_that_they_are_cold() -> None:
+    warm = Scenario("recorded", (128,) * 16)
+    cold = replace(warm, cold=True)
+    assert short_key("T512/identical/1/cold", 24) == "T512/identical/1/cold"
+    assert short_key(warm.key, 24) == "T2048/recorded/128,12..."
+    assert short_key(cold.key, 24) == "T2048/recorded/1.../cold"
+
+
+def test_a_representative_stays_cold() -> None:
+    batches = [replace(named("uniform", n), cold=True) for n in (1024, 1025, 1, 2)]
+    found = bucketize(batches, 2)
+    assert [s.cold for s in found] == [True, True]
+    assert sum(s.weight for s in found) == 4
 
 
 def test_mix_with_bare_rows(tmp_path: Path) -> None:

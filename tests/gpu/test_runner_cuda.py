@@ -93,6 +93,36 @@ def test_repeated_timings_agree(gpu_target):
     assert max(times) / min(times) < 1.1
 
 
+@pytest.mark.timed
+def test_a_cold_batch_is_right_and_takes_longer_than_its_twin(gpu_target):
+    """Of 512 rows there is little to compute: threads wait for y, from the cache or memory."""
+    workload = Workload("wide", 64, (8192,), 1, "bfloat16")
+    warm = named("identical", 512)
+    cold = replace(warm, cold=True)
+    jobs = [Job(fake_cuda.trace(*w), workload, (warm, cold)) for w in (SOUND[0], ("wrong", 0))]
+    options = {"generate": "fake_cuda:generate", "limits": LIMITS, "builders": 2}
+    found = {}
+    with LocalMeasurer(gpu_target, **options) as measurer:
+        for job, scenario, m in measurer.measure(jobs):
+            found[job.trace.steps[0].name, scenario.cold] = m
+    for is_cold in (False, True):
+        assert found["tile_rows", is_cold].ok, found["tile_rows", is_cold].message
+        assert found["wrong", is_cold].failure is Failure.CORRECTNESS
+    seconds = [found["tile_rows", is_cold].median_s for is_cold in (False, True)]
+    assert 1.1 * seconds[0] < seconds[1] < 10 * seconds[0]
+
+
+def test_cold_batches_of_any_size_are_right(gpu_target):
+    """Small ones take another copy for each call, large ones few."""
+    scenarios = tuple(replace(s, cold=True) for s in (*SCENARIOS, named("uniform", 2048)))
+    job = Job(fake_cuda.trace("tile_rows", 16), WORKLOAD, scenarios)
+    options = {"generate": "fake_cuda:generate", "limits": LIMITS, "builders": 1}
+    with LocalMeasurer(gpu_target, **options) as measurer:
+        for _, scenario, m in measurer.measure([job]):
+            assert m.ok, (scenario.key, m.message)
+            assert m.floor_s <= m.median_s * 1.05 < 1e-2
+
+
 def test_beside_a_matmul_a_call_is_checked_alike(gpu_target):
     """What the two pieces add to the base layer's matmul: no less than nothing, but it may be more
     than behind it. A matmul leaves four multiprocessors, and these threads ask for one number of A
