@@ -92,6 +92,7 @@ def test_ctrl_c_exits_130_with_the_best_and_can_be_continued(tmp_path):
         (["--device", "tpu"], "cuda or cpu"),
         (["--adapters", "/nowhere"], "/nowhere"),
         (["--traffic", "/nowhere"], "--tokens"),
+        (["--cold"], "--cold"),
         (["--tp", "0"], "--tp"),
         (["--layers", "o,head"], "no layer 'head'. Its layers: qkv_proj, o_proj"),
         (["--layers", ""], "no layer ''"),

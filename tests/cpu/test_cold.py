@@ -10,11 +10,16 @@ from types import SimpleNamespace
 
 import fake_codegen
 import pytest
+import synthetic
 import torch
 from export_logs import CPU, SM_90
+from fake_measurer import FakeMeasurer
 
 from dop.cli.request import Request
+from dop.database.jsonl import Log, read_log
+from dop.dispatch.cover import build_table
 from dop.errors import ConfigError
+from dop.family import Family
 from dop.measure import runner_cuda, tensors_cuda
 from dop.measure.accuracy import judge
 from dop.measure.artifact import Launch
@@ -25,6 +30,7 @@ from dop.measure.runner_cuda import CudaRunner, Loaded
 from dop.measure.tensors_cuda import GUARD, WINDOW_LIMIT, TensorCache
 from dop.measure.timer import TimerSettings
 from dop.scenario import named
+from dop.tune import tune
 from dop.workload import Workload
 
 WORKLOAD = Workload("o", 64, (96,), 16, "bfloat16")
@@ -79,6 +85,29 @@ def test_the_measurer_refuses_it_too_and_goes_on():
         with pytest.raises(ConfigError, match="beside"):
             list(measurer.measure([beside]))
         measurer._overlap = False
+
+
+def test_a_search_measures_both_and_the_table_serves_both(tmp_path):
+    space, path = synthetic.space(), tmp_path / "log.jsonl"
+    batch = named("uniform", 32)
+    both = (batch, replace(batch, cold=True))
+    family = Family(synthetic.WORKLOAD, SM_90, both)
+
+    def search():
+        with FakeMeasurer(space) as measurer, Log.open(path) as log:
+            build = {"build": lambda workload, target: space}
+            return tune([family], measurer=measurer, log=log, trials=12, budget_s=60, **build)
+
+    assert [task.best is not None for task in search().tasks] == [True, True]
+    entries = read_log(path).entries
+    measured = {s.key: {e.trace_key for e in entries if e.scenario_key == s.key} for s in both}
+    assert measured[both[0].key] == measured[both[1].key]
+    resumed = search()
+    assert resumed.progress.resumed == len(entries)
+    device = {"device": SM_90.device_name, "target_key": SM_90.key}
+    table = build_table(read_log(path).entries, **device).table.workloads[family.workload.key]
+    assert {fit.scenario_key for fit in table.fits} == {s.key for s in both}
+    assert len({fit.trace_key for fit in table.fits}) == 1
 
 
 # ------------------------------------------------------------------- what the CUDA runner does
