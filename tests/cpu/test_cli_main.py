@@ -165,7 +165,7 @@ def test_emit(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.count("\n") == 1
     assert json.loads(text) == {
-        "s": {"mix": "uniform", "segments": [2, 2], "bare_rows": 0, "weight": 1.0},
+        "s": {"mix": "uniform", "segments": [2, 2], "bare_rows": 0, "weight": 1.0, "cold": False},
         "bad": [None, None],
         "p": "a",
         "f": "timeout",
