@@ -11,8 +11,8 @@ hidden where the host is slower, in decode; calls of more than KEEP_TOKENS token
 launched.
 
 At most 256 calls of a shape, batch size, thread and stream are kept, the one not used for longest
-gives way, and 4,096 in all: beyond them calls are launched. Nothing is kept or replayed while a graph is being captured: such calls take the long
-path.
+gives way, and 4,096 in all: beyond them calls are launched. Nothing is kept or replayed while a
+graph is being captured: such calls take the long path.
 """
 
 from __future__ import annotations
