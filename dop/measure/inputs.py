@@ -36,7 +36,7 @@ def adapter_bytes(workload: Workload) -> int:
 def windows(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int) -> int:
     """Disjoint sets of slots over which calls rotate."""
     one_call = max(1, scenario.adapters) * adapter_bytes(workload)
-    return min(max(1, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
+    return _turns_beyond(cache_bytes, one_call, 1, limit)
 
 
 def copies(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int) -> int:
@@ -45,7 +45,12 @@ def copies(workload: Workload, scenario: Scenario, cache_bytes: int, limit: int)
         return 1
     widths = workload.in_features + workload.total_out
     one_call = scenario.tokens * widths * workload.element_bytes
-    return min(max(MIN_COPIES, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
+    return _turns_beyond(cache_bytes, one_call, MIN_COPIES, limit)
+
+
+def _turns_beyond(cache_bytes: int, one_call: int, least: int, limit: int) -> int:
+    """How many calls' bytes together are CACHE_FACTOR times the cache, within bounds."""
+    return min(max(least, -(-CACHE_FACTOR * cache_bytes // one_call)), limit)
 
 
 def turns(windows: int, copies: int, calls: int) -> list[tuple[int, int]]:

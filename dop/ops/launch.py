@@ -88,9 +88,8 @@ class Block:
         early: a kernel reads tables and weights before it waits, see settled.py.
     """
 
-    __slots__ = ("_device", "_fixed", "_pieces", "_sizes", "call", "dtype", "early", "kernel",
-                 "overlaps", "starts", "stream", "tile_rows", "workspace", "x_shape",
-                 "y_shape")  # fmt: skip
+    __slots__ = ("_fixed", "_pieces", "_sizes", "call", "dtype", "early", "kernel", "overlaps",
+                 "starts", "stream", "tile_rows", "workspace", "x_shape", "y_shape")  # fmt: skip
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Block:
             workspace: uint8, at least `workspace_bytes`; None if that is 0.
         """
         tokens, slots = batch
-        self.stream, self.workspace, self._device = stream, workspace, shape.device
+        self.stream, self.workspace = stream, workspace
         self.overlaps = has_dependent_launches(shape.device)
         self.kernel, self.tile_rows, self.dtype = kernel, kernel.tile_rows, shape.dtype
         self.x_shape = torch.Size((tokens, shape.in_features))
@@ -132,7 +131,8 @@ class Block:
         self._sizes = (tokens, shape.in_features, shape.total_out)
         self._fixed = (*numbers.values(), *[0] * (tensor_map.WORDS * len(maps)))
         self._pieces: dict[tuple[int, int], tuple[Call, Call]] = {}
-        self.call = self._make_call(stream, self.starts)
+        recorder = driver().recorder(shape.device) if tokens <= graphs.KEEP_TOKENS else b""
+        self.call = self._make_call(stream, self.starts, recorder)
 
     @property
     def is_pair(self) -> bool:
@@ -158,9 +158,7 @@ class Block:
             self._pieces[streams] = found
         return found
 
-    def _make_call(self, stream: int, starts: Sequence[Start]) -> Call:
-        few = self._sizes[0] <= graphs.KEEP_TOKENS
-        recorder = driver().recorder(self._device) if few else b""
+    def _make_call(self, stream: int, starts: Sequence[Start], recorder: bytes = b"") -> Call:
         return make_call(
             driver(), stream, self._fixed, starts, self.tile_rows, self._sizes, recorder
         )

@@ -91,9 +91,9 @@ if sanitizer=$(find_sanitizer); then
     run_shards "$tool" "$sanitizer" "${options[@]}"
     report "$tool" || status=1
     echo "$tool took $((SECONDS - began)) s"
-    [ "$tool" = "${tools%% *}" ] && cp "$out/clean-$tool.txt" "$out/clean.txt"
-    comm -12 "$out/clean.txt" "$out/clean-$tool.txt" >"$out/both.txt" && mv "$out/both.txt" "$out/clean.txt"
   done
+  for tool in $tools; do cat "$out/clean-$tool.txt"; done | sort | uniq -c |
+    awk -v tools="$(wc -w <<<"$tools")" '$1 == tools { print $2 }' >"$out/clean.txt"
   exit $status
 fi
 echo "compute-sanitizer was not found: guard zones instead"
