@@ -114,16 +114,18 @@ def test_a_scale_of_the_call_has_tables_of_its_own(case):
     assert case.call(scale=0.5) == case.call() == (0, 1)
 
 
-def test_kept_calls_are_bounded(case):
-    held = []
+@pytest.mark.parametrize("what", ["x", "y"])
+def test_kept_calls_are_bounded(case, what):
+    """And told apart by every address, wherever they are kept."""
+    held, changing = [], getattr(case, what)
     for _ in range(KEPT + 100):
-        case.x.data = torch.randn_like(case.x)
-        held.append(case.x.data)
+        changing.data = torch.randn_like(changing)
+        held.append(changing.data)
         for _ in range(SEEN + 1):
             case.call()
     assert KEPT // 2 < len(case.graphs.execs) <= KEPT
     assert case.call() == (0, 1)
-    case.x.data = held[0]
+    changing.data = held[0]
     case.call()
 
 
