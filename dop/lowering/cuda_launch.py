@@ -143,11 +143,18 @@ def wait_first(kernel: str) -> str:
     Raises:
         BuildError: the text holds no kernel.
     """
-    match = _KERNEL.search(kernel)
-    if not match:
-        raise BuildError("there is no kernel to wait in.")
-    head = kernel[: match.start(2)].replace(" __restrict__", "")
-    return head + WAIT + kernel[match.start(2) :]
+    head, body = _head_and_body(kernel, "wait in")
+    return head.replace(" __restrict__", "") + WAIT + body
+
+
+def loads_in_place(kernel: str) -> str:
+    """A kernel, as text, with a wait of its own, which no load of a constant may pass.
+
+    Raises:
+        BuildError: the text holds no kernel.
+    """
+    head, body = _head_and_body(kernel, "wait in")
+    return head.replace(" __restrict__", "") + body
 
 
 def release_first(kernel: str) -> str:
@@ -156,10 +163,16 @@ def release_first(kernel: str) -> str:
     Raises:
         BuildError: the text holds no kernel.
     """
+    head, body = _head_and_body(kernel, "release from")
+    return head + RELEASE + body
+
+
+def _head_and_body(kernel: str, purpose: str) -> tuple[str, str]:
+    """Cut in front of the first statement."""
     match = _KERNEL.search(kernel)
     if not match:
-        raise BuildError("there is no kernel to release from.")
-    return kernel[: match.start(2)] + RELEASE + kernel[match.start(2) :]
+        raise BuildError(f"there is no kernel to {purpose}.")
+    return kernel[: match.start(2)], kernel[match.start(2) :]
 
 
 def _tables_first(body: str) -> str:

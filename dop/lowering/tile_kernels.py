@@ -18,7 +18,7 @@ from typing import Protocol
 
 from dop.errors import TraceError
 from dop.lowering.apply import Application
-from dop.lowering.cuda_launch import HELPERS, release_first, wait_first
+from dop.lowering.cuda_launch import HELPERS, WAIT, loads_in_place, release_first, wait_first
 from dop.lowering.intrinsics import device_helpers, few_rows
 from dop.lowering.intrinsics.engine_shrink import EngineShrink
 from dop.lowering.intrinsics.fused_engine import DEPTH, FusedEngine
@@ -155,7 +155,7 @@ class FusedTile:
     @property
     def source(self) -> str:
         """CUDA C++."""
-        kernel = self.fused.source(NAMES[0])
+        kernel = self.fused.source(NAMES[0], WAIT if self.dependent else "")
         return (
             INCLUDES[self.fused.workload.dtype]
             + device_helpers.HELPERS
@@ -163,7 +163,7 @@ class FusedTile:
             + device_helpers.ENGINE_HELPERS
             + device_helpers.FUSED_HELPERS
             + (HELPERS if self.dependent else "")
-            + (wait_first(kernel) if self.dependent else kernel)
+            + (loads_in_place(kernel) if self.dependent else kernel)
         )
 
 

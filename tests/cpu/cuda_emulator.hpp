@@ -109,6 +109,10 @@ inline void dop_copy(unsigned to, const void* from, int bytes) {
 inline void dop_copy_ahead(unsigned to, const void* from, int bytes) { dop_copy(to, from, bytes); }
 // Arrival barriers and the copy engine.
 inline void __syncwarp() { warp->barrier.arrive_and_wait(); }
+inline bool dop_elected() {
+  __syncwarp();
+  return threadIdx.x == 0;
+}
 inline bool dop_all_of_block(bool here) {
   __atomic_store_n(&block->all, true, __ATOMIC_RELAXED);
   __syncthreads();
@@ -137,6 +141,7 @@ inline void dop_barrier_change(unsigned at, int arrived, int bytes, Block* of = 
   }
 }
 inline void dop_barrier_arrive(unsigned at) { dop_barrier_change(at, 1, 0); }
+inline void dop_barrier_arrive_times(unsigned at, int times) { dop_barrier_change(at, times, 0); }
 inline void dop_barrier_arrive_with(unsigned at, int bytes) { dop_barrier_change(at, 1, bytes); }
 inline void dop_barrier_arrive_behind_copies(unsigned at) { dop_barrier_change(at, 1, 0); }
 inline void dop_barrier_wait(unsigned at, int parity) {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dop.lowering.cuda_launch import wait_first
+from dop.lowering.cuda_launch import WAIT, loads_in_place, wait_first
 from dop.lowering.cuda_source import signatures
 from dop.lowering.intrinsics.engine_shrink import EngineShrink
 from dop.lowering.intrinsics.fused_engine import FusedEngine
@@ -439,7 +439,7 @@ def _fused(
             v = _float(_bf16(v))
             update = v @ _float(b[s])[slot[tile], :, : ranks[tile]].T
             want[mine, offset : offset + w.out_features[s]] += factor * update
-    kernel = wait_first(k.source("kernel"))
+    kernel = loads_in_place(k.source("kernel", WAIT))
     for macro, columns in (("DOP_SHRINK", k.shrink_rows), ("DOP_EXPAND", height)):
         kernel = re.sub(
             rf"#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define {macro}.*?#endif",

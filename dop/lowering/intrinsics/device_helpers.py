@@ -255,6 +255,20 @@ __device__ __forceinline__ void dop_barrier_wait_peers(unsigned at, int parity) 
   } while (!done);
 #endif
 }
+// One lane of a whole warp, and the compiler knows that it is one.
+__device__ __forceinline__ bool dop_elected() {
+  unsigned elected = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}"
+               : "=r"(elected)::"memory");
+#endif
+  return elected;
+}
+__device__ __forceinline__ void dop_barrier_arrive_times(unsigned at, int times) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(at), "r"(times) : "memory");
+#endif
+}
 __device__ __forceinline__ unsigned dop_peer(unsigned at, int block) {
   unsigned there = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

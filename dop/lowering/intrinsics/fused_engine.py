@@ -20,12 +20,14 @@ say by 8 bytes each. Racecheck sees order between two threads only where one its
 mbarrier that the other waits at: before `cp.async` writes where y or sums were read, every thread
 that read arrives. And a cluster of one block sends nothing to itself.
 
-Rows of a box lie one behind the other. In a tile whose rows do not (`straight` is false) the four
-warps that ask the engine gather those of x and y by 16 bytes. y is written by rows in any case,
-and never beyond the tile's: 128 bytes of each, which is faster than the engine's way with a fence
-in front of it. What an adapter of less than the stack's rank has beyond its rank may be anything:
-such ranks of v are set to zero, and so are B's in shared memory. A stack's rank may be any multiple
-of 8: boxes hold whole groups of 64, and the engine fills them up with zeros.
+How fast the engine is asked decides how much is on its way: one warp asks for weights and another
+for rows, each by a lane of which the compiler knows that it is one (`elect`); else it writes a loop
+over lanes around each request. Rows of a box lie one behind the other. In a tile whose rows do not
+(`straight` is false) all four warps that copy gather those of x and y by 16 bytes. y is written by
+rows in any case, and never beyond the tile's: 128 bytes of each, which is faster than the engine's
+way with a fence in front of it. What an adapter of less than the stack's rank has beyond its rank
+may be anything: such ranks of v are set to zero, and so are B's in shared memory. A stack's rank
+may be any multiple of 8: boxes hold whole groups of 64, and the engine fills them up with zeros.
 
 The maps that the kernel takes: dop/measure/tensor_map.py.
 """
@@ -35,7 +37,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dop.lowering.intrinsics.engine_shrink import COPY_WARPS, MAX_BOX_ROWS, STRAIGHT
+from dop.lowering.intrinsics.engine_shrink import COPY_WARPS, MAX_BOX_ROWS
 from dop.workload import Workload
 
 WARPGROUP = 128
@@ -176,10 +178,14 @@ class FusedEngine:
             return "sums that no steps leave room for"
         return ""
 
-    def source(self, name: str) -> str:
-        """The kernel (its helpers: device_helpers.py)."""
+    def source(self, name: str, wait: str) -> str:
+        """The kernel (its helpers: device_helpers.py).
+
+        Args:
+            wait: what lets it wait for its predecessor; empty if it is launched plainly.
+        """
         text = _KERNEL
-        for key, value in {**self._values(), "NAME": name}.items():
+        for key, value in {**self._values(), "NAME": name, "WAIT": wait}.items():
             text = text.replace(f"@{key}@", str(value))
         return text
 
@@ -205,7 +211,6 @@ class FusedEngine:
             "B_MAP": _of_slice(maps[1 + w.slices : -1]),
             "Y_MAP": maps[-1],
             "CHUNKS": _of_slice(self.chunks),
-            "STRAIGHT": STRAIGHT.replace("@THREADS@", str(self.threads)),
             "OFFSET": _of_slice(w.offsets),
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
             "KIND": kind,
@@ -280,29 +285,61 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const unsigned used = empty + @STAGES@ * 8, first_a = used + @STAGES@ * 8;
   const unsigned sums_ready = first_a + 8, v_ready = first_a + 16, all_shrunk = first_a + 24;
   const unsigned sums_read = first_a + 32, all_have_v = first_a + 40, had = first_a + 48;
-  if (thread == @MULTIPLYING@) {
-@FETCH_MAPS@  }
-  dop_dependents_may_start();
   const int part = blockIdx.x % @CLUSTER@, slice = blockIdx.x / @CLUSTER@ % @SLICES@;
   const int tile = blockIdx.x / (@CLUSTER@ * @SLICES@);
+  // Units of this block's ranks that the stack has; of the others nobody sends sums.
+  const int mine_filled = min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
+  // What needs nothing of the kernel before this one.
+  if (warp == @MULTIPLYING@ / 32 + 3 && dop_elected()) {
+@FETCH_MAPS@  }
+  if (dop_elected()) {
+    // A stage's by a warp of its own: one thread after the other would take a microsecond.
+#pragma unroll 1
+    for (int stage = warp; stage < @STAGES@; stage += @THREADS@ / 32) {
+      dop_barrier_init(full + stage * 8, 1 + @COPYING@);
+      dop_barrier_init(empty + stage * 8, @GROUPS@ * 4);
+      dop_barrier_init(used + stage * 8, 128);
+    }
+    if (warp == @MULTIPLYING@ / 32) {
+      dop_barrier_init(first_a, 1);
+      dop_barrier_arrive_with(first_a, @FIRST@ * @R@ * 128);
+    }
+    if (warp == @MULTIPLYING@ / 32 + 1) {
+      dop_barrier_init(sums_ready, 1);
+      dop_barrier_init(v_ready, 1);
+      dop_barrier_init(sums_read, @MULTIPLYING@);
+      dop_barrier_arrive_with(sums_ready, mine_filled * (@TM@ * @UNIT@ * 4 * @CLUSTER@));
+      dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
+    }
+    if (warp == @MULTIPLYING@ / 32 + 2) {
+      dop_barrier_init(all_shrunk, 1);
+      dop_barrier_init(all_have_v, 1);
+      dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
+      dop_barrier_arrive_with(all_have_v, @CLUSTER@ * 8);
+    }
+    dop_barriers_are_ready();
+  }
+  __syncwarp();
+@WAIT@  dop_dependents_may_start();
   // The tables' entries are read side by side; a table that is not given reads as another one.
   const int rows = dop_table(tile_rows_ptr + tile), row0 = dop_table(tile_row0_ptr + tile);
   const int slot = dop_table(tile_slot_ptr + tile);
   const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
   const float given_scale = dop_table(
       (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
-  if (rows <= 0) return;
+  // Loads that the branch does not need would be moved behind it, and wait for those it needs.
+  if (rows <= 0 | row0 < 0 | slot < 0) return;
   // Beyond the stack's rank the engine fills in zeros: no need to say where a full adapter ends.
   const int rank = tile_rank_ptr && given_rank < @RANK@ ? given_rank : @R@;
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
   const int chunks = @CHUNKS@, offset = @OFFSET@;
-  // Units of this block's ranks that the stack has; of the others nobody sends sums.
-  const int mine_filled = min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
-  if (thread == @MULTIPLYING@) {
+  const int token0 = dop_table(row_index_ptr + row0);
+  const int token_here = dop_table(row_index_ptr + row0 + (thread < rows ? thread : 0));
+#if @CLUSTER@ > 1
+  dop_cluster_arrive();
+#endif
+  if (warp == @MULTIPLYING@ / 32 && dop_elected()) {
     // The first steps' A does not wait for the rows' tokens.
-    dop_barrier_init(first_a, 1);
-    dop_barriers_are_ready();
-    dop_barrier_arrive_with(first_a, @FIRST@ * @R@ * 128);
     for (int step = 0; step < @FIRST@; ++step) {
       const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
       dop_copy_box@KEPT@(base + stage * @STAGE_BYTES@ + @X_BYTES@, @A_MAP@,
@@ -310,31 +347,14 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     }
   }
   // Whether the tile's rows of x and y lie one behind the other.
-@STRAIGHT@  if (thread == 0) {
-#pragma unroll
-    for (int stage = 0; stage < @STAGES@; ++stage) {
-      dop_barrier_init(full + stage * 8, straight ? 1 : 1 + @COPYING@);
-      dop_barrier_init(empty + stage * 8, @GROUPS@ * 4);
-      dop_barrier_init(used + stage * 8, straight ? 4 : 128);
-    }
-    dop_barrier_init(sums_ready, 1);
-    dop_barrier_init(v_ready, 1);
-    dop_barrier_init(all_shrunk, 1);
-    dop_barrier_init(all_have_v, 1);
-    dop_barrier_init(sums_read, @MULTIPLYING@);
-    dop_barriers_are_ready();
-    dop_barrier_arrive_with(sums_ready, mine_filled * (@TM@ * @UNIT@ * 4 * @CLUSTER@));
-    dop_barrier_arrive_with(all_shrunk, @CLUSTER@ * 8);
-    dop_barrier_arrive_with(all_have_v, @CLUSTER@ * 8);
-    dop_barrier_arrive_with(v_ready, (@CLUSTER@ - 1) * (@TM@ * @SHARE@ * 2));
-  }
-  __syncthreads();
-#if @CLUSTER@ > 1
-  dop_cluster_arrive();
-#endif
+  const bool straight = dop_all_of_block(thread >= rows || token_here == token0 + thread);
   if (warp >= @MULTIPLYING@ / 32) {
-    // Steps of shrink, then chunks of expand, are brought as their places become free.
+    // Steps of shrink, then chunks of expand, are brought as their places become free: by a warp
+    // that asks for weights and one that asks for rows, or, where rows lie apart, by all four.
     const int copier = thread - @MULTIPLYING@, piece = copier % 8;
+    const bool asks_for_weights = warp == @MULTIPLYING@ / 32;
+    const bool asks_for_rows = straight && warp == @MULTIPLYING@ / 32 + 1;
+    const int boxes = (rank + 63) / 64;
     int token[@ROW_COPIES@];
     if (!straight) {
 #pragma unroll
@@ -343,56 +363,77 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         token[c] = row < rows ? dop_table(row_index_ptr + row0 + row) : -1;
       }
     }
-    const int boxes = (rank + 63) / 64;
-    const bool copies = !straight || copier == 0;
-    int step = 0;
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-      for (; copies && step < (half ? @STEPS@ + chunks : @STEPS@); ++step) {
-        const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
-        const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
-        const int k = (part * @STEPS@ + step) * 64;
-        const int column = (part * chunks + step - @STEPS@) * 64;
-        // Who had the stage before: a step of shrink, sums, or a chunk.
-        const int before = step - @STAGES@;
-        if (before >= @STEPS@) {
-          dop_barrier_wait(used + stage * 8, (before - @STEPS@) / @STAGES@ & 1);
-        } else if (before >= @STEPS@ - @OVERLAY@) {
-          dop_barrier_wait(sums_read, 0);
-        } else if (before >= 0) {
-          dop_barrier_wait(empty + stage * 8, before / @STAGES@ & 1);
-        }
-        if (copier == 0) {
-          const int weights = step < @FIRST@ ? 0 : step < @STEPS@ ? @R@ * 128 : boxes * 8192;
-          dop_barrier_arrive_with(ready, straight ? weights + @X_BYTES@ : weights);
-          if (step < @STEPS@) {
-            if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
-            if (straight) dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
-          } else {
-            for (int box = 0; box < boxes; ++box)
-              dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
-            if (straight) dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
-          }
-        }
-        if (!straight) {
-          const @TYPE@* from = step < @STEPS@ ? x_ptr + k : y_ptr + (offset + column);
-          const long long width = step < @STEPS@ ? @K@ : @N@;
-#pragma unroll
-          for (int c = 0; c < @ROW_COPIES@; ++c) {
-            const int row = copier / 8 + c * (@COPYING@ / 8);
-            if (row < @TM@)
-              dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
-                       from + max(token[c], 0) * width + piece * 8, token[c] < 0 ? 0 : 16);
-          }
-          dop_barrier_arrive_behind_copies(ready);
-        }
+    for (int step = 0; step < @STEPS@ && (!straight || asks_for_weights || asks_for_rows); ++step) {
+      const unsigned stage = (unsigned)(step + @SHIFT@) % @STAGES@;
+      const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
+      const int k = (part * @STEPS@ + step) * 64;
+      if (step >= @STAGES@)
+        dop_barrier_wait(empty + stage * 8, (unsigned)(step - @STAGES@) / @STAGES@ & 1);
+      if (asks_for_weights && dop_elected()) {
+        dop_barrier_arrive_with(ready, step < @FIRST@ ? 0 : @R@ * 128);
+        if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
       }
-      __syncwarp();
+      if (asks_for_rows && dop_elected()) {
+        dop_barrier_arrive_times(ready, @COPYING@ - 1);  // nobody else does
+        dop_barrier_arrive_with(ready, @X_BYTES@);
+        dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
+      }
+      if (!straight) {
+#pragma unroll
+        for (int c = 0; c < @ROW_COPIES@; ++c) {
+          const int row = copier / 8 + c * (@COPYING@ / 8);
+          if (row < @TM@)
+            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
+                     x_ptr + k + max(token[c], 0) * (long long)@K@ + piece * 8,
+                     token[c] < 0 ? 0 : 16);
+        }
+        dop_barrier_arrive_behind_copies(ready);
+      }
+    }
+    __syncwarp();
 #if @CLUSTER@ > 1
-      // Here for the sanitizer alone: chunks' stages come from warps that stand at it, too.
-      if (half == 0) dop_cluster_wait();
+    // Here for the sanitizer alone: chunks' stages come from warps that stand at it, too.
+    dop_cluster_wait();
 #endif
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks && (!straight || asks_for_weights || asks_for_rows);
+         ++chunk) {
+      const unsigned stage = (unsigned)(chunk + @STEPS@ + @SHIFT@) % @STAGES@;
+      const unsigned at = base + stage * @STAGE_BYTES@, ready = full + stage * 8;
+      const int column = (part * chunks + chunk) * 64;
+      // Who had the stage before: a step of shrink, sums, or a chunk.
+      const int before = chunk + @STEPS@ - @STAGES@;
+      if (before >= @STEPS@) {
+        dop_barrier_wait(used + stage * 8, (unsigned)(before - @STEPS@) / @STAGES@ & 1);
+      } else if (before >= @STEPS@ - @OVERLAY@) {
+        dop_barrier_wait(sums_read, 0);
+      } else if (before >= 0) {
+        dop_barrier_wait(empty + stage * 8, (unsigned)before / @STAGES@ & 1);
+      }
+      if (asks_for_weights && dop_elected()) {
+        dop_barrier_arrive_with(ready, boxes * 8192);
+#pragma unroll
+        for (int box = 0; box < @R@ / 64; ++box)
+          if (box < boxes)
+            dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
+      }
+      if (asks_for_rows && dop_elected()) {
+        dop_barrier_arrive_times(ready, @COPYING@ - 1);
+        dop_barrier_arrive_with(ready, @X_BYTES@);
+        dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
+      }
+      if (!straight) {
+#pragma unroll
+        for (int c = 0; c < @ROW_COPIES@; ++c) {
+          const int row = copier / 8 + c * (@COPYING@ / 8);
+          if (row < @TM@)
+            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
+                     y_ptr + (offset + column) + max(token[c], 0) * (long long)@N@ + piece * 8,
+                     token[c] < 0 ? 0 : 16);
+        }
+        dop_barrier_arrive_behind_copies(ready);
+      }
     }
     dop_commit();
     dop_wait_but<0>();
@@ -462,7 +503,9 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #pragma unroll
       for (int h = 0; h < 16 / @UNIT@; ++h) {
         const int unit = (first_rank / 16 + m * 4 + quarter) * (16 / @UNIT@) + h;
+#if @FILLED@ * @UNIT@ < @R@
         if (unit >= @FILLED@) continue;
+#endif
         const int place = (part * @SUBS@ + unit % @SUBS@) * (@TM@ / 8) + first_row / 8;
         const unsigned at = @SUMS_AT@ + place * (@UNIT@ * 32) + lane * @UNIT@;
 #if @CLUSTER@ > 1
@@ -496,7 +539,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     const int r = part * @SHARE@ + sub * @UNIT@ + g;
 #if @UNIT@ == 16
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (sub < mine_filled) {
+    if (@FILLED@ * @UNIT@ == @R@ || sub < mine_filled) {
 #pragma unroll
       for (int p = 0; p < @CLUSTER@; ++p) {
         const float4 next = *reinterpret_cast<const float4*>(from + p * (@TM@ * @SHARE@ * 4));
@@ -509,7 +552,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
                         dop_pack_@KIND@(total.x, total.y), dop_pack_@KIND@(total.z, total.w));
 #else
     float2 total = make_float2(0.0f, 0.0f);
-    if (sub < mine_filled) {
+    if (@FILLED@ * @UNIT@ == @R@ || sub < mine_filled) {
 #pragma unroll
       for (int p = 0; p < @CLUSTER@; ++p) {
         const float2 next = *reinterpret_cast<const float2*>(from + p * (@TM@ * @SHARE@ * 4));
@@ -526,8 +569,12 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
 #endif
   dop_sync_some(1, @MULTIPLYING@);
 #if @CLUSTER@ > 1
-  if (thread < @CLUSTER@ && thread != part)
-    dop_copy_to_peer(dop_peer(mine, thread), mine, @TM@ * @SHARE@ * 2, dop_peer(v_ready, thread));
+#pragma unroll
+  for (int n = 0; n < @CLUSTER@; n += @GROUPS@ * 4) {  // a warp after the other would take longer
+    const int peer = n + warp;
+    if (peer < @CLUSTER@ && peer != part && dop_elected())
+      dop_copy_to_peer(dop_peer(mine, peer), mine, @TM@ * @SHARE@ * 2, dop_peer(v_ready, peer));
+  }
   __syncwarp();
   dop_barrier_wait_peers(v_ready, 0);
   if (thread < @CLUSTER@)
@@ -594,9 +641,15 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
                                             + (piece ^ (row & 7)) * 16);
       }
     }
-    dop_fence_copies();
-    __syncwarp();
-    if (lane == 0 || !straight) dop_barrier_arrive(used + stage * 8);
+    if (step + @STAGES@ < @STEPS@ + chunks) {  // a later chunk takes this one's place
+      dop_fence_copies();
+      __syncwarp();
+      if (!straight) {
+        dop_barrier_arrive(used + stage * 8);
+      } else if (lane == 0) {
+        dop_barrier_arrive_times(used + stage * 8, 32);
+      }
+    }
   }
 #if @CLUSTER@ > 1
   dop_barrier_wait_peers(all_have_v, 0);  // what this block's memory holds for them is read
