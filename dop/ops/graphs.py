@@ -1,6 +1,7 @@
 """Eager calls that come again, kept as CUDA graphs.
 
-Two launches take the host 4.6 to 7.5 us, a graph of the two 1.15 (docs/performance.md, 53). In
+Two launches take the host 4.6 to 7.5 us, a graph of the two 1.15; a whole call 10 us and 3 to 5
+(docs/performance.md, 53 and 54). In
 eager decode the same addresses come again: weights and tables stay where they are, and the
 allocator gives each layer's x and y the place of the step before. So the compiled short path of
 `add_lora` records the launches of a call whose addresses it has seen twice, and replays them from
@@ -41,7 +42,7 @@ _NON_BLOCKING = 1
 
 def are_on() -> bool:
     """Whether calls are kept (DOP_GRAPHS)."""
-    return is_on("DOP_GRAPHS", "0")
+    return is_on("DOP_GRAPHS", "1")
 
 
 def entries(library: Any) -> tuple[int, ...]:
