@@ -70,8 +70,8 @@ def tune(
         bool,
         Option(
             "--cold",
-            help="Measure each batch also with x and y in memory instead of the cache. Needs a "
-            "GPU.",
+            help="Measure each batch also with x and y in memory instead of the cache, and no "
+            "slots beyond its adapters. Needs a GPU.",
         ),
     ] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,

@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 
 from dop.errors import ConfigError
 from dop.measure.artifact import ROW_TABLES, TILE_TABLES
-from dop.scenario import NO_ADAPTER
+from dop.scenario import NO_ADAPTER, Scenario
 
 Table = NDArray[np.int32] | NDArray[np.float32]
 
 ANY_RANK = 1 << 30
 """Rank of an adapter that fills its stack, whatever the stack's rank."""
 PLAN_ADAPTERS = 64
-"""Adapters a batch may hold at most, as a serving engine would be configured; a batch with more
-raises it. It bounds the tiles launched on a GPU, see `tile_bound`."""
+"""Slots of a serving engine that has many; see `most_adapters`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ def tile_bound(tokens: int, tile_rows: int, adapters: int) -> int:
     of tokens is right for every batch of that size.
     """
     return min(tokens, -(-tokens // tile_rows) + min(tokens, adapters))
+
+
+def most_adapters(scenario: Scenario) -> int:
+    """Adapters a batch may hold at most, which bounds the tiles launched on a GPU (`tile_bound`).
+
+    As many as an engine with many slots has; in a cold batch no more than are there, as in an
+    engine whose slots are all in use. So a batch and its cold twin are the ends of what there is.
+    """
+    return scenario.adapters if scenario.cold else max(scenario.adapters, PLAN_ADAPTERS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dop.measure import tensor_cache
 from dop.measure.accuracy import Errors
 from dop.measure.base_layer import Matmuls
 from dop.measure.inputs import copies, window_slots
-from dop.measure.plan import PLAN_ADAPTERS, Plan, SlotFacts, Table, make_plan
+from dop.measure.plan import Plan, SlotFacts, Table, make_plan, most_adapters
 from dop.scenario import NO_ADAPTER, Scenario
 from dop.workload import Workload
 
@@ -107,11 +107,11 @@ class Batch:
     def plans_for(self, tile_rows: int) -> WindowTables:
         """Plans of all windows for a tile height.
 
-        The tiles launched are bounded by the token count and PLAN_ADAPTERS (or the batch's
-        adapters, if more), not by how the rows are spread.
+        The tiles launched are bounded by the token count and `most_adapters`, not by how the rows
+        are spread.
         """
         if tile_rows not in self.plans:
-            most = max(self.scenario.adapters, PLAN_ADAPTERS)
+            most = most_adapters(self.scenario)
             plans = [
                 make_plan(rows, tile_rows, max_adapters=most, facts=self.facts)
                 for rows in self.rows

@@ -26,6 +26,7 @@ from dop.measure.artifact import Launch
 from dop.measure.base import Job
 from dop.measure.inputs import windows
 from dop.measure.local import LocalMeasurer
+from dop.measure.plan import PLAN_ADAPTERS, tile_bound
 from dop.measure.runner_cuda import CudaRunner, Loaded
 from dop.measure.tensors_cuda import GUARD, WINDOW_LIMIT, TensorCache
 from dop.measure.timer import TimerSettings
@@ -215,3 +216,11 @@ def test_a_cold_batch_is_checked_as_its_twin_is(timed):
         batch.reset()
         batch.y.copy_(batch.want)
         assert judge(batch.errors(), WORKLOAD.dtype)[1] == ""
+
+
+def test_a_cold_batch_has_no_tiles_beyond_those_of_its_adapters(timed):
+    (_, cold, _), (_, warm, _) = timed(COLD), timed(WARM)
+    for height in (8, 16):
+        assert cold.plans_for(height).plan.tiles == tile_bound(24, height, COLD.adapters)
+        assert warm.plans_for(height).plan.tiles == tile_bound(24, height, PLAN_ADAPTERS)
+        assert warm.plans_for(height).plan.tiles > cold.plans_for(height).plan.tiles

@@ -289,18 +289,11 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
   const int tile = blockIdx.x / (@CLUSTER@ * @SLICES@);
   // Units of this block's ranks that the stack has; of the others nobody sends sums.
   const int mine_filled = min(max(@FILLED@ - part * @SUBS@, 0), @SUBS@);
+  // What needs nothing of the kernel before this one.
   if (warp == @MULTIPLYING@ / 32 + 3 && dop_elected()) {
 @FETCH_MAPS@  }
-@WAIT@  dop_dependents_may_start();
-  // The tables' entries are read side by side; a table that is not given reads as another one.
-  const int rows = dop_table(tile_rows_ptr + tile), row0 = dop_table(tile_row0_ptr + tile);
-  const int slot = dop_table(tile_slot_ptr + tile);
-  const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
-  const float given_scale = dop_table(
-      (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
-  // While they are on their way: barriers, each stage's by a warp of its own, since one by one they
-  // take a microsecond. This also keeps the loads from being moved behind the next branch.
   if (dop_elected()) {
+    // A stage's by a warp of its own: one thread after the other would take a microsecond.
 #pragma unroll 1
     for (int stage = warp; stage < @STAGES@; stage += @THREADS@ / 32) {
       dop_barrier_init(full + stage * 8, 1 + @COPYING@);
@@ -327,7 +320,15 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
     dop_barriers_are_ready();
   }
   __syncwarp();
-  if (rows <= 0) return;
+@WAIT@  dop_dependents_may_start();
+  // The tables' entries are read side by side; a table that is not given reads as another one.
+  const int rows = dop_table(tile_rows_ptr + tile), row0 = dop_table(tile_row0_ptr + tile);
+  const int slot = dop_table(tile_slot_ptr + tile);
+  const int given_rank = dop_table((tile_rank_ptr ? tile_rank_ptr : tile_rows_ptr) + tile);
+  const float given_scale = dop_table(
+      (tile_scale_ptr ? tile_scale_ptr : reinterpret_cast<const float*>(tile_rows_ptr)) + tile);
+  // Loads that the branch does not need would be moved behind it, and wait for those it needs.
+  if (rows <= 0 | row0 < 0 | slot < 0) return;
   // Beyond the stack's rank the engine fills in zeros: no need to say where a full adapter ends.
   const int rank = tile_rank_ptr && given_rank < @RANK@ ? given_rank : @R@;
   const float scale = tile_scale_ptr ? given_scale : 1.0f;
