@@ -32,7 +32,7 @@ class Scenario:
         segments: rows of each segment, longest first; every segment is one adapter.
         bare_rows: rows that use no adapter (id -1).
         weight: share of the traffic that looks like this (any positive scale).
-        cold: x and y come from memory, not from the cache, and there are no slots but the adapters'.
+        cold: x and y come from memory, not the cache, and there are no slots but the adapters'.
     """
 
     mix: str
