@@ -2,6 +2,7 @@
 # Every shipped kernel under compute-sanitizer (memcheck, racecheck), shards side by side on all GPUs.
 #   tests/gpu/sanitize.sh OUT_FOLDER [shards per tool = 8] [seconds per tool = 250] [tools] [batches] \
 #       [file of digests of kernels that were checked and are left out, e.g. tests/gpu/checked.txt]
+# With 15 shards on a GPU a call that takes 9 s alone takes over 100; it may take the tool's seconds.
 # OUT_FOLDER/clean.txt: digests of the packs' kernels that every tool found nothing at.
 # Takes the first compute-sanitizer that works: PATH, CUDA toolkits, those named in $SANITIZERS.
 # Without one: guard zones instead, exit status 2.
@@ -37,8 +38,8 @@ run_shards() { # tool, then the command in front of python
   local tool=$1 i
   shift
   for ((i = 0; i < shards; i++)); do
-    CUDA_VISIBLE_DEVICES=$((i % gpus)) timeout $((seconds + 60)) "$@" "$python" \
-      tests/gpu/sanitize_packs.py --shard "$i/$shards" --limit "$seconds" --batches "$batches" $guards $checked \
+    CUDA_VISIBLE_DEVICES=$((i % gpus)) timeout $((2 * seconds + 60)) "$@" "$python" \
+      tests/gpu/sanitize_packs.py --shard "$i/$shards" --limit "$seconds" --stall "$seconds" --batches "$batches" $guards $checked \
       >"$out/$tool-$i.txt" 2>&1 &
   done
   wait
