@@ -1,15 +1,14 @@
 """Eager calls that come again, kept as CUDA graphs.
 
-Two launches take the host 4.6 to 7.5 us, a graph of the two 1.15; a whole call 10 us and 3 to 5
-(docs/performance.md, 53 and 54). In
-eager decode the same addresses come again: weights and tables stay where they are, and the
-allocator gives each layer's x and y the place of the step before. So the compiled short path of
-`add_lora` records the launches of a call whose addresses it has seen twice, and replays them from
-then on; whatever has other addresses is launched as ever. A graph starts when everything before it
-in the stream is complete, and everything behind it waits for its end, so a replay may stand
-wherever a plain launch may (settled.py). What a graph costs the GPU, about 1 us for its start, is
-hidden where the host is slower, in decode; calls of more than KEEP_TOKENS tokens are always
-launched.
+Two launches take the host 4.6 to 7.5 us, a graph of the two 1.15; a whole call takes 7 to 12 us
+and 3 to 6 (docs/performance.md, 53 and 55). In eager decode the same addresses come again: weights
+and tables stay where they are, and the allocator gives each layer's x and y the place of the step
+before. So the compiled short path of `add_lora` records the launches of a call whose addresses it
+has seen twice, and replays them from then on; whatever has other addresses is launched as ever. A
+graph starts when everything before it in the stream is complete, and everything behind it waits for
+its end, so a replay may stand wherever a plain launch may (settled.py). What a graph costs the GPU,
+about 1 us for its start, is hidden where the host is slower, in decode; calls of more than
+KEEP_TOKENS tokens are always launched.
 
 At most 256 calls of a shape, batch size, thread and stream are kept, the one not used for longest
 gives way, and 4,096 in all: beyond them calls are launched. Nothing is kept or replayed while a
