@@ -7,13 +7,13 @@ and get one kernel, judged by its worst regret among them, unless no kernel serv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dop.database.wire import Entry
 from dop.dispatch.table import UNKNOWN_ROWS
 from dop.errors import ConfigError
-from dop.scenario import Scenario
+from dop.scenario import COLD, Scenario
 
 NEAR = math.sqrt(2)
 """Ratio of mean segment lengths up to which batches are not told apart. Engines tell how many
@@ -44,18 +44,41 @@ class Cell:
     def judge(self) -> None:
         """Find the best times and the costs: the worst ratio over the scenarios, for traces
         measured under all of them; if there is no such trace, over the scenarios that a trace was
-        measured under."""
-        best = {s: min(times.values()) for s, times in self.times.items()}
+        measured under. Cold twins do not count where too few traces were measured under them."""
+        warm = {s: times for s, times in self.times.items() if not s.endswith(COLD)}
+        if not warm or _is_enough(self.times, warm):
+            warm = self.times
+        best = {s: min(times.values()) for s, times in warm.items()}
         self.best_s = math.fsum(best.values()) / len(best)
-        everywhere = set.intersection(*(set(times) for times in self.times.values()))
-        anywhere = {trace for times in self.times.values() for trace in times}
+        everywhere = _everywhere(warm)
+        anywhere = {trace for times in warm.values() for trace in times}
         for trace in sorted(everywhere or anywhere):
-            ratios = [t[trace] / best[s] for s, t in self.times.items() if trace in t]
+            ratios = [t[trace] / best[s] for s, t in warm.items() if trace in t]
             self.costs[trace] = max(ratios)
 
     def limit(self, max_regret: float) -> float:
         """Largest cost that serves this cell."""
         return max(1 + max_regret, min(self.costs.values()) * (1 + self.slack))
+
+
+def _everywhere(times: Mapping[str, Mapping[str, float]]) -> set[str]:
+    """Traces measured under all scenarios."""
+    return set.intersection(*(set(found) for found in times.values()))
+
+
+def _is_enough(
+    times: Mapping[str, Mapping[str, float]], warm: Mapping[str, Mapping[str, float]]
+) -> bool:
+    """Whether a trace measured under all scenarios serves the warm ones about as well as any that
+    was measured under those."""
+
+    def least(traces: set[str]) -> float:
+        best = {s: min(found.values()) for s, found in warm.items()}
+        costs = (max(found[t] / best[s] for s, found in warm.items()) for t in traces)
+        return min(costs, default=math.inf)
+
+    both = least(_everywhere(times))
+    return both <= least(_everywhere(warm)) * TOGETHER and both < math.inf
 
 
 def cells_of(tasks: list[list[Entry]]) -> list[Cell]:

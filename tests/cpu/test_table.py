@@ -359,6 +359,22 @@ def test_a_batch_and_its_cold_twin_get_the_kernel_that_loses_least_in_the_worse_
     assert name_of(warm.workloads[WORKLOAD.key].choose(512, 1)) == "a"
 
 
+@pytest.mark.parametrize(
+    ("cold", "chosen"),
+    [
+        ({"b": 11.4, "c": 9.0}, "b"),  # b loses 14 % of the warm one, c 40 %
+        ({"b": 11.4, "c": 8.0}, "c"),
+        ({"c": 8.0}, "a"),  # a run that ended early
+    ],
+    ids=str,
+)
+def test_a_cold_twin_that_few_kernels_were_measured_under_does_not_decide(tmp_path, cold, chosen):
+    warm = {"a": 10.0, "b": 11.4, "c": 14.0}
+    times = {"T512/identical/1": warm, "T512/identical/1/cold": cold}
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
+    assert name_of(found.workloads[WORKLOAD.key].choose(512, 1)) == chosen
+
+
 def test_only_near_batches_of_a_token_count_are_taken_together(tmp_path):
     """4, 5.3 and 6.4 rows: the first two; the last is near the second only."""
     times = {
