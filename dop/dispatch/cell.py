@@ -46,14 +46,13 @@ class Cell:
         measured under all of them; if there is no such trace, over the scenarios that a trace was
         measured under. Cold twins do not count where too few traces were measured under them."""
         warm = {s: times for s, times in self.times.items() if not s.endswith(COLD)}
-        if not warm or _is_enough(self.times, warm):
-            warm = self.times
-        best = {s: min(times.values()) for s, times in warm.items()}
+        counted = warm if warm and not _is_enough(self.times, warm) else self.times
+        best = {s: min(times.values()) for s, times in counted.items()}
         self.best_s = math.fsum(best.values()) / len(best)
-        everywhere = _everywhere(warm)
-        anywhere = {trace for times in warm.values() for trace in times}
+        everywhere = _everywhere(counted)
+        anywhere = {trace for times in counted.values() for trace in times}
         for trace in sorted(everywhere or anywhere):
-            ratios = [t[trace] / best[s] for s, t in warm.items() if trace in t]
+            ratios = [t[trace] / best[s] for s, t in counted.items() if trace in t]
             self.costs[trace] = max(ratios)
 
     def limit(self, max_regret: float) -> float:
