@@ -46,38 +46,41 @@ class Cell:
         measured under all of them; if there is no such trace, over the scenarios that a trace was
         measured under. Cold twins do not count where too few traces were measured under them."""
         warm = {s: times for s, times in self.times.items() if not s.endswith(COLD)}
-        counted = warm if warm and not _is_enough(self.times, warm) else self.times
-        best = {s: min(times.values()) for s, times in counted.items()}
-        self.best_s = math.fsum(best.values()) / len(best)
-        everywhere = _everywhere(counted)
+        counted = self.times if _is_enough(self.times, warm) else warm
+        self.best_s = math.fsum(min(t.values()) for t in counted.values()) / len(counted)
         anywhere = {trace for times in counted.values() for trace in times}
-        for trace in sorted(everywhere or anywhere):
-            ratios = [t[trace] / best[s] for s, t in counted.items() if trace in t]
-            self.costs[trace] = max(ratios)
+        self.costs = _costs(counted, _everywhere(counted) or anywhere)
 
     def limit(self, max_regret: float) -> float:
         """Largest cost that serves this cell."""
         return max(1 + max_regret, min(self.costs.values()) * (1 + self.slack))
 
 
-def _everywhere(times: Mapping[str, Mapping[str, float]]) -> set[str]:
+Times = Mapping[str, Mapping[str, float]]
+"""As a cell's."""
+
+
+def _everywhere(times: Times) -> set[str]:
     """Traces measured under all scenarios."""
     return set.intersection(*(set(found) for found in times.values()))
 
 
-def _is_enough(
-    times: Mapping[str, Mapping[str, float]], warm: Mapping[str, Mapping[str, float]]
-) -> bool:
+def _costs(times: Times, traces: Iterable[str]) -> dict[str, float]:
+    """Worst ratio to the best, over the scenarios that a trace was measured under."""
+    best = {s: min(found.values()) for s, found in times.items()}
+    return {
+        trace: max(found[trace] / best[s] for s, found in times.items() if trace in found)
+        for trace in sorted(traces)
+    }
+
+
+def _is_enough(times: Times, warm: Times) -> bool:
     """Whether a trace measured under all scenarios serves the warm ones about as well as any that
     was measured under those."""
-
-    def least(traces: set[str]) -> float:
-        best = {s: min(found.values()) for s, found in warm.items()}
-        costs = (max(found[t] / best[s] for s, found in warm.items()) for t in traces)
-        return min(costs, default=math.inf)
-
-    both = least(_everywhere(times))
-    return both <= least(_everywhere(warm)) * TOGETHER and both < math.inf
+    if len(warm) in (0, len(times)):
+        return True
+    both = _costs(warm, _everywhere(times)).values()
+    return bool(both) and min(both) <= TOGETHER * min(_costs(warm, _everywhere(warm)).values())
 
 
 def cells_of(tasks: list[list[Entry]]) -> list[Cell]:

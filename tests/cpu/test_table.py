@@ -375,6 +375,19 @@ def test_a_cold_twin_that_few_kernels_were_measured_under_does_not_decide(tmp_pa
     assert name_of(found.workloads[WORKLOAD.key].choose(512, 1)) == chosen
 
 
+@pytest.mark.parametrize("names", ["abc", "bca", "cab"])
+def test_a_cold_twin_does_not_decide_between_strangers(tmp_path, names):
+    """Batches of one place in the table that no kernel was measured under both of."""
+    first, second, cold = names
+    times = {
+        "T512/identical/1": {first: 10.0},
+        "T512/recorded/512/0": {second: 10.0},
+        "T512/identical/1/cold": {cold: 8.0},
+    }
+    found = table_of(tmp_path, records_of(WORKLOAD, TRACES, times), max_regret=0.0).table
+    assert name_of(found.workloads[WORKLOAD.key].choose(512, 1)) != cold
+
+
 def test_only_near_batches_of_a_token_count_are_taken_together(tmp_path):
     """4, 5.3 and 6.4 rows: the first two; the last is near the second only."""
     times = {
