@@ -202,14 +202,14 @@ class FusedEngine:
         w, maps = self.workload, self.maps
         kind = {"bfloat16": "bf16", "float16": "f16"}[w.dtype]
         return {
+            "BRING_X": _bring_rows(maps[0], "k", "x_ptr", w.in_features),
+            "BRING_Y": _bring_rows(maps[-1], "offset + column", "y_ptr", w.total_out),
             "SHRINK": _wgmma("DOP_SHRINK", self.shrink_rows, kind),
             "EXPAND": _wgmma("DOP_EXPAND", self.tile_rows, kind),
             "MAPS": ",\n    ".join(f"const __grid_constant__ dop_tensor_map {m}" for m in maps),
             "FETCH_MAPS": "".join(f"    dop_prefetch_map({m});\n" for m in maps),
-            "X_MAP": maps[0],
             "A_MAP": _of_slice(maps[1 : 1 + w.slices]),
             "B_MAP": _of_slice(maps[1 + w.slices : -1]),
-            "Y_MAP": maps[-1],
             "CHUNKS": _of_slice(self.chunks),
             "OFFSET": _of_slice(w.offsets),
             "TYPE": {"bfloat16": "__nv_bfloat16", "float16": "__half"}[w.dtype],
@@ -228,7 +228,6 @@ class FusedEngine:
             "TM": self.tile_rows,
             "R": self.ranks,
             "RANK": w.rank,
-            "K": w.in_features,
             "N": w.total_out,
             "STEPS": self.steps,
             "FIRST": min(self.steps, self.stages),
@@ -257,6 +256,15 @@ def _of_slice(values: tuple[object, ...]) -> str:
     return text
 
 
+def _bring_rows(tensor_map: str, column: str, tensor: str, width: int) -> str:
+    """What brings 64 columns of the tile's rows to a stage: those of a tensor from a column on."""
+    named = {"MAP": tensor_map, "COLUMN": column, "TENSOR": tensor, "WIDTH": width}
+    text = _BRING_ROWS
+    for key, value in named.items():
+        text = text.replace(f"@{key}@", str(value))
+    return text
+
+
 def _wgmma(name: str, columns: int, kind: str) -> str:
     """wgmma of 64 rows, 16 of k and so many columns, as a macro of its sums and two descriptors."""
     count = columns // 2
@@ -270,6 +278,26 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
         f"\n#else\n#define {name}(sum, rows_at, columns_at) __trap()\n#endif"
     )
 
+
+_BRING_ROWS = """\
+      if (asks_for_rows && dop_elected()) {
+        dop_barrier_arrive_times(ready, @COPYING@ - 1);  // nobody else does
+        dop_barrier_arrive_with(ready, @X_BYTES@);
+        dop_copy_box@ONCE@(at, @MAP@, @COLUMN@, token0, 0, ready);
+      }
+      if (!straight) {
+#pragma unroll
+        for (int c = 0; c < @ROW_COPIES@; ++c) {
+          const int row = copier / 8 + c * (@COPYING@ / 8);
+          if (row < @TM@)
+            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
+                     @TENSOR@ + (@COLUMN@) + max(token[c], 0) * (long long)@WIDTH@ + piece * 8,
+                     token[c] < 0 ? 0 : 16);
+        }
+        dop_barrier_arrive_behind_copies(ready);
+      }
+"""
+"""64 columns of the tile's rows of x or y: asked for, or gathered."""
 
 _KERNEL = """\
 extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds__(@THREADS@) @NAME@(
@@ -374,23 +402,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
         dop_barrier_arrive_with(ready, step < @FIRST@ ? 0 : @R@ * 128);
         if (step >= @FIRST@) dop_copy_box@KEPT@(at + @X_BYTES@, @A_MAP@, k, 0, slot, ready);
       }
-      if (asks_for_rows && dop_elected()) {
-        dop_barrier_arrive_times(ready, @COPYING@ - 1);  // nobody else does
-        dop_barrier_arrive_with(ready, @X_BYTES@);
-        dop_copy_box@ONCE@(at, @X_MAP@, k, token0, 0, ready);
-      }
-      if (!straight) {
-#pragma unroll
-        for (int c = 0; c < @ROW_COPIES@; ++c) {
-          const int row = copier / 8 + c * (@COPYING@ / 8);
-          if (row < @TM@)
-            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
-                     x_ptr + k + max(token[c], 0) * (long long)@K@ + piece * 8,
-                     token[c] < 0 ? 0 : 16);
-        }
-        dop_barrier_arrive_behind_copies(ready);
-      }
-    }
+@BRING_X@    }
     __syncwarp();
 #if @CLUSTER@ > 1
     // Here for the sanitizer alone: chunks' stages come from warps that stand at it, too.
@@ -418,23 +430,7 @@ extern "C" __global__ void dop__cluster_dims__(@CLUSTER@, 1, 1) __launch_bounds_
           if (box < boxes)
             dop_copy_box(at + @X_BYTES@ + box * 8192, @B_MAP@, box * 64, column, slot, ready);
       }
-      if (asks_for_rows && dop_elected()) {
-        dop_barrier_arrive_times(ready, @COPYING@ - 1);
-        dop_barrier_arrive_with(ready, @X_BYTES@);
-        dop_copy_box@ONCE@(at, @Y_MAP@, offset + column, token0, 0, ready);
-      }
-      if (!straight) {
-#pragma unroll
-        for (int c = 0; c < @ROW_COPIES@; ++c) {
-          const int row = copier / 8 + c * (@COPYING@ / 8);
-          if (row < @TM@)
-            dop_copy(at + row * 128 + (piece ^ (row & 7)) * 16,
-                     y_ptr + (offset + column) + max(token[c], 0) * (long long)@N@ + piece * 8,
-                     token[c] < 0 ? 0 : 16);
-        }
-        dop_barrier_arrive_behind_copies(ready);
-      }
-    }
+@BRING_Y@    }
     dop_commit();
     dop_wait_but<0>();
     return;
