@@ -186,3 +186,11 @@ def test_the_driver_s_entries():
         pass
 
     assert graphs.entries(Library()) == ()
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, True), ("1", True), ("0", False)])
+def test_calls_are_kept_unless_somebody_says_no(monkeypatch, value, on):
+    monkeypatch.delenv("DOP_GRAPHS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DOP_GRAPHS", value)
+    assert graphs.are_on() is on

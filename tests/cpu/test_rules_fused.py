@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -132,10 +131,14 @@ def test_one_kernel_and_no_workspace(workload: Workload) -> None:
         assert kernel.dynamic_smem_bytes == int(sketch.estimates["expand.smem_bytes"](values))
         assert kernel.dependent == (values["expand.dependent"] == 2)
         body = code.source[code.source.index('extern "C" __global__') :]
-        reads = min(body.index(one) for one in ("dop_table(", "dop_copy_box", "return;"))
-        waits = [here.start() for here in re.finditer("dop_wait_for_predecessor", body)]
+        statements = body[body.index("{\n") :]
+        before, *waits = statements.split("dop_wait_for_predecessor();")
         assert len(waits) == kernel.dependent
-        assert all(wait < reads for wait in waits)
+        assert ("__restrict__" in body) != kernel.dependent
+        if waits:  # what stands in front of it neither reads, nor leaves, nor lets others begin
+            for other in ("_ptr", "dop_copy_box", "return", "dop_dependents_may_start"):
+                assert other not in before
+                assert other in waits[0]
         assert f"dop__cluster_dims__({values['shrink.split_k']}, 1, 1)" in body
         assert "@" not in body
         assert not is_pair(code.kernels)  # type: ignore[arg-type]

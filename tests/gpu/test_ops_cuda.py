@@ -376,16 +376,16 @@ def test_host_time_of_an_eager_call(outs, record_property, monkeypatch, way):
     took = host_us(lambda: ops.add_lora(y, x, a, b, plan))
     record_property("host_us", took)
     print(f"\nadd_lora {outs}, {way}: {took:.2f} us on the host")
-    if way == "kept":  # as it is unless DOP_GRAPHS or DOP_NATIVE say otherwise
+    if way != "ctypes":
         assert took <= HOST_US
 
 
 @pytest.mark.timed
-def test_host_time_of_the_driver_alone(record_property, monkeypatch):
-    """The two launches of an `add_lora` that is not kept, without what stands before them."""
+def test_host_time_of_the_driver_alone(record_property):
+    """The two launches of an `add_lora` without what stands before them: the floor of its time
+    where it is not kept as a graph."""
     from dop.ops.stacks import STACKS
 
-    monkeypatch.setenv("DOP_GRAPHS", "0")
     a, b = make_stacks(8, 16, 4096, (4096,))
     x, y = make_rows(1, 4096, 4096)
     plan = ops.segment_plan(torch.zeros(1, dtype=torch.int32, device=DEVICE), slots=8)
